@@ -1,0 +1,1 @@
+"""autobatch: the batch that is wanted, on the device that is there."""

@@ -1,0 +1,1 @@
+"""Batches of any shape: cut, joined, regrouped, sampled."""

@@ -1,0 +1,230 @@
+"""Nested tensors: measured, cut and joined along dimension 0.
+
+A nest is a tensor or any nesting of tuples, named tuples, lists, mappings and dataclasses that
+holds some. Its size is the length of its tensors along dimension 0. A list or tuple of plain
+values (strings, numbers) as long as that holds one value an example, as torch's default collate
+makes of text, and is cut along; every other plain value, and a tensor without dimensions, belongs
+to the batch as a whole and goes to every part.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LEAVES: Final = (str, bytes, int, float, complex, bool, type(None))
+
+Nest = object  # Any nesting: the structure is the user's, so there is no narrower type.
+
+
+def tensors(nest: Nest) -> Iterator[Tensor]:
+    """Yield every tensor, depth first."""
+    if isinstance(nest, Tensor):
+        yield nest
+        return
+    for child in _children(nest) or ():
+        yield from tensors(child)
+
+
+def size_of(nest: Nest) -> int:
+    """Return the number of examples: the common length of all tensors along dimension 0.
+
+    Raises:
+        ValueError: If no tensor has a dimension, or two disagree in length.
+    """
+    shapes = [tuple(tensor.shape) for tensor in tensors(nest) if tensor.ndim]
+    if not shapes:
+        raise ValueError(f"a batch must hold a tensor with a batch dimension, got {describe(nest)}")
+    if any(shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            "the tensors of a batch must agree in length along dimension 0, got shapes "
+            + ", ".join(map(str, shapes))
+        )
+    return shapes[0][0]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
+    """Return the same nest with ``function`` applied to every tensor."""
+    if isinstance(nest, Tensor):
+        return function(nest)
+    children = _children(nest)
+    if children is None:
+        return nest
+    return _rebuild(nest, [map_tensors(function, child) for child in children])
+
+
+def from_numpy(nest: Nest) -> Nest:
+    """Return the nest with every NumPy array as a tensor over the same memory."""
+    if isinstance(nest, np.ndarray) and nest.dtype.kind in "biufc":
+        return torch.from_numpy(nest if nest.flags.writeable else nest.copy())
+    children = _children(nest)
+    if children is None or isinstance(nest, Tensor):
+        return nest
+    return _rebuild(nest, [from_numpy(child) for child in children])
+
+
+def take(nest: Nest, rows: Sequence[int]) -> Nest:
+    """Return the examples ``rows`` (any order, repeats allowed), copied."""
+    index = torch.as_tensor(rows)
+    return _select(
+        nest,
+        size_of(nest),
+        lambda tensor: tensor.index_select(0, index.to(tensor.device)),
+        lambda values: [values[row] for row in rows],
+    )
+
+
+def part(nest: Nest, start: int, stop: int) -> Nest:
+    """Return the examples ``start`` to ``stop`` as views of the same memory."""
+    return _select(
+        nest, size_of(nest), lambda tensor: tensor[start:stop], lambda values: values[start:stop]
+    )
+
+
+def cut(nest: Nest, sizes: Sequence[int]) -> list[Nest]:
+    """Return consecutive parts of the given sizes, as views of the same memory.
+
+    Raises:
+        ValueError: If the sizes do not add up to the nest's own.
+    """
+    if sum(sizes) != size_of(nest):
+        raise ValueError(f"cannot cut {size_of(nest)} examples into {tuple(sizes)}")
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(part(nest, start, start + size))
+        start += size
+    return parts
+
+
+def join(nests: Sequence[Nest]) -> Nest:
+    """Return one nest with the examples of all, in order; a single one is returned as it is.
+
+    Raises:
+        ValueError: If shapes, types or structures differ, or a value of the batch as a whole does.
+    """
+    if len(nests) == 1:
+        return nests[0]
+    return _join(nests, [size_of(nest) for nest in nests])
+
+
+def describe(nest: Nest) -> str:
+    """Return the structure as short text: ``"(float32[8, 3, 32, 32], int64[8])"``."""
+    if isinstance(nest, Tensor):
+        return f"{str(nest.dtype).removeprefix('torch.')}{list(nest.shape)}"
+    children = _children(nest)
+    if children is None:
+        return type(nest).__name__
+    if isinstance(nest, Mapping):
+        inside = (f"{key}: {describe(child)}" for key, child in nest.items())
+        return "{" + ", ".join(inside) + "}"
+    if len(children) > 8:
+        return f"{type(nest).__name__} of {len(children)}"
+    return "(" + ", ".join(map(describe, children)) + ")"
+
+
+def _is_named_tuple(nest: object) -> bool:
+    return isinstance(nest, tuple) and hasattr(nest, "_fields")
+
+
+def _children(nest: Nest) -> list[Nest] | None:
+    """The values directly inside a container; None for a leaf."""
+    if isinstance(nest, Tensor | _LEAVES):
+        return None
+    if isinstance(nest, Mapping):
+        return list(nest.values())
+    if isinstance(nest, list | tuple):
+        return list(nest)
+    if _is_dataclass(nest):
+        return [getattr(nest, field.name) for field in dataclasses.fields(nest)]  # type: ignore[arg-type]  # An instance.
+    return None
+
+
+def _is_dataclass(nest: Nest) -> bool:
+    return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
+
+
+def _rebuild(nest: Nest, children: list[Nest]) -> Nest:
+    """A container like ``nest`` around other children."""
+    if isinstance(nest, Mapping):
+        pairs = dict(zip(nest, children, strict=True))
+        return pairs if type(nest) is dict else type(nest)(pairs)  # type: ignore[call-arg]  # As every mapping that holds a batch is built.
+    if _is_named_tuple(nest):
+        return type(nest)(*children)  # type: ignore[call-overload]
+    if isinstance(nest, list | tuple):
+        return type(nest)(children)
+    names = [field.name for field in dataclasses.fields(nest)]  # type: ignore[arg-type]  # Only dataclasses are left.
+    return dataclasses.replace(nest, **dict(zip(names, children, strict=True)))  # type: ignore[type-var]
+
+
+def _is_values(nest: Nest, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
+    """Whether this is one plain value an example."""
+    return (
+        isinstance(nest, list | tuple)
+        and not _is_named_tuple(nest)
+        and len(nest) == size
+        and all(isinstance(value, _LEAVES) for value in nest)
+    )
+
+
+def _select(
+    nest: Nest,
+    size: int,
+    rows: Callable[[Tensor], Tensor],
+    values: Callable[[list[object] | tuple[object, ...]], Sequence[object]],
+) -> Nest:
+    if isinstance(nest, Tensor):
+        return rows(nest) if nest.ndim else nest
+    if _is_values(nest, size):
+        return type(nest)(values(nest))
+    children = _children(nest)
+    if children is None:
+        return nest
+    return _rebuild(nest, [_select(child, size, rows, values) for child in children])
+
+
+def _join(nests: Sequence[Nest], sizes: Sequence[int]) -> Nest:
+    first = nests[0]
+    if isinstance(first, Tensor):
+        return _join_tensors(nests)
+    if all(_is_values(nest, size) for nest, size in zip(nests, sizes, strict=True)):
+        return type(first)(value for nest in nests for value in nest)  # type: ignore[attr-defined, call-arg]  # Lists or tuples.
+    families = [_children(nest) for nest in nests]
+    if families[0] is None:
+        if any(nest is not first and nest != first for nest in nests):
+            raise ValueError(f"batches that are joined must agree in {first!r}, got {nests!r}")
+        return first
+    if any(f is None or len(f) != len(families[0]) for f in families) or _keys_differ(nests):
+        raise ValueError(
+            "batches that are joined must have one structure, got "
+            + " and ".join(sorted({describe(nest) for nest in nests}))
+        )
+    columns = zip(*(family for family in families if family is not None), strict=True)
+    return _rebuild(first, [_join(column, sizes) for column in columns])
+
+
+def _keys_differ(nests: Sequence[Nest]) -> bool:
+    first = nests[0]
+    return isinstance(first, Mapping) and any(
+        not isinstance(nest, Mapping) or list(nest) != list(first) for nest in nests
+    )
+
+
+def _join_tensors(nests: Sequence[Nest]) -> Tensor:
+    parts = [nest for nest in nests if isinstance(nest, Tensor)]
+    first = parts[0]
+    if len(parts) == len(nests) and not any(tensor.ndim for tensor in parts):
+        if not all(torch.equal(tensor, first) for tensor in parts):
+            raise ValueError(f"batches that are joined must agree in their scalars, got {parts}")
+        return first
+    if len(parts) < len(nests) or any(
+        tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype for tensor in parts
+    ):
+        raise ValueError(
+            "batches can be joined only where all but dimension 0 agrees, got "
+            + " and ".join(sorted({describe(nest) for nest in nests}))
+            + "; pad to one length in the collate function"
+        )
+    return torch.cat(parts)

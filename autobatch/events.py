@@ -1,0 +1,114 @@
+"""What an observer may be told while work goes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autobatch.plan import BatchPlan
+from autobatch.results import SearchResult, StepResult, Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchStarted:
+    """A search is about to try its first size.
+
+    Attributes:
+        device: The device's name, for people.
+        limit_bytes: What a step may allocate.
+        ceiling: The largest size of interest.
+    """
+
+    device: str
+    limit_bytes: int
+    ceiling: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStarted:
+    """A size is being rehearsed."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialEnded:
+    """A size was rehearsed."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchEnded:
+    """The tolerable batch is known."""
+
+    search: SearchResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStarted:
+    """The first window is about to run.
+
+    Attributes:
+        plan: How each logical batch is cut.
+        steps: Optimizer steps to come, or None where the data does not say.
+        epochs: Epochs to come.
+    """
+
+    plan: BatchPlan
+    steps: int | None
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEnded:
+    """An optimizer step was taken, or skipped.
+
+    Attributes:
+        step: What it did.
+        epoch: Counted from 1.
+        plan: How the next logical batch will be cut.
+    """
+
+    step: StepResult
+    epoch: int
+    plan: BatchPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochEnded:
+    """All data was seen once more.
+
+    Attributes:
+        epoch: Counted from 1.
+        loss: The mean of the epoch's losses, weighted by examples; nan for an epoch without steps.
+        examples_per_second: Over the whole epoch, loading included.
+    """
+
+    epoch: int
+    loss: float
+    examples_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """Memory ran out in a window, which is run again.
+
+    Attributes:
+        failed: The micro-batch size that did not fit.
+        micro_batch: The size that is tried instead.
+    """
+
+    failed: int
+    micro_batch: int
+
+
+Event = (
+    SearchStarted
+    | TrialStarted
+    | TrialEnded
+    | SearchEnded
+    | TrainingStarted
+    | StepEnded
+    | EpochEnded
+    | Replayed
+)
+Observer = Callable[[Event], None]

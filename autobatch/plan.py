@@ -1,0 +1,84 @@
+"""How a desired batch is cut into micro-batches."""
+
+import operator
+from dataclasses import dataclass
+
+
+def check_size(name: str, size: object) -> int:
+    """Return ``size`` as an ``int``, or refuse it by ``name``.
+
+    Raises:
+        TypeError: If it is not an integer (a ``bool`` is not one).
+        ValueError: If it is below 1.
+    """
+    if isinstance(size, bool):
+        raise TypeError(f"{name} must be an integer of at least 1, got {size!r}")
+    try:
+        count = operator.index(size)  # type: ignore[arg-type]  # Refusing what is not one is its job.
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of at least 1, got {size!r}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How a desired batch is cut into micro-batches that the device tolerates.
+
+    Attributes:
+        desired: Examples per optimizer step.
+        tolerable: The most examples that one forward and backward can hold.
+    """
+
+    desired: int
+    tolerable: int
+
+    def __post_init__(self) -> None:
+        for name in ("desired", "tolerable"):
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per logical batch: as few as ``tolerable`` allows."""
+        return -(-self.desired // self.tolerable)
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Sizes as even as can be: 10 by 4 is ``(4, 3, 3)``."""
+        size, larger = divmod(self.desired, self.accumulation_steps)
+        return (size + 1,) * larger + (size,) * (self.accumulation_steps - larger)
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest micro-batch of the plan."""
+        return -(-self.desired // self.accumulation_steps)
+
+    def __str__(self) -> str:
+        steps = self.accumulation_steps
+        return (
+            f"{self.desired} = {self._sum()}: {steps} accumulation step{'s' * (steps > 1)}, "
+            f"tolerable batch {self.tolerable}"
+        )
+
+    def _sum(self) -> str:
+        sizes = self.micro_batch_sizes
+        if len(sizes) <= 4:
+            return " + ".join(map(str, sizes))
+        larger = sizes.count(sizes[0])
+        parts = [(larger, sizes[0]), (len(sizes) - larger, sizes[-1])]
+        return " + ".join(f"{count} x {size}" for count, size in parts if count)
+
+
+def useful_sizes(desired: int) -> tuple[int, ...]:
+    """Return the sizes that matter for ``desired``, ascending: each ``ceil(desired / k)``.
+
+    A tolerable batch between two of them needs as many micro-batches as the lower one, so only
+    these are worth a trial: 31 of the 256 sizes up to 256. There are at most ``2 * sqrt(desired)``.
+    """
+    check_size("desired", desired)
+    sizes = [desired]
+    while sizes[-1] > 1:
+        steps = -(-desired // (sizes[-1] - 1))  # The fewest micro-batches smaller than the last.
+        sizes.append(-(-desired // steps))
+    return tuple(reversed(sizes))

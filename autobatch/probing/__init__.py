@@ -1,0 +1,1 @@
+"""Finding the largest size that really runs."""

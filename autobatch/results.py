@@ -1,0 +1,176 @@
+"""What the public functions return: values that print well."""
+
+import enum
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+from autobatch.plan import BatchPlan
+from autobatch.units import format_bytes
+
+LimitedBy = Literal["memory", "ceiling", "data", "kernel"]
+
+
+class Verdict(enum.Enum):
+    """What an error says about the size that raised it."""
+
+    OUT_OF_MEMORY = "out of memory"
+    TOO_LARGE = "too large for an index or a kernel"
+    FATAL = "the device's context is lost"
+    SUSPECT = "perhaps memory"
+    OTHER = "the user's error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One rehearsed window at one size.
+
+    Attributes:
+        size: Examples in each micro-batch of the rehearsal.
+        fits: Whether the whole rehearsal ran inside the limit.
+        failure: Why it did not, or None.
+        peak_bytes: The most bytes allocated at once; None for a failed trial, which has no peak.
+        reserved_bytes: The most bytes the caching allocator held; None where it has none.
+        seconds: How long the rehearsal took.
+        message: The text of the failure, or ``""``.
+    """
+
+    size: int
+    fits: bool
+    failure: Verdict | None = None
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    seconds: float = 0.0
+    message: str = ""
+
+    def __bool__(self) -> bool:
+        return self.fits
+
+    def __str__(self) -> str:
+        outcome = "fits" if self.failure is None else self.failure.value
+        peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
+        return f"{self.size}: {outcome}{peak}, {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upper:
+    """Why nothing larger is tolerable.
+
+    Attributes:
+        reason: ``"ran out"`` when the next size was tried, ``"ceiling"`` when there is none.
+        size: The smallest size known not to be tolerable; None at the ceiling.
+    """
+
+    reason: Literal["ran out", "ceiling"]
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return "at the ceiling" if self.size is None else f"{self.reason} at {self.size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """The tolerable batch, and how it was found. Usable as an ``int``.
+
+    Attributes:
+        size: The tolerable batch: it really ran.
+        trials: Every trial, in order.
+        ceiling: The largest size of interest.
+        limit_bytes: What the step was allowed to allocate.
+        limited_by: What kept the size from being larger.
+        upper: Why nothing larger was taken.
+    """
+
+    size: int
+    trials: tuple[Trial, ...]
+    ceiling: int
+    limit_bytes: int
+    limited_by: LimitedBy
+    upper: Upper
+
+    def __int__(self) -> int:
+        return self.size
+
+    def __index__(self) -> int:
+        return self.size
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak of the last trial that ran at ``size``."""
+        return next(t.peak_bytes for t in reversed(self.trials) if t.fits and t.size == self.size)
+
+    def __str__(self) -> str:
+        failed = sum(not trial.fits for trial in self.trials)
+        peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
+        return (
+            f"tolerable batch {self.size} (limited by {self.limited_by}, {self.upper}{peak} of "
+            f"{format_bytes(self.limit_bytes)}; {len(self.trials)} trials, {failed} failed)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step on one logical batch.
+
+    Attributes:
+        loss: What the undivided batch's loss would have been; nan when skipped.
+        terms: The denominator of that loss.
+        examples: Examples in the logical batch.
+        micro_batch_sizes: How it was cut in the run that succeeded.
+        replays: How often memory ran out and the window was run again.
+        skipped: True if no term was valid, so that no step was taken.
+    """
+
+    loss: float
+    terms: float
+    examples: int
+    micro_batch_sizes: tuple[int, ...]
+    replays: int = 0
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """A finished training.
+
+    Attributes:
+        plan: How the desired batch was cut at the end: a replay may have made it finer.
+        search: How the tolerable batch was found.
+        losses: One per optimizer step: the value that the undivided batch's loss has.
+        epochs: Epochs that were begun.
+        examples: Examples that entered a step.
+        seconds: Time spent in training, without the search.
+        replays: How often memory ran out and a window was run again.
+        notes: What was not exact, or not as asked, and why.
+    """
+
+    plan: BatchPlan
+    search: SearchResult
+    losses: tuple[float, ...]
+    epochs: int
+    examples: int
+    seconds: float
+    replays: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return len(self.losses)
+
+    @property
+    def examples_per_second(self) -> float:
+        """Training speed, loading and the optimizer's steps included."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        losses = f"loss {self.losses[0]:.4f} to {statistics.fmean(tail):.4f}" if tail else "no loss"
+        lines = (
+            str(self.plan),
+            f"{self.steps} steps in {self.epochs} epochs, {losses}",
+            f"{self.examples} examples in {self.seconds:.1f} s "
+            f"({self.examples_per_second:.0f} per second), {self.replays} replays",
+            *(f"note: {note}" for note in self.notes),
+        )
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Taking the undivided batch's step in pieces."""

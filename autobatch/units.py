@@ -1,0 +1,54 @@
+"""Bytes to text for people, and back."""
+
+import math
+import re
+from typing import Final
+
+_FACTORS: Final = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(size: int | str, *, name: str = "size") -> int:
+    """Return ``size`` in bytes: ``"24GiB"`` counts by 1024, ``"24GB"`` by 1000, a number is bytes.
+
+    Args:
+        size: A positive count of bytes, or text with a unit from B to TiB, in any case.
+        name: The argument to name in an error.
+
+    Raises:
+        TypeError: If it is neither an integer nor text.
+        ValueError: If the text cannot be read, or the size is not above zero.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f'{name} must be bytes as an integer or text like "24GiB", got {size!r}')
+    count = size if isinstance(size, int) else _read(size, name)
+    if count < 1:
+        raise ValueError(f"{name} must be above zero bytes, got {size!r}")
+    return count
+
+
+def _read(text: str, name: str) -> int:
+    match = _SIZE.fullmatch(text)
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(
+            f"{name} cannot be read from {text!r}; write a number and a unit: "
+            '"24GiB" (by 1024), "24GB" (by 1000) or bytes'
+        )
+    return math.floor(float(match[1]) * factor)
+
+
+def format_bytes(count: int) -> str:
+    """Return ``count`` bytes as text for people, in powers of 1024: ``"245.1 MiB"``."""
+    value = float(abs(count))
+    sign = "-" if count < 0 else ""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.1f} {unit}"
+        value /= 1024
+    return f"{sign}{value:.2f} TiB"
