@@ -4,7 +4,7 @@ import math
 import re
 from typing import Final
 
-_FACTORS: Final = {
+_FACTORS: Final[dict[str, int]] = {
     "": 1,
     "b": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},

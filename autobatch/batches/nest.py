@@ -150,9 +150,9 @@ def _rebuild(nest: Nest, children: list[Nest]) -> Nest:
     """A container like ``nest`` around other children."""
     if isinstance(nest, Mapping):
         pairs = dict(zip(nest, children, strict=True))
-        return pairs if type(nest) is dict else type(nest)(pairs)  # type: ignore[call-arg]  # As every mapping that holds a batch is built.
+        return pairs if type(nest) is dict else type(nest)(pairs)  # type: ignore[call-arg]
     if _is_named_tuple(nest):
-        return type(nest)(*children)  # type: ignore[call-overload]
+        return type(nest)(*children)
     if isinstance(nest, list | tuple):
         return type(nest)(children)
     names = [field.name for field in dataclasses.fields(nest)]  # type: ignore[arg-type]  # Only dataclasses are left.

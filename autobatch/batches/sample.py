@@ -1,0 +1,40 @@
+"""The batch of a trial: real examples, repeated to any size."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from autobatch.batches.nest import Nest, from_numpy, size_of, take
+from autobatch.batches.regroup import Source
+
+
+def read_sample(source: Source) -> Nest:
+    """Return the source's first batch that holds an example.
+
+    Errors of the data itself pass through. The caller restores random generators; the workers
+    that a DataLoader keeps are not touched.
+
+    Raises:
+        ValueError: If the source ends before.
+    """
+    for batch in _begin(source):
+        if size_of(batch):
+            return batch
+    raise ValueError("data is empty: it holds no example")
+
+
+def repeated(sample: Nest, size: int) -> Nest:
+    """Return ``size`` examples: the sample's, over and over, copied."""
+    length = size_of(sample)
+    return take(sample, [row % length for row in range(size)])
+
+
+def _begin(source: Source) -> Iterator[Nest]:
+    loader = source.batches
+    if type(loader) is DataLoader and loader.persistent_workers and loader.num_workers:
+        # iter() would start, or reset, the workers that the user's own iteration goes on with.
+        # This is the method that iter() calls without persistent_workers.
+        own: Iterator[Any] = loader._get_iterator()
+        return map(from_numpy, own)
+    return source.epoch()

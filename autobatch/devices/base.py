@@ -1,0 +1,82 @@
+"""What probing and training may ask of a device's memory."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+HEADROOM_FRACTION: Final = 0.02
+HEADROOM_BYTES: Final = 300 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReading:
+    """A device's memory at one moment, in bytes.
+
+    Attributes:
+        total_bytes: What the device has.
+        free_bytes: What nobody holds.
+        allocated_bytes: Live tensors of this process.
+        reserved_bytes: Held by this process's allocator, live or cached; at least ``allocated``.
+        peak_bytes: The most ``allocated_bytes`` since the peak was reset.
+        peak_reserved_bytes: The most ``reserved_bytes``; None where nothing is cached.
+        outside_bytes: Held on the device but not by this process's allocator: the driver's
+            context, libraries, other processes.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+    peak_reserved_bytes: int | None
+    outside_bytes: int
+
+
+class MemoryDevice(Protocol):
+    """All that probing and training may ask of a device."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors go."""
+
+    @property
+    def name(self) -> str:
+        """The device's name, for people."""
+
+    @property
+    def copies_input(self) -> bool:
+        """Whether a batch that is on the device already must be copied to count as moved there."""
+
+    def read(self) -> MemoryReading:
+        """Return the memory as it is now."""
+
+    def limited_to(self, limit_bytes: int) -> AbstractContextManager[None]:
+        """Let the allocator hold at most ``limit_bytes`` inside; the old limit is put back."""
+
+    def reset_peak(self) -> None:
+        """Count peaks from here on."""
+
+    def release_cached(self) -> None:
+        """Give back what nobody uses. Call it only once no exception is alive."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done, and failed at, all that it was asked."""
+
+
+def limit_of(
+    reading: MemoryReading, *, memory_limit_bytes: int | None, headroom_bytes: int | None
+) -> int:
+    """Return the bytes that the allocator may hold; zero or less where nothing is left.
+
+    Without a ``memory_limit`` that is what is free or held already, less the headroom (2 % of the
+    device, at least 300 MiB). A ``memory_limit`` is the whole process's, so what the driver's
+    context and other processes hold comes off it, and it needs no headroom: 24 GiB on a larger
+    card plans for a card of 24 GiB.
+    """
+    reachable = reading.free_bytes + reading.reserved_bytes
+    if memory_limit_bytes is None:
+        standard = max(int(reading.total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
+        return reachable - (standard if headroom_bytes is None else headroom_bytes)
+    return min(memory_limit_bytes - reading.outside_bytes, reachable) - (headroom_bytes or 0)

@@ -1,0 +1,74 @@
+"""A CUDA or ROCm GPU's memory, through PyTorch's caching allocator."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from autobatch.devices.base import MemoryReading
+
+
+class CudaDevice:
+    """One GPU as PyTorch sees it."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        with torch.cuda.device(torch_device):
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The GPU, with its index."""
+        return self._device
+
+    @property
+    def name(self) -> str:
+        """The card's name."""
+        return torch.cuda.get_device_name(self._device)
+
+    @property
+    def copies_input(self) -> bool:
+        """False: a batch on the host is copied by its transfer."""
+        return False
+
+    def read(self) -> MemoryReading:
+        """Return the driver's free and total bytes and the allocator's own."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        return MemoryReading(
+            total_bytes=total,
+            free_bytes=free,
+            allocated_bytes=torch.cuda.memory_allocated(self._device),
+            reserved_bytes=reserved,
+            peak_bytes=torch.cuda.max_memory_allocated(self._device),
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+            outside_bytes=max(total - free - reserved, 0),
+        )
+
+    @contextmanager
+    def limited_to(self, limit_bytes: int) -> Iterator[None]:
+        """Hold the allocator's share of the card at ``limit_bytes`` inside.
+
+        The share bounds reserved bytes: context and libraries come on top (pytorch#58466).
+        """
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        before = torch.cuda.get_per_process_memory_fraction(self._device)
+        share = min(max(limit_bytes / total, 0.0), before)
+        torch.cuda.set_per_process_memory_fraction(share, self._device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self._device)
+
+    def reset_peak(self) -> None:
+        """Count peaks from here on."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def release_cached(self) -> None:
+        """Collect reference cycles, then give unused blocks back to the driver."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the GPU: its errors surface here."""
+        torch.cuda.synchronize(self._device)

@@ -1,0 +1,171 @@
+"""A budget on the bytes of live tensors: the CPU's device, and the stand-in for any GPU.
+
+Every operation passes a dispatch mode that notes the storages of its results, and takes the bytes
+off when a storage dies: views count once, in-place operations nothing. It sees what PyTorch
+allocates as tensors, backward and optimizer included, to the byte; it does not see workspaces
+inside a kernel, nor tensors that other threads make. It costs 10 to 15 microseconds an operation.
+"""
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autobatch.devices.base import MemoryReading
+from autobatch.devices.host import host_memory
+from autobatch.units import format_bytes
+
+
+class MeteredDevice:
+    """The CPU with a memory of any size.
+
+    Args:
+        residents: Lists the tensors that live on the device between steps (parameters, buffers,
+            optimizer state). They were made before the meter could see them.
+    """
+
+    def __init__(self, residents: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self._residents = residents
+        self._meter = _Meter()
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def name(self) -> str:
+        """The device's name, for people."""
+        return "CPU"
+
+    @property
+    def copies_input(self) -> bool:
+        """True inside a limit: the copy stands for the transfer to a device."""
+        return self._meter.limit_bytes is not None
+
+    def read(self) -> MemoryReading:
+        """Return the meter's figures, and what the host has left."""
+        self._adopt()
+        total, available = host_memory()
+        live = self._meter.live_bytes
+        return MemoryReading(
+            total_bytes=total,
+            free_bytes=available,
+            allocated_bytes=live,
+            reserved_bytes=live,
+            peak_bytes=self._meter.peak_bytes,
+            peak_reserved_bytes=None,
+            outside_bytes=0,
+        )
+
+    @contextmanager
+    def limited_to(self, limit_bytes: int) -> Iterator[None]:
+        """Raise ``torch.OutOfMemoryError`` inside once live tensors exceed ``limit_bytes``."""
+        self._adopt()
+        outer, self._meter.limit_bytes = self._meter.limit_bytes, limit_bytes
+        try:
+            # A limit inside a limit must not count everything twice.
+            with _eager(), self._meter if outer is None else nullcontext():
+                yield
+        finally:
+            self._meter.limit_bytes = outer
+
+    def reset_peak(self) -> None:
+        """Count the peak from here on."""
+        self._meter.peak_bytes = self._meter.live_bytes
+
+    def release_cached(self) -> None:
+        """Collect reference cycles, which may hold tensors."""
+        gc.collect()
+
+    def synchronize(self) -> None:
+        """Return at once: the CPU has done what it was asked."""
+
+    def _adopt(self) -> None:
+        for tensor in self._residents():
+            self._meter.note(tensor)
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of live CPU storages that pass as results of an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped.
+        self.limit_bytes: int | None = None
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _flat(result):
+            self.note(tensor)
+        if self.limit_bytes is not None and self.live_bytes > self.limit_bytes:
+            raise torch.OutOfMemoryError(
+                f"metered device out of memory: {format_bytes(self.live_bytes)} of live tensors "
+                f"after {func}, limit {format_bytes(self.limit_bytes)}"
+            )
+        return result
+
+    def note(self, tensor: Tensor) -> None:
+        """Count the tensor's storage, if it is not known at its present size."""
+        for part in _strided(tensor):
+            self._count(part.untyped_storage())
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, now_bytes = storage._cdata, storage.nbytes()
+        known, before_bytes = self._storages.get(key, (None, 0))
+        if known is not None and before_bytes == now_bytes:
+            return
+        reference = known or weakref.ref(storage, lambda _: self._forget(key))
+        self._storages[key] = (reference, now_bytes)
+        self.live_bytes += now_bytes - before_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _forget(self, key: int) -> None:
+        _, freed_bytes = self._storages.pop(key)
+        self.live_bytes -= freed_bytes
+
+
+def _flat(result: object) -> Iterator[Tensor]:
+    """The tensors in what an operation returns: one, or lists of them."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for item in result:
+            yield from _flat(item)
+
+
+def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense CPU tensors that hold the memory of ``tensor``; a sparse one has several."""
+    if tensor.device.type != "cpu":
+        return ()
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return (tensor._indices(), tensor._values())
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    return ()
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager."""
+    if "torch._dynamo" not in sys.modules:  # Nothing was compiled; its import takes seconds.
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -1,0 +1,79 @@
+"""Random number generators: taken, and put back."""
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], object]
+
+_DEPTH: Final = 6  # How deep, and how far along a container, generators of the data are sought.
+_WIDTH: Final = 64
+_OPAQUE: Final = (str, bytes, int, float, complex, type(None), type, Tensor, np.ndarray, nn.Module)
+_KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def random_state(sources: Iterable[object] = ()) -> Restore:
+    """Take the generators of torch, NumPy and Python, and those found in ``sources``.
+
+    Returns:
+        A function that puts all of them back, as often as it is called.
+    """
+    torch_cpu = torch.get_rng_state()
+    torch_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy_global = np.random.get_state()
+    python_global = random.getstate()
+    own = [_generator(found) for source in sources for found in _generators(source)]
+
+    def put_back() -> None:
+        torch.set_rng_state(torch_cpu)
+        if torch_cuda:
+            torch.cuda.set_rng_state_all(torch_cuda)
+        np.random.set_state(numpy_global)
+        random.setstate(python_global)
+        for restore in own:
+            restore()
+
+    return put_back
+
+
+def _generators(source: object) -> Iterator[object]:
+    """Every random number generator that an object, or what it is made of, holds."""
+    seen: set[int] = set()
+    level: list[object] = [source]
+    for _ in range(_DEPTH):
+        inside: list[object] = []
+        for item in level:
+            if id(item) in seen or isinstance(item, _OPAQUE):
+                continue
+            seen.add(id(item))
+            if isinstance(item, _KINDS):
+                yield item
+            else:
+                inside += _inside(item)
+        level = inside
+
+
+def _inside(item: object) -> list[object]:
+    if isinstance(item, dict):
+        return list(item.values())[:_WIDTH]
+    if isinstance(item, list | tuple):
+        return list(item[:_WIDTH])
+    return list(getattr(item, "__dict__", {}).values())
+
+
+def _generator(found: object) -> Restore:
+    if isinstance(found, torch.Generator):
+        return functools.partial(found.set_state, found.get_state())
+    if isinstance(found, np.random.RandomState):
+        return functools.partial(found.set_state, found.get_state())
+    if isinstance(found, np.random.Generator):
+        bits = found.bit_generator
+        return functools.partial(setattr, bits, "state", copy.deepcopy(bits.state))
+    assert isinstance(found, random.Random)
+    return functools.partial(found.setstate, found.getstate())
