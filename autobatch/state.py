@@ -136,7 +136,7 @@ def _entry(entry: object) -> dict[str, object]:
     if not isinstance(entry, dict):
         return {}
     return {
-        key: value if isinstance(value, Tensor | _PLAIN) else copy.deepcopy(value)
+        key: value if isinstance(value, (Tensor, *_PLAIN)) else copy.deepcopy(value)
         for key, value in entry.items()
     }
 

@@ -131,7 +131,7 @@ def _is_named_tuple(nest: object) -> bool:
 
 def _children(nest: Nest) -> list[Nest] | None:
     """The values directly inside a container; None for a leaf."""
-    if isinstance(nest, Tensor | _LEAVES):
+    if isinstance(nest, (Tensor, *_LEAVES)):
         return None
     if isinstance(nest, Mapping):
         return list(nest.values())

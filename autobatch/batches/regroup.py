@@ -11,9 +11,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from autobatch.batches.nest import Nest, from_numpy, join, part, size_of, take
 
-Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+Array: TypeAlias = Tensor | np.ndarray[Any, Any]
 Data: TypeAlias = (
-    "Dataset[Any] | DataLoader[Any] | tuple[Array, ...] | Mapping[str, Array] | Iterable[Nest]"
+    Dataset[Any] | DataLoader[Any] | tuple[Array, ...] | Mapping[str, Array] | Iterable[Nest]
 )
 
 _WHAT_DATA_IS: Final = (

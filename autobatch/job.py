@@ -1,0 +1,188 @@
+"""All arguments of a public function, resolved and refused once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from autobatch.batches.regroup import Data, Source, open_source
+from autobatch.devices.base import MemoryDevice, limit_of
+from autobatch.devices.choose import choose_device, open_device
+from autobatch.errors import DoesNotFitError
+from autobatch.refusals import check_model, check_one_process, check_optimizer
+from autobatch.state import preserved, training_mode
+from autobatch.training.forward import Forward
+from autobatch.training.losses import resolve_loss
+from autobatch.training.window import Recipe
+from autobatch.units import parse_bytes
+
+OptimizerFactory = Callable[[Iterator[nn.Parameter]], Optimizer]
+LossLike = Callable[..., object]
+Size = int | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that a search and a training need to know, checked.
+
+    Attributes:
+        recipe: The step.
+        source: The data.
+        loss_module: The loss where it is a module: it moves, and is put back, with the model.
+        memory_limit_bytes: The whole process's, or None for what is free.
+        headroom_bytes: Kept free, or None for the standard.
+    """
+
+    recipe: Recipe
+    source: Source
+    loss_module: nn.Module | None
+    memory_limit_bytes: int | None
+    headroom_bytes: int | None
+
+    @classmethod
+    def resolve(
+        cls,
+        model: nn.Module,
+        data: Data,
+        *,
+        batch_size: int,
+        loss: LossLike | None,
+        forward: Forward | None,
+        optimizer: Optimizer | OptimizerFactory | None,
+        device: str | torch.device | None,
+        memory_limit: Size | None,
+        headroom: Size | None,
+    ) -> "Job":
+        """Check every argument before anything is touched.
+
+        Raises:
+            TypeError, ValueError: With the value that came and the way out.
+            DeviceUnavailableError: If the device is not here.
+        """
+        check_one_process()
+        check_model(model)
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward must be callable, got {forward!r}")
+        resolved = resolve_loss(loss)
+        memory_limit_bytes = (
+            None if memory_limit is None else parse_bytes(memory_limit, name="memory_limit")
+        )
+        headroom_bytes = (
+            headroom if headroom in (None, 0) else parse_bytes(headroom, name="headroom")
+        )
+        source = open_source(data, batch_size=batch_size)
+        present = next(model.parameters()).device
+        chosen = choose_device(device, present)
+        own_optimizer = _optimizer(optimizer, model)
+        modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
+        memory = open_device(chosen, lambda: _residents(modules, own_optimizer))
+        return cls(
+            recipe=Recipe(
+                model=model,
+                optimizer=own_optimizer,
+                loss=resolved,
+                forward=forward,
+                device=memory,
+            ),
+            source=source,
+            loss_module=loss if isinstance(loss, nn.Module) else None,
+            memory_limit_bytes=memory_limit_bytes,
+            headroom_bytes=headroom_bytes,
+        )
+
+    @property
+    def device(self) -> MemoryDevice:
+        """Where the step runs."""
+        return self.recipe.device
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and the loss where it is a module."""
+        return [module for module in (self.recipe.model, self.loss_module) if module is not None]
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Leave no trace of what happens inside, on the model, the data or the generators."""
+        optimizers = [self.recipe.optimizer]
+        with preserved(self.modules, optimizers, random_sources=[self.source.owner]):
+            self.move()
+            with training_mode(self.recipe.model):
+                yield
+
+    def move(self) -> None:
+        """Bring model, loss and optimizer state to the device."""
+        device = self.device.torch_device
+        if next(self.recipe.model.parameters()).device == device:
+            return
+        for module in self.modules:
+            module.to(device)
+        _move_state(self.recipe.optimizer, device)
+
+    def limit_bytes(self) -> int:
+        """Return what a step may allocate now.
+
+        Raises:
+            DoesNotFitError: If the model alone does not fit.
+        """
+        limit = limit_of(
+            self.device.read(),
+            memory_limit_bytes=self.memory_limit_bytes,
+            headroom_bytes=self.headroom_bytes,
+        )
+        breakdown = self.breakdown_bytes()
+        if limit < breakdown["parameters"] + breakdown["buffers"]:
+            raise DoesNotFitError(1, limit, breakdown)
+        return limit
+
+    def breakdown_bytes(self) -> dict[str, int]:
+        """Return what the step needs whatever the batch, by name."""
+        model, optimizer = self.recipe.model, self.recipe.optimizer
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return {
+            "parameters": _bytes(list(model.parameters())),
+            "buffers": _bytes(list(model.buffers())),
+            "gradients": _bytes(trained),
+            "optimizer state": _bytes(_state_tensors(optimizer)),
+        }
+
+
+def _optimizer(given: Optimizer | OptimizerFactory | None, model: nn.Module) -> Optimizer:
+    if given is None:
+        return AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if isinstance(given, Optimizer) or not callable(given):
+        return check_optimizer(given, model)
+    return check_optimizer(given(model.parameters()), model)
+
+
+def _residents(modules: list[nn.Module], optimizer: Optimizer) -> list[Tensor]:
+    held: list[Tensor] = []
+    for module in modules:
+        held += [*module.parameters(), *module.buffers()]
+    return held + _state_tensors(optimizer)
+
+
+def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    return [
+        value
+        for entry in optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    ]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _move_state(optimizer: Optimizer, device: torch.device) -> None:
+    """Bring state along, as ``Optimizer.load_state_dict`` would: step counts stay on the host."""
+    for group in optimizer.param_groups:
+        counts_move = group.get("capturable") or group.get("fused")
+        for parameter in group["params"]:
+            entry = optimizer.state.get(parameter, {})
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and (key != "step" or counts_move):
+                    entry[key] = value.to(device)

@@ -1,0 +1,52 @@
+"""How a batch enters the model, and what the output is compared with."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from torch import Tensor, nn
+
+from autobatch.batches.nest import Nest, describe
+
+Forward = Callable[[nn.Module, Nest], tuple[Nest, Nest]]
+
+_TARGET_KEYS: Final = ("labels", "target")
+
+
+def targets_of(batch: Nest) -> Nest:
+    """Return what the outputs for ``batch`` are compared with.
+
+    That is the last of a tuple or list of two or more, and the key ``labels`` or ``target`` of a
+    mapping.
+
+    Raises:
+        TypeError: If the batch is of another kind.
+    """
+    return _taken_apart(batch)[1]
+
+
+def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
+    """Return the outputs for ``batch``, and its targets.
+
+    ``(x, y)`` calls ``model(x)``, more items ``model(*batch[:-1])``, a mapping
+    ``model(**batch)`` without its target.
+    """
+    inputs, targets = _taken_apart(batch)
+    if isinstance(inputs, dict):
+        return model(**inputs), targets
+    assert isinstance(inputs, tuple)
+    return model(*inputs), targets
+
+
+def _taken_apart(batch: Nest) -> tuple[Nest, Nest]:
+    """Inputs (a tuple of arguments or a dict of keyword arguments) and targets."""
+    if isinstance(batch, Mapping):
+        present = [key for key in _TARGET_KEYS if key in batch]
+        if len(present) == 1:
+            return {k: v for k, v in batch.items() if k != present[0]}, batch[present[0]]
+    elif isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), batch[-1]
+    what = f"a {type(batch).__name__}" if isinstance(batch, Tensor) else describe(batch)
+    raise TypeError(
+        f"a batch must be (inputs, ..., target) or a mapping with one of {_TARGET_KEYS}, "
+        f"got {what}; pass forward=(model, batch) -> (outputs, targets) for any other"
+    )

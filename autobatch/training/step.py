@@ -1,0 +1,212 @@
+"""One optimizer step per logical batch, in pieces that fit."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+from torch import nn
+from torch.optim import Optimizer
+
+from autobatch.batches.nest import Nest, cut, from_numpy, size_of
+from autobatch.devices.choose import open_device
+from autobatch.devices.failures import verdict_of
+from autobatch.errors import DoesNotFitError, InexactStepError
+from autobatch.events import Observer, Replayed
+from autobatch.plan import BatchPlan, check_size
+from autobatch.refusals import check_model, check_one_process, check_optimizer
+from autobatch.results import StepResult, Verdict
+from autobatch.training.accumulate import Accumulated
+from autobatch.training.forward import Forward
+from autobatch.training.losses import resolve_loss
+from autobatch.training.replay import smaller_size, window_start
+from autobatch.training.update import take_step
+from autobatch.training.window import LossCheck, Recipe
+
+_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
+
+
+class Accumulator:
+    """Takes the step that the undivided batch would take, in pieces that fit.
+
+    For one's own loop::
+
+        accumulator = Accumulator(model, optimizer, nn.CrossEntropyLoss())
+        for batch in loader:  # Of the batch size that is wanted.
+            result = accumulator.step(batch)
+
+    It owns ``.grad``: what it finds there is discarded, and nothing is left there. It leaves the
+    model's mode alone.
+
+    Args:
+        model: On the device where it is to train.
+        optimizer: Over some or all of the model's parameters.
+        loss: A loss of torch, or a callable ``(outputs, targets)`` that returns a mean over
+            examples or ``(sum, terms)``; None infers it from the targets.
+        micro_batch: The largest micro-batch; None means the whole batch until memory runs out.
+        forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither
+            ``(inputs, ..., target)`` nor a mapping with a target.
+
+    Attributes:
+        micro_batch: As given, or what was found to fit after memory ran out.
+
+    Raises:
+        TypeError, ValueError: If an argument cannot be trained with, with the reason.
+    """
+
+    micro_batch: int | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: Callable[..., object] | None = None,
+        *,
+        micro_batch: int | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        check_one_process()
+        check_model(model)
+        device = open_device(next(model.parameters()).device)
+        recipe = Recipe(
+            model=model,
+            optimizer=check_optimizer(optimizer, model),
+            loss=resolve_loss(loss),
+            forward=forward,
+            device=device,
+        )
+        if micro_batch is not None:
+            micro_batch = check_size("micro_batch", micro_batch)
+        self._follow(recipe, micro_batch, limit_bytes=None, observer=None)
+
+    @classmethod
+    def following(
+        cls,
+        recipe: Recipe,
+        *,
+        micro_batch: int,
+        limit_bytes: int | None,
+        observer: Observer | None,
+    ) -> "Accumulator":
+        """Return one for a recipe that has been checked, as ``find_and_train`` drives it.
+
+        Args:
+            recipe: What a step is made of.
+            micro_batch: The tolerable batch.
+            limit_bytes: What a step may allocate; None leaves the device's own limit.
+            observer: Is told of replays.
+        """
+        accumulator = cls.__new__(cls)
+        accumulator._follow(recipe, micro_batch, limit_bytes=limit_bytes, observer=observer)
+        return accumulator
+
+    def _follow(
+        self,
+        recipe: Recipe,
+        micro_batch: int | None,
+        *,
+        limit_bytes: int | None,
+        observer: Observer | None,
+    ) -> None:
+        self.micro_batch = micro_batch
+        self._recipe = recipe
+        self._limit_bytes = limit_bytes
+        self._observer: Observer = observer or (lambda _: None)
+        self._unsettled = recipe.loss.checked
+
+    def step(self, batch: Nest) -> StepResult:
+        """Take one optimizer step for one logical batch.
+
+        Args:
+            batch: On the host, or wherever it is; a micro-batch at a time is moved to the model.
+
+        Returns:
+            The loss that the undivided batch has, and how the batch was cut. Reading the loss
+            waits for the device once. A batch without a valid term is skipped: no step.
+
+        Raises:
+            DoesNotFitError: If not even one example fits. Nothing has moved.
+            InexactStepError: If splitting would change the loss. Nothing has moved.
+            StepInterruptedError: If memory ran out with the optimizer's step half done.
+        """
+        batch = from_numpy(batch)
+        examples = size_of(batch)
+        if examples == 0:
+            raise ValueError("a logical batch must hold at least one example, got 0")
+        denominator = self._recipe.denominator(batch)
+        if denominator == 0:
+            return _skipped(examples)
+        done, plan, replays = self._accumulated(batch, denominator)
+        terms = denominator if done.terms is None else float(done.terms)
+        if terms == 0:
+            self._recipe.clear()
+            return _skipped(examples)
+        with self._limited():
+            take_step(self._recipe.optimizer, self._recipe.device)
+        self._recipe.clear()
+        return StepResult(
+            loss=float(done.loss_sum) / terms,
+            terms=terms,
+            examples=examples,
+            micro_batch_sizes=plan.micro_batch_sizes,
+            replays=replays,
+        )
+
+    def _accumulated(self, batch: Nest, denominator: float) -> tuple[Accumulated, BatchPlan, int]:
+        """The window, run until it fits; with how it was cut and how often it was replayed."""
+        examples = size_of(batch)
+        size = min(self.micro_batch or examples, examples)
+        replays = 0
+        self._recipe.clear()
+        with self._limited():
+            put_back = window_start(self._recipe.model)
+        while True:
+            plan = BatchPlan(desired=examples, tolerable=size)
+            try:
+                done, message = self._attempt(batch, plan, denominator)
+            except InexactStepError:
+                self._recipe.clear()
+                put_back()
+                raise
+            if done is not None:
+                return done, plan, replays
+            replays += 1
+            failed, size = size, smaller_size(examples, size, replays)
+            self._recipe.clear()
+            put_back()
+            self._recipe.device.release_cached()
+            if size == 0:
+                raise DoesNotFitError(1, self._limit_bytes, message=message)
+            self.micro_batch = size
+            self._observer(Replayed(failed=failed, micro_batch=size))
+
+    def _attempt(
+        self, batch: Nest, plan: BatchPlan, denominator: float
+    ) -> tuple[Accumulated | None, str]:
+        """Run the window once; None, and what the failure said, if memory ran out."""
+        parts = cut(batch, plan.micro_batch_sizes)
+        check = LossCheck(self._recipe, len(parts)) if self._unsettled and len(parts) > 1 else None
+        try:
+            with self._limited():
+                witness = check.witness if check else None
+                done = self._recipe.accumulate(parts, denominator, witness)
+                if check is not None:
+                    self._unsettled = not check.settled()
+        except Exception as error:
+            if verdict_of(error) not in _TOO_MUCH:
+                raise
+            message = str(error)
+        else:
+            return done, ""
+        # Only here has the error let go of the failed window's tensors.
+        return None, message
+
+    def _limited(self) -> AbstractContextManager[None]:
+        if self._limit_bytes is None:
+            return nullcontext()
+        return self._recipe.device.limited_to(self._limit_bytes)
+
+
+def _skipped(examples: int) -> StepResult:
+    return StepResult(
+        loss=float("nan"), terms=0, examples=examples, micro_batch_sizes=(), skipped=True
+    )

@@ -1,0 +1,146 @@
+"""One window: the gradient of one logical batch, from its micro-batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
+from autobatch.devices.base import MemoryDevice
+from autobatch.errors import InexactStepError
+from autobatch.training.accumulate import Accumulated, Terms, accumulate, rescale
+from autobatch.training.forward import Forward, standard_forward, targets_of
+from autobatch.training.loss_check import check_splits
+from autobatch.training.losses import Loss
+
+CHECKED_BYTES = 4 * 2**20  # The loss check joins at most so many bytes of outputs and targets.
+
+Witness = Callable[[Nest, Nest], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a training step is made of. A trial and training follow the same one.
+
+    Attributes:
+        model: In training mode.
+        optimizer: Over some or all of the model's parameters.
+        loss: Resolved.
+        forward: The user's, or None for the standard one.
+        device: Where the model is.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss: Loss
+    forward: Forward | None
+    device: MemoryDevice
+
+    def denominator(self, batch: Nest) -> float:
+        """Return what the logical batch's summed loss is divided by before the backward passes.
+
+        Zero means that no term is valid. Where a ``forward`` makes the targets they are not known
+        yet, and it is the examples: the gradient is rescaled at the end.
+        """
+        examples = size_of(batch)
+        if self.forward is not None:
+            return examples
+        return self.loss.denominator(targets_of(batch), examples)
+
+    def parameters(self) -> list[Tensor]:
+        """Return every tensor whose ``.grad`` a step owns."""
+        held = list(self.model.parameters())
+        for group in self.optimizer.param_groups:
+            held += group["params"]
+        return list({id(parameter): parameter for parameter in held}.values())
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Yield every gradient there is."""
+        return (p.grad for p in self.parameters() if p.grad is not None)
+
+    def clear(self) -> None:
+        """Let go of every gradient."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def accumulate(
+        self, parts: Sequence[Nest], denominator: float, witness: Witness | None = None
+    ) -> Accumulated:
+        """Leave the logical batch's gradient in ``.grad``, which must be empty.
+
+        Args:
+            parts: The micro-batches, on the host.
+            denominator: The logical batch's.
+            witness: Is shown each micro-batch's detached outputs and its targets.
+        """
+
+        def share(micro_batch: Nest) -> tuple[Tensor, Terms]:
+            outputs, targets = (self.forward or standard_forward)(self.model, micro_batch)
+            if witness is not None:
+                witness(outputs, targets)
+            examples = size_of(micro_batch)
+            loss_sum, terms = self.loss.summed(outputs, targets, examples)
+            if self.forward is not None and terms is None:
+                terms = self.loss.denominator(targets, examples)
+            return loss_sum, terms
+
+        done = accumulate(map(self._moved, parts), share, denominator=denominator)
+        if done.terms is not None and float(done.terms) not in (0.0, denominator):
+            rescale(list(self.gradients()), denominator / done.terms)
+        return done
+
+    def _moved(self, nest: Nest) -> Nest:
+        device, copy = self.device.torch_device, self.device.copies_input
+        return map_tensors(lambda t: t.to(device, non_blocking=True, copy=copy), nest)
+
+
+@dataclass(slots=True)
+class LossCheck:
+    """Gathers a window's outputs, a bounded part of them, and holds the loss to the law.
+
+    Attributes:
+        micro_batches: How many the window has.
+    """
+
+    recipe: Recipe
+    micro_batches: int
+    outputs: list[Nest] = field(default_factory=list)
+    targets: list[Nest] = field(default_factory=list)
+
+    def witness(self, outputs: Nest, targets: Nest) -> None:
+        """Keep the first rows of one micro-batch on the host."""
+        examples = _common_length(outputs, targets)
+        row_bytes = sum(t.nbytes for t in (*tensors(outputs), *tensors(targets))) / examples
+        rows = min(examples, max(2, int(CHECKED_BYTES / self.micro_batches / row_bytes)))
+        self.outputs.append(_on_host(part(outputs, 0, rows)))
+        self.targets.append(_on_host(part(targets, 0, rows)))
+
+    def settled(self) -> bool:
+        """Return whether the loss was shown to be exact; False if it could not be judged.
+
+        Called when the activations are gone, so that it adds nothing to the peak.
+
+        Raises:
+            InexactStepError: If splitting changes the loss.
+        """
+        moved = self.recipe._moved
+        return check_splits(
+            self.recipe.loss, list(map(moved, self.outputs)), list(map(moved, self.targets))
+        )
+
+
+def _common_length(outputs: Nest, targets: Nest) -> int:
+    try:
+        return size_of((outputs, targets))
+    except ValueError:
+        raise InexactStepError(
+            "a loss that autobatch does not know can be split only where outputs and targets hold "
+            "one row an example along dimension 0, got outputs "
+            f"{describe(outputs)} and targets {describe(targets)}; return such outputs from the "
+            "model or from forward=, or use a loss of torch"
+        ) from None
+
+
+def _on_host(nest: Nest) -> Nest:
+    return map_tensors(lambda t: t.detach().to("cpu", copy=True), nest)
