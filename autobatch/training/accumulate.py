@@ -6,7 +6,7 @@ The denominator is the logical batch's. Averaging the micro-batches' own means i
 soon as two of them differ in terms.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,7 +64,7 @@ def accumulate(
     return Accumulated(loss_sum=total, terms=terms)
 
 
-def rescale(gradients: Iterable[Tensor], factor: Tensor | float) -> None:
+def rescale(gradients: Sequence[Tensor], factor: float) -> None:
     """Multiply every gradient by ``factor``, in place: once, after the last backward pass."""
     dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
     if dense:

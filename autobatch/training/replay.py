@@ -31,7 +31,7 @@ def window_start(model: nn.Module) -> Restore:
 
 
 def smaller_size(examples: int, size: int, failures: int) -> int:
-    """Return the size to try after ``size`` did not fit, or 0 after 1 did not.
+    """Return the size to try after ``size`` did not fit: a smaller one, or 1 again after 1.
 
     The first failure in a window adds one micro-batch to it, the next two, then four: the step is
     small where memory is just short, and a size far too large still comes down in a few replays.
@@ -41,7 +41,5 @@ def smaller_size(examples: int, size: int, failures: int) -> int:
         size: The micro-batch size that failed.
         failures: In this window, this one counted.
     """
-    if size == 1:
-        return 0
     steps = -(-examples // size) + (1 << (failures - 1))
     return max(1, min(size - 1, -(-examples // steps)))

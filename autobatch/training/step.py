@@ -140,11 +140,12 @@ class Accumulator:
         if terms == 0:
             self._recipe.clear()
             return _skipped(examples)
+        loss = float(done.loss_sum) / terms  # The one wait for the device, before anything moves.
         with self._limited():
             take_step(self._recipe.optimizer, self._recipe.device)
         self._recipe.clear()
         return StepResult(
-            loss=float(done.loss_sum) / terms,
+            loss=loss,
             terms=terms,
             examples=examples,
             micro_batch_sizes=plan.micro_batch_sizes,
@@ -155,7 +156,7 @@ class Accumulator:
         """The window, run until it fits; with how it was cut and how often it was replayed."""
         examples = size_of(batch)
         size = min(self.micro_batch or examples, examples)
-        replays = 0
+        replays, last_failed = 0, 0
         self._recipe.clear()
         with self._limited():
             put_back = window_start(self._recipe.model)
@@ -174,8 +175,9 @@ class Accumulator:
             self._recipe.clear()
             put_back()
             self._recipe.device.release_cached()
-            if size == 0:
+            if size == failed == last_failed:  # One example, for the second time.
                 raise DoesNotFitError(1, self._limit_bytes, message=message)
+            last_failed = failed
             self.micro_batch = size
             self._observer(Replayed(failed=failed, micro_batch=size))
 

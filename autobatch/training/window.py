@@ -45,7 +45,7 @@ class Recipe:
         """
         examples = size_of(batch)
         if self.forward is not None:
-            return examples
+            return examples if self.loss.divides else 1
         return self.loss.denominator(targets_of(batch), examples)
 
     def parameters(self) -> list[Tensor]:
@@ -81,13 +81,15 @@ class Recipe:
                 witness(outputs, targets)
             examples = size_of(micro_batch)
             loss_sum, terms = self.loss.summed(outputs, targets, examples)
-            if self.forward is not None and terms is None:
+            if self.forward is not None and terms is None and self.loss.divides:
                 terms = self.loss.denominator(targets, examples)
             return loss_sum, terms
 
         done = accumulate(map(self._moved, parts), share, denominator=denominator)
-        if done.terms is not None and float(done.terms) not in (0.0, denominator):
-            rescale(list(self.gradients()), denominator / done.terms)
+        if done.terms is not None:
+            terms = float(done.terms)  # An integer tensor would divide in single precision.
+            if terms not in (0.0, denominator):
+                rescale(list(self.gradients()), denominator / terms)
         return done
 
     def _moved(self, nest: Nest) -> Nest:

@@ -1,0 +1,471 @@
+"""The whole job: the parameters of a plain loop over undivided batches, in pieces that fit."""
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_exact, assert_same_parameters, small_model, twin, undivided_steps
+from states import fingerprint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from autobatch import (
+    DeviceUnavailableError,
+    DoesNotFitError,
+    InexactStepError,
+    TrainingResult,
+    find_and_train,
+    find_batch_size,
+)
+from autobatch.batches.regroup import logical_batches
+from autobatch.events import Event, StepEnded, TrialEnded
+from autobatch.vision import import_torchvision
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+train = functools.partial(find_and_train, progress=False)
+
+
+def rows(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (examples,), generator=generator)
+
+
+class Wide(nn.Module):
+    """A float64 net whose activations, not its parameters, fill the limit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.repeat(1, 40).exp().view(len(x), 40, 5).mean(1).log()
+        scores: Tensor = self.inner(wide)
+        return scores
+
+
+def joined(batches: list[tuple[Tensor, Tensor]], desired: int) -> list[tuple[Tensor, Tensor]]:
+    """Undivided batches of ``desired``, made the slow way."""
+    x = torch.cat([batch[0] for batch in batches])
+    y = torch.cat([batch[1] for batch in batches])
+    return list(zip(x.split(desired), y.split(desired), strict=True))
+
+
+@pytest.mark.parametrize("loader_batch", [7, 16, 40, 100])
+def test_it_trains_to_the_parameters_of_a_plain_loop_over_undivided_batches(
+    loader_batch: int,
+) -> None:
+    desired, epochs = 32, 3
+    loader = DataLoader(TensorDataset(*rows(75)), batch_size=loader_batch)
+    ours, whole = Wide(), Wide()
+    result = train(ours, loader, desired, optimizer=SGD, epochs=epochs, memory_limit="20KiB")
+    losses = undivided_steps(
+        whole, SGD(whole.parameters()), F.cross_entropy, joined(list(loader), desired) * epochs
+    )
+    assert result.plan.accumulation_steps > 2, "the limit must cut the batch for this to mean much"
+    assert result.steps == len(losses) == 9
+    assert result.examples == 75 * epochs
+    assert_same_parameters(ours, whole)
+    assert_exact(list(result.losses), losses)
+
+
+def test_another_split_of_the_epoch_trains_to_other_parameters() -> None:
+    ours, whole = Wide(), Wide()
+    loader = DataLoader(TensorDataset(*rows(75)), batch_size=16)
+    train(ours, loader, 32, optimizer=SGD, memory_limit="20KiB")
+    optimizer = SGD(whole.parameters())
+    undivided_steps(whole, optimizer, F.cross_entropy, joined(list(loader), 16))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same_parameters(ours, whole)
+
+
+def test_drop_last_leaves_the_short_window_out() -> None:
+    ours, whole = small_model(), small_model()
+    loader = DataLoader(TensorDataset(*rows(75)), batch_size=16)
+    result = train(ours, loader, 32, optimizer=SGD, drop_last=True)
+    batches = joined(list(loader), 32)[:2]
+    undivided_steps(whole, SGD(whole.parameters()), F.cross_entropy, batches)
+    assert result.steps == 2
+    assert_same_parameters(ours, whole)
+
+
+def test_max_steps_ends_an_endless_stream() -> None:
+    drawn: list[int] = []
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        for seed in itertools.count():
+            drawn.append(seed)
+            yield rows(10, seed)
+
+    result = train(small_model(), endless(), 32, optimizer=SGD, max_steps=3)
+    assert (result.steps, result.examples) == (3, 96)
+    assert len(drawn) == 10, "no batch is read ahead"
+
+
+def test_max_steps_counts_over_epochs() -> None:
+    result = train(small_model(), rows(40), 16, epochs=3, max_steps=5)
+    assert (result.steps, result.epochs) == (5, 2)
+
+
+# What training sees with the search is what it sees without.
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Augments from a generator of its own, or from the global ones."""
+
+    def __init__(self, own: np.random.Generator | None) -> None:
+        self.x, self.y = rows(60)
+        self.own = own
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = self.own.normal() if self.own else np.random.normal() + random.random()
+        return self.x[index] + noise + torch.randn(()).double(), self.y[index]
+
+
+Loader = DataLoader[tuple[Tensor, Tensor]]
+LOADERS: dict[str, Callable[[], Loader]] = {
+    "global generators": lambda: DataLoader(Noisy(None), 8, shuffle=True),
+    "own generator": lambda: DataLoader(
+        Noisy(None), 8, shuffle=True, generator=torch.Generator().manual_seed(5)
+    ),
+    "workers": lambda: DataLoader(Noisy(None), 8, shuffle=True, num_workers=2),
+    "persistent workers": lambda: DataLoader(
+        Noisy(None), 8, shuffle=True, num_workers=1, persistent_workers=True
+    ),
+    "a dataset with its own generator": lambda: DataLoader(
+        Noisy(np.random.default_rng(5)), 8, shuffle=True
+    ),
+}
+
+
+SEEN: list[Tensor] = []  # A global: no search puts it back.
+
+
+class Recorder(nn.Module):
+    """Remembers what it was shown, and draws dropout masks between one batch and the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(small_model(), nn.Dropout(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(x.clone())
+        scores: Tensor = self.inner(x)
+        return scores
+
+
+def seed_everything() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_training_sees_what_it_would_have_seen_without_the_search(
+    make: Callable[[], Loader],
+) -> None:
+    model = Recorder()
+    without = twin(model)
+    desired, epochs = 20, 2
+
+    loader = make()
+    seed_everything()
+    SEEN.clear()
+    optimizer = torch.optim.Adam(without.parameters())
+    for _ in range(epochs):
+        undivided_steps(
+            without, optimizer, F.cross_entropy, pairs(logical_batches(loader, desired))
+        )
+    expected = list(SEEN)
+
+    loader = make()
+    seed_everything()
+    trials: list[Event] = []
+
+    def forget_trials(event: Event) -> None:
+        if isinstance(event, TrialEnded):
+            trials.append(event)
+            SEEN.clear()
+
+    find_and_train(
+        model, loader, desired, optimizer=torch.optim.Adam, epochs=epochs, progress=forget_trials
+    )
+    assert trials
+    torch.testing.assert_close(SEEN, expected, rtol=0, atol=0)
+    assert_same_parameters(model, without)
+
+
+def pairs(batches: Iterator[object]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        assert isinstance(batch, list)
+        yield batch[0], batch[1]
+
+
+# Any kind of data.
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(*rows(50), strict=True)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        rows(50),
+        tuple(tensor.numpy() for tensor in rows(50)),
+        TensorDataset(*rows(50)),
+        DataLoader(TensorDataset(*rows(50)), batch_size=8),
+        Stream(),
+        [rows(20), rows(20), rows(10)],
+    ],
+    ids=["tensors", "arrays", "Dataset", "DataLoader", "IterableDataset", "list of batches"],
+)
+def test_any_kind_of_data_is_seen_whole_each_epoch(data: object) -> None:
+    result = train(small_model(), data, 16, epochs=2)  # type: ignore[arg-type]  # Every kind.
+    assert (result.examples, result.steps) == (100, 8)
+
+
+def test_a_mapping_is_called_by_keyword_and_its_target_kept_back() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_model()
+
+        def forward(self, *, inputs: Tensor, scale: Tensor) -> Tensor:
+            scores: Tensor = self.inner(inputs) * scale
+            return scores
+
+    x, y = rows(40)
+    data = {"inputs": x, "scale": torch.ones(40, 1, dtype=torch.float64), "labels": y}
+    assert train(Named(), data, 16).examples == 40
+
+
+def test_floating_targets_mean_squared_error_by_default() -> None:
+    ours = nn.Linear(5, 1).double()
+    whole = twin(ours)
+    x = rows(24)[0]
+    y = x.sum(1, keepdim=True)
+    batches = [(x[:16], y[:16]), (x[16:], y[16:])]
+    train(ours, batches, 16, optimizer=SGD, memory_limit="3KiB")
+    undivided_steps(whole, SGD(whole.parameters()), F.mse_loss, batches)
+    assert_same_parameters(ours, whole)
+
+
+def test_data_smaller_than_desired_is_one_window_an_epoch_and_noted() -> None:
+    result = train(small_model(), rows(10), 256, epochs=3)
+    assert result.steps == 3
+    assert str(result.plan).startswith("10 = 10")
+    assert any("fewer than the 256 desired" in note for note in result.notes)
+
+
+def test_a_seed_makes_a_run_repeatable() -> None:
+    results = [train(small_model(), rows(50), 16, epochs=2, seed=7) for _ in range(2)]
+    assert results[0].losses == results[1].losses
+    assert results[0].losses != train(small_model(), rows(50), 16, epochs=2, seed=8).losses
+
+
+def test_evaluation_mode_is_put_back_after_training() -> None:
+    model = nn.Sequential(small_model(), nn.Dropout(0.5)).eval()
+    train(model, rows(20), 8)
+    assert not any(module.training for module in model.modules())
+
+
+def test_events_tell_of_every_trial_and_step() -> None:
+    events: list[Event] = []
+    result = find_and_train(small_model(), rows(40), 16, progress=events.append)
+    assert [e.trial for e in events if isinstance(e, TrialEnded)] == list(result.search.trials)
+    assert [e.step.loss for e in events if isinstance(e, StepEnded)] == list(result.losses)
+
+
+def test_progress_false_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    find_and_train(small_model(), rows(40), 16, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_split_batch_norm_is_noted_and_whole_batch_norm_is_not() -> None:
+    model = nn.Sequential(nn.Linear(5, 200), nn.BatchNorm1d(200), nn.Linear(200, 3)).double()
+    split = train(twin(model), rows(64), 64, memory_limit="200KiB")
+    whole = train(twin(model), rows(64), 64)
+    assert split.plan.accumulation_steps > 1
+    assert any("BatchNorm" in note for note in split.notes)
+    assert whole.notes == ()
+
+
+def test_an_inexact_loss_is_refused_and_nothing_has_been_trained() -> None:
+    def biggest(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none").max()
+
+    model = nn.Sequential(Wide(), nn.BatchNorm1d(3).double())
+    optimizer = torch.optim.Adam(model.parameters())
+    x, y = rows(64)
+    seed_everything()
+    before = fingerprint(model, optimizer)
+    with pytest.raises(InexactStepError):
+        train(model, [(x, y)], 64, loss=biggest, optimizer=optimizer, memory_limit="30KiB")
+    assert fingerprint(model, optimizer) == before
+
+
+@pytest.mark.slow
+def test_resnet_101_with_adam_takes_two_steps_of_50() -> None:
+    torch.manual_seed(0)
+    model = import_torchvision().models.resnet101(num_classes=10)
+    adam = functools.partial(torch.optim.Adam, lr=5e-4)
+    data = torch.randn(100, 3, 48, 48), torch.randint(0, 10, (100,))
+    result = train(model, data, 100, optimizer=adam, memory_limit="970MiB")
+    assert result.plan.micro_batch_sizes == (50, 50)
+    assert result.steps == 1
+    assert result.replays == 0
+
+
+# Bad input: a clear error, at once, and nothing is changed.
+
+
+@pytest.mark.parametrize(
+    ("desired", "error"),
+    [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("256", TypeError), (True, TypeError)],
+)
+def test_a_bad_size_is_refused_with_the_value_that_came(
+    desired: int, error: type[Exception]
+) -> None:
+    model = small_model()
+    for call in (
+        lambda: train(model, rows(8), desired),
+        lambda: train(model, rows(8), 4, epochs=desired),
+        lambda: train(model, rows(8), 4, max_steps=desired),
+        lambda: find_batch_size(model, rows(8), ceiling=desired),
+    ):
+        with pytest.raises(error, match=f"at least 1, got {desired!r}"):
+            call()
+
+
+class Empty(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise IndexError(index)
+
+
+def frozen() -> nn.Module:
+    return small_model().requires_grad_(False)
+
+
+def no_reduction(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+BAD: dict[str, tuple[Callable[[], TrainingResult], type[Exception], str]] = {
+    "an empty dataset": (lambda: train(small_model(), Empty()), ValueError, "empty"),
+    "empty tensors": (lambda: train(small_model(), rows(0)), ValueError, "empty"),
+    "an empty list": (lambda: train(small_model(), []), ValueError, "empty"),
+    "an empty iterator": (lambda: train(small_model(), iter([])), ValueError, "empty"),
+    "a loss of the wrong shape": (
+        lambda: train(small_model(), rows(8), 4, loss=no_reduction),
+        ValueError,
+        "shape",
+    ),
+    "a loss without reduction": (
+        lambda: train(small_model(), rows(8), 4, loss=nn.CrossEntropyLoss(reduction="none")),
+        TypeError,
+        "none",
+    ),
+    "a loss that is no function": (
+        lambda: train(small_model(), rows(8), 4, loss="mse"),  # type: ignore[arg-type]
+        TypeError,
+        "mse",
+    ),
+    "a model without parameters": (
+        lambda: train(nn.ReLU(), rows(8), 4),
+        ValueError,
+        "no parameters",
+    ),
+    "a frozen model": (lambda: train(frozen(), rows(8), 4), ValueError, "frozen"),
+    "no model": (lambda: train(len, rows(8), 4), TypeError, "Module"),  # type: ignore[arg-type]
+    "lengths that disagree": (
+        lambda: train(small_model(), (rows(8)[0], rows(7)[1]), 4),
+        ValueError,
+        "agree in length",
+    ),
+    "batches whose lengths disagree": (
+        lambda: train(small_model(), [(rows(8)[0], rows(7)[1])], 4),
+        ValueError,
+        "agree in length",
+    ),
+    "a limit below the model's own size": (
+        lambda: train(small_model(), rows(8), 4, memory_limit=100),
+        DoesNotFitError,
+        r"does not fit in 100 B \(parameters",
+    ),
+    "a limit that cannot be read": (
+        lambda: train(small_model(), rows(8), 4, memory_limit="8GB?"),
+        ValueError,
+        "8GB",
+    ),
+    "a headroom that cannot be read": (
+        lambda: train(small_model(), rows(8), 4, headroom="much"),
+        ValueError,
+        "much",
+    ),
+    "a batch without target": (lambda: train(small_model(), [rows(8)[0]], 4), TypeError, "target"),
+    "an unknown device": (
+        lambda: train(small_model(), rows(8), 4, device="quantum"),
+        ValueError,
+        "quantum",
+    ),
+    "a device that is not here": (
+        lambda: train(small_model(), rows(8), 4, device="cuda:63"),
+        DeviceUnavailableError,
+        "not here",
+    ),
+    "an optimizer of another model": (
+        lambda: train(small_model(), rows(8), 4, optimizer=SGD(small_model().parameters())),
+        ValueError,
+        "none of the model's parameters",
+    ),
+    "epochs over a one-pass iterable": (
+        lambda: train(small_model(), iter([rows(8)]), 4, epochs=2),
+        ValueError,
+        "one-pass",
+    ),
+    "text as data": (lambda: train(small_model(), "digits", 4), TypeError, "data must be"),
+    "nothing left": (lambda: train(small_model(), rows(8), 9, drop_last=True), ValueError, "9"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "text"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_with_what_came(
+    call: Callable[[], TrainingResult], error: type[Exception], text: str
+) -> None:
+    seed_everything()
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_bad_input_changes_nothing() -> None:
+    model = nn.Sequential(small_model(), nn.BatchNorm1d(3).double())
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, rows(8), 4, optimizer=optimizer)
+    model(rows(8)[0]).sum().backward()
+    before = fingerprint(model, optimizer)
+    for options in ({"loss": no_reduction}, {"memory_limit": 1500}, {"memory_limit": "8GB?"}):
+        with pytest.raises((ValueError, DoesNotFitError)):
+            train(model, [rows(8)], 4, optimizer=optimizer, **options)
+        assert fingerprint(model, optimizer) == before
+
+
+def test_an_error_of_the_loader_passes_through_untouched() -> None:
+    def torn() -> Iterator[tuple[Tensor, Tensor]]:
+        yield rows(8)
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="disk on fire"):
+        train(small_model(), torn(), 4)

@@ -1,0 +1,257 @@
+"""Every size it returns really ran, and nothing of the user's is changed."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from black_box import RAN, BlackBox, Where
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from states import fingerprint, identities
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autobatch import Accumulator, DoesNotFitError, Verdict, check, find_batch_size
+from autobatch.devices.metered import MeteredDevice
+from autobatch.job import Job
+from autobatch.vision import import_torchvision
+
+
+def images(examples: int, pixels: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(examples, 1, pixels, pixels, generator=generator)
+    return x, torch.randint(0, classes, (examples,), generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_ran() -> None:
+    RAN.clear()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("ceiling", [256, 4096])
+@pytest.mark.parametrize("limit", [1, 3, 7, 37, 100, 129, 1000])
+def test_a_black_box_gives_the_exact_answer_and_stays_as_it_was(
+    limit: int, ceiling: int, where: Where
+) -> None:
+    model = BlackBox(limit, where)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(images(1)[0]).sum().backward()  # A gradient that is to be found again.
+    data = images(ceiling)
+    before, objects = fingerprint(model, optimizer), identities(model, optimizer)
+    RAN.clear()
+
+    found = find_batch_size(model, data, ceiling=ceiling, optimizer=optimizer)
+
+    assert found.size == min(limit, ceiling)
+    assert RAN.count(found.size) >= 2, "the size that was returned ran two micro-batches"
+    assert found.upper.size == (limit + 1 if limit < ceiling else None)
+    assert found.limited_by == ("memory" if limit < ceiling else "ceiling")
+    assert fingerprint(model, optimizer) == before
+    assert identities(model, optimizer) == objects
+
+
+def test_the_fingerprint_sees_a_search_that_restores_nothing() -> None:
+    model = BlackBox(10)
+    before = fingerprint(model)
+    model(images(4)[0])
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_not_even_one_example_is_an_error_that_says_so(where: Where) -> None:
+    model = BlackBox(0, where)
+    before = fingerprint(model)
+    with pytest.raises(DoesNotFitError, match="a batch of 1 does not fit") as caught:
+        find_batch_size(model, images(64))
+    assert caught.value.breakdown_bytes["parameters"] > 0
+    assert fingerprint(model) == before
+
+
+def test_77_rows_are_a_ceiling_of_77() -> None:
+    found = find_batch_size(BlackBox(1000), images(77))
+    assert (found.size, found.ceiling, found.limited_by) == (77, 77, "data")
+    assert RAN.count(77) == 2
+    assert find_batch_size(BlackBox(1000), images(77), ceiling=500).size == 77
+    asked = find_batch_size(BlackBox(1000), images(77), ceiling=50)
+    assert (asked.size, asked.limited_by) == (50, "ceiling")
+
+
+class Mlp(nn.Module):
+    """Activations that outweigh the optimizer's step, so that every example counts."""
+
+    def __init__(self, width: int = 64, fails: Callable[[int], None] = lambda _: None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(25, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(width, 3),
+        )
+        self.fails = fails
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.fails(len(images))
+        scores: Tensor = self.inner(images)
+        return scores
+
+
+def fails_above(limit: int, error: BaseException) -> Callable[[int], None]:
+    """Raise ``error`` for every larger size."""
+
+    def fail(size: int) -> None:
+        if size > limit:
+            raise error
+
+    return fail
+
+
+@settings(deadline=None, max_examples=10)
+@given(limit_kib=st.integers(40, 400), adam=st.booleans())
+def test_under_any_limit_the_next_larger_size_does_not_fit(limit_kib: int, adam: bool) -> None:
+    model, data = Mlp(), images(300)
+    optimizer = torch.optim.Adam if adam else functools.partial(torch.optim.SGD, lr=0.1)
+    limit = limit_kib * 1024
+    found = find_batch_size(model, data, optimizer=optimizer, memory_limit=limit)
+    assert found.peak_bytes is not None
+    assert found.peak_bytes <= limit
+    here = check(model, data, found.size, optimizer=optimizer, memory_limit=limit)
+    assert here.fits
+    if found.size < found.ceiling:
+        above = check(model, data, found.size + 1, optimizer=optimizer, memory_limit=limit)
+        assert above.failure is Verdict.OUT_OF_MEMORY
+        assert above.peak_bytes is None
+
+
+def test_a_reported_peak_is_the_largest_of_the_first_five_training_windows() -> None:
+    models = import_torchvision().models
+    vit = models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5, dropout=0.1)
+    size = 6
+    x, y = torch.randn(2 * size, 3, 32, 32), torch.randint(0, 5, (2 * size,))
+    for model in (models.shufflenet_v2_x0_5(num_classes=5), vit):
+        optimizer = torch.optim.Adam(model.parameters())
+        trial = check(model, (x, y), size, optimizer=optimizer, memory_limit="2GiB")
+        assert not optimizer.state, "the search's state is gone, so training begins anew"
+        assert max(training_peaks(model, optimizer, (x, y), size)) == trial.peak_bytes
+
+
+def test_a_peak_without_optimizer_state_would_be_too_low() -> None:
+    model = Mlp(width=512)
+    sgd = check(model, images(8), 8, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    adam = check(model, images(8), 8, optimizer=torch.optim.Adam)
+    assert sgd.peak_bytes is not None
+    assert adam.peak_bytes is not None
+    state_bytes = 2 * sum(parameter.nbytes for parameter in model.parameters())
+    assert adam.peak_bytes >= sgd.peak_bytes + state_bytes
+
+
+def training_peaks(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], size: int
+) -> list[int]:
+    """Five real windows on the metered device."""
+    job = Job.resolve(
+        model,
+        batch,
+        batch_size=size,
+        loss=None,
+        forward=None,
+        optimizer=optimizer,
+        device="cpu",
+        memory_limit="2GiB",
+        headroom=None,
+    )
+    device = job.device
+    assert isinstance(device, MeteredDevice)
+    accumulator = Accumulator.following(
+        job.recipe, micro_batch=size, limit_bytes=job.limit_bytes(), observer=None
+    )
+    peaks = []
+    for _ in range(5):
+        device.reset_peak()
+        accumulator.step(batch)
+        peaks.append(device.read().peak_bytes)
+    return peaks
+
+
+def test_a_loader_with_its_own_generators_and_workers_is_left_as_it_was() -> None:
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(
+        TensorDataset(*images(40)),
+        batch_size=8,
+        shuffle=True,
+        generator=generator,
+        num_workers=1,
+        persistent_workers=True,
+    )
+    model = Mlp()
+    expected = [x.clone() for x, _ in loader]
+    generator.manual_seed(3)
+    before = fingerprint(generator)
+    assert find_batch_size(model, loader, ceiling=16).size == 16
+    assert fingerprint(generator) == before
+    torch.testing.assert_close([x for x, _ in loader], expected, rtol=0, atol=0)
+
+
+def test_a_one_pass_iterable_is_refused_before_anything_is_read() -> None:
+    batches = iter([images(4)])
+    with pytest.raises(TypeError, match="one-pass"):
+        find_batch_size(Mlp(), batches)
+    assert next(batches)[0].shape[0] == 4
+
+
+def test_a_model_in_evaluation_mode_is_rehearsed_in_training_mode() -> None:
+    model = Mlp().eval()
+    model.inner[4].train()
+    modes: list[bool] = []
+    model.inner[2].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    find_batch_size(model, images(8))
+    assert all(modes)
+    assert modes
+    assert [child.training for child in model.inner] == [False] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("error", [KeyError("no such size"), KeyboardInterrupt()])
+def test_any_other_error_passes_through_and_everything_is_put_back(error: BaseException) -> None:
+    model = Mlp(fails=fails_above(16, error))
+    optimizer = torch.optim.Adam(model.parameters())
+    before = fingerprint(model, optimizer)
+    with pytest.raises(type(error)):
+        find_batch_size(model, images(64), optimizer=optimizer)
+    assert fingerprint(model, optimizer) == before
+
+
+def test_an_error_that_may_be_memory_counts_only_after_a_smaller_size() -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`")
+    assert find_batch_size(Mlp(fails=fails_above(20, error)), images(64)).size == 20
+    with pytest.raises(RuntimeError, match="NOT_INITIALIZED"):
+        find_batch_size(Mlp(fails=fails_above(0, error)), images(64))
+
+
+def test_an_error_that_may_be_memory_counts_only_if_it_is_repeated() -> None:
+    once = iter([RuntimeError("CUDA driver error: device not ready")])
+
+    def fail(size: int) -> None:
+        if size > 20:
+            for error in once:
+                raise error
+
+    assert find_batch_size(Mlp(fails=fail), images(64)).size == 64
+
+
+def test_an_index_limit_is_told_apart_from_memory() -> None:
+    error = RuntimeError("Expected canUse32BitIndexMath(input) to be true")
+    found = find_batch_size(Mlp(fails=fails_above(30, error)), images(64))
+    assert (found.size, found.limited_by) == (30, "kernel")
+
+
+def constant(outputs: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001  # That is its fault.
+    return torch.ones((), requires_grad=True)
+
+
+def test_a_loss_that_does_not_depend_on_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parameter received a gradient"):
+        find_batch_size(Mlp(), images(8), loss=constant)
