@@ -177,23 +177,26 @@ def training_peaks(
     return peaks
 
 
-def test_a_loader_with_its_own_generators_and_workers_is_left_as_it_was() -> None:
-    generator = torch.Generator().manual_seed(3)
-    loader = DataLoader(
-        TensorDataset(*images(40)),
-        batch_size=8,
-        shuffle=True,
-        generator=generator,
-        num_workers=1,
-        persistent_workers=True,
-    )
+def test_a_loader_with_its_own_generator_and_workers_goes_on_as_without_the_search() -> None:
     model = Mlp()
-    expected = [x.clone() for x, _ in loader]
-    generator.manual_seed(3)
-    before = fingerprint(generator)
-    assert find_batch_size(model, loader, ceiling=16).size == 16
-    assert fingerprint(generator) == before
-    torch.testing.assert_close([x for x, _ in loader], expected, rtol=0, atol=0)
+    epochs = []
+    for searched in (False, True):
+        generator = torch.Generator().manual_seed(3)
+        loader = DataLoader(
+            TensorDataset(*images(40)),
+            batch_size=8,
+            shuffle=True,
+            generator=generator,
+            num_workers=1,
+            persistent_workers=True,
+        )
+        first = [x for x, _ in loader]
+        before = fingerprint(generator)
+        if searched:
+            assert find_batch_size(model, loader, ceiling=16).size == 16
+        assert fingerprint(generator) == before
+        epochs.append((first, [x for x, _ in loader]))
+    torch.testing.assert_close(epochs[0], epochs[1], rtol=0, atol=0)
 
 
 def test_a_one_pass_iterable_is_refused_before_anything_is_read() -> None:

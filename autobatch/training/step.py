@@ -129,21 +129,25 @@ class Accumulator:
             StepInterruptedError: If memory ran out with the optimizer's step half done.
         """
         batch = from_numpy(batch)
-        examples = size_of(batch)
-        if examples == 0:
+        if size_of(batch) == 0:
             raise ValueError("a logical batch must hold at least one example, got 0")
+        try:
+            return self._step(batch)
+        finally:
+            self._recipe.clear()
+
+    def _step(self, batch: Nest) -> StepResult:
+        examples = size_of(batch)
         denominator = self._recipe.denominator(batch)
         if denominator == 0:
             return _skipped(examples)
         done, plan, replays = self._accumulated(batch, denominator)
         terms = denominator if done.terms is None else float(done.terms)
         if terms == 0:
-            self._recipe.clear()
             return _skipped(examples)
         loss = float(done.loss_sum) / terms  # The one wait for the device, before anything moves.
         with self._limited():
             take_step(self._recipe.optimizer, self._recipe.device)
-        self._recipe.clear()
         return StepResult(
             loss=loss,
             terms=terms,
@@ -165,7 +169,6 @@ class Accumulator:
             try:
                 done, message = self._attempt(batch, plan, denominator)
             except InexactStepError:
-                self._recipe.clear()
                 put_back()
                 raise
             if done is not None:
