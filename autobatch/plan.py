@@ -76,7 +76,7 @@ def useful_sizes(desired: int) -> tuple[int, ...]:
     A tolerable batch between two of them needs as many micro-batches as the lower one, so only
     these are worth a trial: 31 of the 256 sizes up to 256. There are at most ``2 * sqrt(desired)``.
     """
-    check_size("desired", desired)
+    desired = check_size("desired", desired)
     sizes = [desired]
     while sizes[-1] > 1:
         steps = -(-desired // (sizes[-1] - 1))  # The fewest micro-batches smaller than the last.

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _FIRST: Final = 4  # Large enough for a slope, small enough to fit nearly everywhere.
-_STRETCH: Final = (
-    64  # How far beyond what has run a line is followed: the host holds the batch too.
-)
+_STRETCH: Final = 64  # How far beyond what has run to go at once: the host holds the batch too.
 _SPARE: Final = 4  # Trials that readings may cost beyond plain bisection.
 
 
@@ -49,8 +47,9 @@ def largest_fitting(
 
     Bisects, with each guess taken from a line through the peaks that were read as long as that
     pays. Readings only ever choose what to try next: what is returned ran, and the next larger
-    candidate, if there is one, was tried and failed. No candidate is tried twice, and at most
-    ``ceil(log2(len(candidates) + 1)) + 4`` are tried.
+    candidate, if there is one, was tried and failed. No candidate is tried twice, none is more
+    than 64 times what has run (where candidates lie that close), and at most
+    ``ceil(log2(len(candidates) + 1)) + 4`` are tried, with one more for each such leap that ran.
 
     Args:
         candidates: Ascending, without repeats.
@@ -77,7 +76,8 @@ class _Search:
 
     def learn(self, size: int, outcome: Outcome) -> None:
         position = bisect.bisect_left(self._candidates, size)
-        self._budget -= 1
+        if not (outcome.fits and position == self._farthest()):  # A leap that ran costs nothing.
+            self._budget -= 1
         if outcome.fits:
             self.good = position
             self._passed.append((size, outcome))
@@ -87,9 +87,14 @@ class _Search:
 
     def guess(self) -> int:
         """The next position to try, always inside the bracket."""
-        if self._budget <= math.ceil(math.log2(self.bad - self.good)):
-            return (self.good + self.bad) // 2
-        return min(max(self._hint(), self.good + 1), self.bad - 1)
+        bisects = self._budget <= math.ceil(math.log2(self.bad - self.good))
+        wanted = (self.good + self.bad) // 2 if bisects else self._hint()
+        return min(max(min(wanted, self._farthest()), self.good + 1), self.bad - 1)
+
+    def _farthest(self) -> int:
+        """The last position that what has run is a measure of."""
+        size = self._passed[-1][0] if self._passed else _FIRST
+        return bisect.bisect_right(self._candidates, _STRETCH * size) - 1
 
     def _hint(self) -> int:
         candidates, untried = self._candidates, self.bad == len(self._candidates)
@@ -116,8 +121,7 @@ class _Search:
         before, low = (0, floor) if len(self._passed) == 1 else self._line_start()
         peak = last.peak_bytes or 0
         slope = max(peak - low, 1) / (size - before)
-        reach = size + max(0, math.floor((self._limit_bytes - peak) / slope))
-        return min(reach, _STRETCH * size)
+        return size + max(0, math.floor((self._limit_bytes - peak) / slope))
 
     def _line_start(self) -> tuple[int, int]:
         size, outcome = self._passed[-2]
