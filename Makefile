@@ -1,0 +1,65 @@
+# Everything a newcomer needs: `make demo` and `make test` install what they need into .venv.
+
+PYTHON ?= python3
+MINUTES ?= 8
+# torchvision pins one exact torch. Any torch >= 2.11 will do: make test TORCH=torch==2.11.0 TORCHVISION=torchvision==0.26.0
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+OUT ?= benchmarks/results
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types format gpu bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/demo-installed ## Watch the whole job on real data: search, plan, training, a result
+	@$(BIN)/python -m autobatch.demo
+
+test: $(VENV)/dev-installed ## Run the tests (without a GPU)
+	@$(BIN)/python -m pytest -n auto
+
+check: lint types test ## Lint, types and tests: what CI runs
+
+lint: $(VENV)/dev-installed ## Style, unused code, complexity, formatting
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+
+types: $(VENV)/dev-installed ## Static types of package, tests and benchmarks
+	@$(BIN)/python -m mypy autobatch tests benchmarks
+
+format: $(VENV)/dev-installed ## Format the code
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+gpu: ## On a machine with a GPU: its tests and the benchmarks, installing nothing (PYTHON=, MINUTES=, OUT=)
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m benchmarks --minutes $(MINUTES) --out $(OUT)
+
+bench: $(VENV)/dev-installed ## Measure this machine; results go to benchmarks/results/<device>/ (MINUTES=, OUT=)
+	@$(BIN)/python -m benchmarks --minutes $(MINUTES) --out $(OUT)
+
+clean: ## Remove what was installed and cached
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first, and its exact version: what else is installed must not choose another build.
+$(VENV)/torch-installed:
+	@echo "installing $(TORCH) and $(TORCHVISION) into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+	@$(PIP) "$(TORCH)" "$(TORCHVISION)"
+	@touch $@
+
+$(VENV)/demo-installed: $(VENV)/torch-installed pyproject.toml
+	@echo "installing autobatch and what the demo needs"
+	@$(PIP) "$(TORCH)" --editable ".[demo]"
+	@touch $@
+
+$(VENV)/dev-installed: $(VENV)/demo-installed
+	@echo "installing the tools for development"
+	@$(PIP) "$(TORCH)" --editable ".[dev]"
+	@touch $@
