@@ -4,6 +4,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,11 @@ Restore = Callable[[], object]
 
 _DEPTH: Final = 6  # How deep, and how far along a container, generators of the data are sought.
 _WIDTH: Final = 64
-_OPAQUE: Final = (str, bytes, int, float, complex, type(None), type, Tensor, np.ndarray, nn.Module)
+_OPAQUE: Final = (
+    *(str, bytes, int, float, complex, type(None), type, ModuleType),
+    *(Tensor, np.ndarray, nn.Module),
+    random.SystemRandom,  # It has no state: getstate raises.
+)
 _KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 

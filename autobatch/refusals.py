@@ -37,7 +37,7 @@ def check_model(model: object) -> nn.Module:
 
 def _check_parameters(model: nn.Module) -> None:
     parameters = list(model.parameters())
-    if any(is_lazy(parameter) for parameter in parameters):
+    if any(is_lazy(tensor) for tensor in (*parameters, *model.buffers())):
         raise ValueError("the model has lazy parameters without shapes; run one forward first")
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to train")

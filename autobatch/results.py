@@ -96,8 +96,9 @@ class SearchResult:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak of the last trial that ran at ``size``."""
-        return next(t.peak_bytes for t in reversed(self.trials) if t.fits and t.size == self.size)
+        """The peak of the last trial that ran at ``size``; None where it was not measured."""
+        peaks = (t.peak_bytes for t in reversed(self.trials) if t.fits and t.size == self.size)
+        return next(peaks, None)
 
     def __str__(self) -> str:
         failed = sum(not trial.fits for trial in self.trials)

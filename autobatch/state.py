@@ -8,6 +8,7 @@ the model has afterwards.
 import copy
 import signal
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from autobatch.randomness import Restore, random_state
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
+_CONTAINERS: Final = (dict, OrderedDict, list, deque, set)  # Exactly these: a subclass may differ.
 
 
 @contextmanager
@@ -46,11 +48,15 @@ def preserved(
     try:
         restores += [_attributes(child) for root in modules for child in root.modules()]
         restores += [_optimizer_state(optimizer) for optimizer in optimizers]
-        restores += [_tensor(tensor) for tensor in _unique(_tensors(modules, optimizers))]
-        parameters = _unique(_parameters(modules, optimizers))
-        for parameter in parameters:  # No comprehension: each is undone if a later one fails.
-            restores.append(_gradient_set_aside(parameter))
-        restores.append(random_state(random_sources))
+        tensors = _unique(_tensors(modules, optimizers))
+        restores += [_tensor(tensor) for tensor in tensors]
+        # No comprehension: each is undone if a later one fails, or Ctrl-C comes.
+        with uninterrupted():
+            for tensor in tensors:
+                if tensor.is_leaf:
+                    restores.append(_gradient_set_aside(tensor))
+        own = [vars(child) for root in modules for child in root.modules()]
+        restores.append(random_state([*random_sources, *own]))
         yield
     finally:
         with uninterrupted():
@@ -93,7 +99,7 @@ def _attributes(module: nn.Module) -> Restore:
     """The module's own attributes: modes and counters, and which tensors and children it has."""
     attributes = dict(vars(module))
     containers = [
-        (value, value.copy()) for value in attributes.values() if type(value) in (dict, list, set)
+        (value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS
     ]
 
     def put_back() -> None:
@@ -101,7 +107,8 @@ def _attributes(module: nn.Module) -> Restore:
         vars(module).update(attributes)
         for container, content in containers:
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            add = container.extend if isinstance(container, list | deque) else container.update
+            add(content)
 
     return put_back
 
@@ -183,11 +190,12 @@ def _gradient_set_aside(parameter: Tensor) -> Restore:
     gradient = parameter.grad
     if gradient is None:
         return lambda: setattr(parameter, "grad", None)
-    parameter.grad = None
     device = gradient.device
     moved = device.type != "cpu" and _owns_its_memory(gradient)
-    if moved:
-        gradient.data = gradient.data.cpu()
+    on_host = gradient.data.cpu() if moved else None
+    parameter.grad = None  # Only now: if the copy fails, the gradient is still in its place.
+    if on_host is not None:
+        gradient.data = on_host
 
     def put_gradient_back() -> None:
         if moved:
@@ -219,11 +227,22 @@ def _tensors(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> I
     for root in modules:
         yield from root.buffers()
         for child in root.modules():
-            yield from (value for value in vars(child).values() if isinstance(value, Tensor))
+            yield from _direct_tensors(vars(child).values())
     for optimizer in optimizers:
         for holder in (*optimizer.param_groups, *optimizer.state.values()):
             if isinstance(holder, dict):
                 yield from (value for value in holder.values() if isinstance(value, Tensor))
+
+
+def _direct_tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among the values, and those directly inside a container among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | deque | set):
+            yield from (item for item in value if isinstance(item, Tensor))
+        elif isinstance(value, dict):
+            yield from (item for item in value.values() if isinstance(item, Tensor))
 
 
 def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Bytes to text for people, and back."""
 
-import math
 import re
+from fractions import Fraction
 from typing import Final
 
 _FACTORS: Final[dict[str, int]] = {
@@ -40,7 +40,7 @@ def _read(text: str, name: str) -> int:
             f"{name} cannot be read from {text!r}; write a number and a unit: "
             '"24GiB" (by 1024), "24GB" (by 1000) or bytes'
         )
-    return math.floor(float(match[1]) * factor)
+    return int(Fraction(match[1]) * factor)  # A float would lose a byte: "1.001KB" is 1001.
 
 
 def format_bytes(count: int) -> str:
@@ -48,7 +48,7 @@ def format_bytes(count: int) -> str:
     value = float(abs(count))
     sign = "-" if count < 0 else ""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
+        if round(value, 1) < 1024:  # As it will be printed: 1023.96 KiB is 1.0 MiB.
             return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.1f} {unit}"
         value /= 1024
     return f"{sign}{value:.2f} TiB"

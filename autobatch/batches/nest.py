@@ -7,9 +7,10 @@ makes of text, and is cut along; every other plain value, and a tensor without d
 to the batch as a whole and goes to every part.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, TypeGuard
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import torch
@@ -57,9 +58,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
 
 
 def from_numpy(nest: Nest) -> Nest:
-    """Return the nest with every NumPy array as a tensor over the same memory."""
-    if isinstance(nest, np.ndarray) and nest.dtype.kind in "biufc":
-        return torch.from_numpy(nest if nest.flags.writeable else nest.copy())
+    """Return the nest with every NumPy array as a tensor over the same memory.
+
+    A read-only or reversed array is copied, for torch has no such tensors; one of text or objects
+    becomes a list.
+    """
+    if isinstance(nest, np.ndarray):
+        if nest.dtype.kind not in "biufc":
+            return nest.tolist()
+        shareable = nest.flags.writeable and min(nest.strides, default=0) >= 0
+        return torch.from_numpy(nest if shareable else nest.copy())
     children = _children(nest)
     if children is None or isinstance(nest, Tensor):
         return nest
@@ -68,7 +76,7 @@ def from_numpy(nest: Nest) -> Nest:
 
 def take(nest: Nest, rows: Sequence[int]) -> Nest:
     """Return the examples ``rows`` (any order, repeats allowed), copied."""
-    index = torch.as_tensor(rows)
+    index = torch.as_tensor(rows, dtype=torch.int64)  # Else no rows at all would be floats.
     return _select(
         nest,
         size_of(nest),
@@ -138,7 +146,7 @@ def _children(nest: Nest) -> list[Nest] | None:
     if isinstance(nest, list | tuple):
         return list(nest)
     if _is_dataclass(nest):
-        return [getattr(nest, field.name) for field in dataclasses.fields(nest)]  # type: ignore[arg-type]  # An instance.
+        return [getattr(nest, name) for name in _fields(nest)]
     return None
 
 
@@ -146,17 +154,31 @@ def _is_dataclass(nest: Nest) -> bool:
     return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
 
 
+def _fields(nest: Nest) -> list[str]:
+    """The fields that its constructor takes; what it derives from them it derives again."""
+    return [field.name for field in dataclasses.fields(nest) if field.init]  # type: ignore[arg-type]  # An instance.
+
+
 def _rebuild(nest: Nest, children: list[Nest]) -> Nest:
     """A container like ``nest`` around other children."""
     if isinstance(nest, Mapping):
-        pairs = dict(zip(nest, children, strict=True))
-        return pairs if type(nest) is dict else type(nest)(pairs)  # type: ignore[call-arg]
+        return _rebuild_mapping(nest, dict(zip(nest, children, strict=True)))
     if _is_named_tuple(nest):
         return type(nest)(*children)
     if isinstance(nest, list | tuple):
         return type(nest)(children)
-    names = [field.name for field in dataclasses.fields(nest)]  # type: ignore[arg-type]  # Only dataclasses are left.
-    return dataclasses.replace(nest, **dict(zip(names, children, strict=True)))  # type: ignore[type-var]
+    return dataclasses.replace(nest, **dict(zip(_fields(nest), children, strict=True)))  # type: ignore[type-var]  # Only dataclasses are left.
+
+
+def _rebuild_mapping(nest: Mapping[Any, Nest], pairs: dict[Any, Nest]) -> Nest:
+    if type(nest) is dict:
+        return pairs
+    if isinstance(nest, MutableMapping):  # Not every one is made from pairs: a defaultdict is not.
+        same = copy.copy(nest)
+        for key, child in pairs.items():
+            same[key] = child
+        return same
+    return type(nest)(pairs)  # type: ignore[call-arg]  # As torch's default collate does.
 
 
 def _is_values(nest: Nest, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
@@ -220,7 +242,10 @@ def _join_tensors(nests: Sequence[Nest]) -> Tensor:
             raise ValueError(f"batches that are joined must agree in their scalars, got {parts}")
         return first
     if len(parts) < len(nests) or any(
-        tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype for tensor in parts
+        tensor.ndim != first.ndim
+        or tensor.shape[1:] != first.shape[1:]
+        or tensor.dtype != first.dtype
+        for tensor in parts
     ):
         raise ValueError(
             "batches can be joined only where all but dimension 0 agrees, got "

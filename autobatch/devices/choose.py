@@ -25,9 +25,10 @@ def choose_device(asked: str | torch.device | None, present: torch.device) -> to
     if not isinstance(asked, str | torch.device):
         raise TypeError(f'device must be text like "cuda:0" or a torch.device, got {asked!r}')
     try:
-        return _checked(torch.device(asked))
+        device = torch.device(asked)
     except RuntimeError as error:
         raise ValueError(f"device cannot be read from {asked!r}: {error}") from None
+    return _checked(device)
 
 
 def open_device(

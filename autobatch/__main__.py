@@ -1,0 +1,8 @@
+"""``python -m autobatch`` is ``autobatch``."""
+
+import sys
+
+from autobatch.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The command line: arguments in, an exit code out."""
+
+import enum
+import importlib.metadata
+import json
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import torch
+import typer
+
+from autobatch.display import Display, print_table
+from autobatch.errors import DoesNotFitError
+from autobatch.events import Event
+from autobatch.inventory import HEADERS, take_inventory
+from autobatch.plan import BatchPlan
+from autobatch.reports import Fields, Journal, Report, plan_fields
+from autobatch.runs import OptimizerName, SearchRun, TrainingRun, Watch
+from autobatch.sources import DATA_NAMES, MODEL_NAMES
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ended."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_ARGUMENTS = 2
+    DOES_NOT_FIT = 3
+    INTERRUPTED = 130
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODEL_NAMES}.", show_default=False)]
+Data = Annotated[str, typer.Option(help=f"{DATA_NAMES}.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help='For the whole process: "256MiB", "24GiB". Default: what the device has.'),
+]
+Device = Annotated[
+    str | None, typer.Option(help='"cpu", "cuda" or "cuda:1". Default: a GPU if there is one.')
+]
+Pixels = Annotated[int, typer.Option(min=1, help="Height and width of the images.")]
+Optimizer = Annotated[OptimizerName, typer.Option(help="Its state takes memory as well.")]
+LearningRate = Annotated[float, typer.Option(min=0, help="Learning rate.")]
+Seed = Annotated[int | None, typer.Option(help="For weights and order. Default: a new one.")]
+Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Write the result only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Write the traceback of an error.")]
+
+app = typer.Typer(
+    name="autobatch",
+    help="Find the largest batch a device tolerates, and train on the batch you want.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; None takes the process's own arguments."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="autobatch")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.DONE
+    return ExitCode.DONE
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Data = "digits",
+    desired: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = 256,
+    memory_limit: MemoryLimit = None,
+    epochs: Annotated[int, typer.Option(min=1, help="How often all data is seen.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.")] = None,
+    optimizer: Optimizer = OptimizerName.ADAMW,
+    lr: LearningRate = 1e-3,
+    pixels: Pixels = 64,
+    seed: Seed = None,
+    device: Device = None,
+    save: Annotated[Path | None, typer.Option(help="Write the trained weights here.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train MODEL on the batch you want, in pieces that fit."""
+
+    def work(watch: Watch) -> Report:
+        return TrainingRun(
+            model=model,
+            data=data,
+            pixels=pixels,
+            optimizer=optimizer,
+            lr=lr,
+            memory_limit=memory_limit,
+            device=device,
+            seed=seed,
+            desired=desired,
+            epochs=epochs,
+            max_steps=max_steps,
+            save=save,
+        ).run(watch)
+
+    conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
+
+
+@app.command()
+def find(
+    model: Model,
+    data: Data = "digits",
+    ceiling: Annotated[
+        int | None, typer.Option(min=1, help="Largest size of interest. Default: the data's.")
+    ] = None,
+    memory_limit: MemoryLimit = None,
+    optimizer: Optimizer = OptimizerName.ADAMW,
+    lr: LearningRate = 1e-3,
+    pixels: Pixels = 64,
+    seed: Seed = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find the largest batch with which MODEL can train."""
+
+    def work(watch: Watch) -> Report:
+        return SearchRun(
+            model=model,
+            data=data,
+            pixels=pixels,
+            optimizer=optimizer,
+            lr=lr,
+            memory_limit=memory_limit,
+            device=device,
+            seed=seed,
+            ceiling=ceiling,
+        ).run(watch)
+
+    conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
+
+
+@app.command()
+def plan(
+    tolerable: Annotated[int, typer.Option(min=1, help="The most examples that fit at once.")],
+    desired: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Show how a desired batch is cut."""
+    cut = BatchPlan(desired=desired, tolerable=tolerable)
+    _write(Report(text=str(cut), fields=plan_fields(cut)), as_json=as_json)
+
+
+@app.command()
+def devices(as_json: Json = False) -> None:
+    """Show the GPUs as NVML and torch see them, side by side."""
+    inventory = take_inventory()
+    _write(Report(text="\n".join(inventory.lines), fields=inventory.fields), as_json=as_json)
+    if inventory.rows and not as_json:
+        typer.echo()
+        print_table(HEADERS, inventory.rows)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autobatch {_version()}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("torch-autobatch")
+    except importlib.metadata.PackageNotFoundError:  # A checkout that was not installed.
+        return "(not installed)"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions."),
+    ] = False,
+) -> None:
+    """Find the largest batch a device tolerates, and train on the batch you want."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a command writes.
+
+    Attributes:
+        as_json: The result as JSON, an error too; progress stays on the standard error.
+        quiet: No progress.
+        debug: The traceback of an error.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+class _Watch:
+    """Keeps a journal, and shows what goes on unless it is to be quiet."""
+
+    def __init__(self, journal: Journal, display: Display | None) -> None:
+        self._journal = journal
+        self._display = display
+
+    def __call__(self, event: Event) -> None:
+        self._journal(event)
+        if self._display is not None:
+            self._display(event)
+
+    def log(self, text: str) -> None:
+        if self._display is not None:
+            self._display.log(text)
+
+
+def conclude(work: Callable[[Watch], Report], output: Output) -> None:
+    """Write what ``work`` reports, or why it ended and what was done until then.
+
+    Raises:
+        typer.Exit: With the code of the failure, if there was one.
+    """
+    journal = Journal()
+    display = None if output.quiet else Display()
+    failure: BaseException | None = None
+    try:
+        with display or nullcontext():
+            report = work(_Watch(journal, display))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # Each has its exit code.
+        failure = error
+    if failure is None:
+        if display is not None and sys.stdout.isatty():
+            typer.echo()
+        _write(report, as_json=output.as_json)
+        return
+    if output.debug:
+        typer.echo("".join(traceback.format_exception(failure)), err=True)
+    code, message = exit_code(failure), _explained(failure, journal)
+    typer.echo(message if code is ExitCode.INTERRUPTED else f"error: {message}", err=True)
+    if output.as_json:
+        told = {"kind": type(failure).__name__, "message": message, "exit_code": int(code)}
+        _write_json({"error": told, "done": journal.fields})
+    raise typer.Exit(code)
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """Return the code of a command that ``error`` ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    if isinstance(error, DoesNotFitError | torch.OutOfMemoryError):
+        return ExitCode.DOES_NOT_FIT
+    if isinstance(error, ValueError | TypeError) and _is_ours(error):
+        return ExitCode.BAD_ARGUMENTS
+    return ExitCode.FAILED
+
+
+def _explained(error: BaseException, journal: Journal) -> str:
+    """Say what ended the command, and what was done until then."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted {journal}"
+    done = "" if journal.training is None else f"\nit happened {journal}"
+    if _is_ours(error):
+        return f"{error}{done}"
+    return f"{type(error).__name__}: {error}{_place(error)}{done}"
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's code was when ``error`` was raised, if it was there at all."""
+    frames = traceback.walk_tb(error.__traceback__)
+    theirs = [(frame.f_code.co_filename, line) for frame, line in frames if not _is_library(frame)]
+    return f" ({theirs[-1][0]}:{theirs[-1][1]}; --debug shows more)" if theirs else ""
+
+
+def _is_library(frame: FrameType) -> bool:
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package in {"autobatch", "importlib", "torch", "torchvision"}
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether autobatch itself raised it: code of the user raises ``ValueError`` too."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("autobatch.")
+
+
+def _write(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        _write_json(report.fields)
+    else:
+        typer.echo(_wrapped(report.text))
+
+
+def _wrapped(text: str) -> str:
+    """Break long lines between words on a terminal; a file gets them whole."""
+    if not sys.stdout.isatty():
+        return text
+    width = min(typer.get_terminal_size().columns, 100)
+    lines = (textwrap.fill(line, width, subsequent_indent="  ") for line in text.splitlines())
+    return "\n".join(lines)
+
+
+def _write_json(fields: Fields) -> None:
+    typer.echo(json.dumps(fields, indent=2, allow_nan=False))

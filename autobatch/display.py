@@ -1,0 +1,308 @@
+"""Progress and tables for people: the only module that knows rich."""
+
+import functools
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+
+from autobatch.events import (
+    EpochEnded,
+    Event,
+    Replayed,
+    SearchEnded,
+    SearchStarted,
+    StepEnded,
+    TrainingStarted,
+    TrialEnded,
+    TrialStarted,
+)
+from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
+from autobatch.units import format_bytes
+
+_VERDICTS: Final = {
+    Verdict.OUT_OF_MEMORY: "out of memory",
+    Verdict.TOO_LARGE: "too large",
+    Verdict.FATAL: "device lost",
+    Verdict.SUSPECT: "perhaps memory",
+    Verdict.OTHER: "error",
+}
+_REASONS: Final[dict[LimitedBy, str]] = {
+    "memory": "limited by memory",
+    "ceiling": "limited by the ceiling: nothing larger is wanted",
+    "data": "limited by the data",
+    "kernel": "limited by a kernel",
+}
+_HEADER: Final = f"{'size':>7}   {'verdict':<14}   {'peak':>10}   {'seconds':>7}"
+_NARROWEST_BAR: Final = 8
+_WIDEST_BAR: Final = 40
+_ANY_WIDTH: Final = 10_000
+_NO_LOSS: Final = "loss -     "  # As wide as what will stand there.
+_NO_SPEED: Final = "     - examples/s"
+_BESIDE_THE_BAR: Final = 65  # Columns of the terminal that the rest of the line takes.
+
+
+class Display:
+    """An observer that writes to the standard error: a line for each trial and each epoch.
+
+    Inside ``with``, and on a terminal, the size being tried and a progress bar are shown while they
+    last. Anywhere else there are whole lines only, without control characters.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._entered = False
+        self._live: Live | Progress | None = None
+        self._epochs = 1
+        self._epoch = _Epoch(began=self._console.get_time())
+
+    def __enter__(self) -> Self:
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+        self._entered = False
+        epoch = self._epoch
+        if epoch.steps:  # Left early: max_steps, an error or Ctrl-C.
+            note = f"  (stopped after {_count(epoch.steps, 'step')})"
+            self.log(self._line(epoch.number, epoch.mean_loss, self._speed) + note)
+        self._epoch = _Epoch(began=self._console.get_time())
+
+    def __call__(self, event: Event) -> None:
+        """Write what ``event`` tells."""
+        self._show(event)
+
+    def log(self, text: str, *, style: str = "") -> None:
+        """Write a line; above the bar while there is one."""
+        self._write(Text(text, style=style))
+
+    @functools.singledispatchmethod
+    def _show(self, event: Event) -> None:
+        """Write nothing: an event of a later version is none of our business."""
+
+    @_show.register
+    def _(self, event: SearchStarted) -> None:
+        limit = format_bytes(event.limit_bytes)
+        self.log(f"{event.device}, limit {limit}, sizes up to {event.ceiling}")
+        self.log(_HEADER, style="dim")
+
+    @_show.register
+    def _(self, event: TrialStarted) -> None:
+        row = Text(f"{event.size:>7}   running", style="dim")
+        # Drawn once: a refreshing thread would take time from the trial that is being measured.
+        self._open(
+            Live(
+                row,
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),
+            )
+        )
+
+    @_show.register
+    def _(self, event: TrialEnded) -> None:
+        self._close()
+        self._write(_row(event.trial))
+
+    @_show.register
+    def _(self, event: SearchEnded) -> None:
+        self.log(_tolerable(event.search))
+
+    @_show.register
+    def _(self, event: TrainingStarted) -> None:
+        self.log(str(event.plan), style="bold")
+        self._epochs = event.epochs
+        self._epoch = _Epoch(began=self._console.get_time())
+        progress = Progress(
+            *_columns(event.steps, self._console.width),
+            console=self._console,
+            get_time=self._console.get_time,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        progress.add_task(self._name(1), total=event.steps, loss=_NO_LOSS, speed=_NO_SPEED)
+        self._open(progress)
+
+    @_show.register
+    def _(self, event: StepEnded) -> None:
+        self._epoch.add(event)
+        self._advance(event.epoch, _loss(self._epoch.last_loss), _speed(self._speed), steps=1)
+
+    @_show.register
+    def _(self, event: EpochEnded) -> None:
+        self.log(self._line(event.epoch, event.loss, event.examples_per_second))
+        self._epoch = _Epoch(began=self._console.get_time(), number=event.epoch + 1)
+        self._advance(min(event.epoch + 1, self._epochs), _NO_LOSS, _NO_SPEED, steps=0)
+
+    @_show.register
+    def _(self, event: Replayed) -> None:
+        self.log(
+            f"memory ran out with micro-batches of {event.failed}: "
+            f"the window runs again with {event.micro_batch}",
+            style="yellow",
+        )
+
+    @property
+    def _speed(self) -> float:
+        seconds = self._console.get_time() - self._epoch.began
+        return self._epoch.examples / seconds if seconds > 0 else 0.0
+
+    def _name(self, epoch: int) -> str:
+        return f"epoch {epoch:>{len(str(self._epochs))}}/{self._epochs}"
+
+    def _line(self, epoch: int, loss: float, speed: float) -> str:
+        return f"{self._name(epoch)}  {_loss(loss)}  {_speed(speed)}"
+
+    def _open(self, live: Live | Progress) -> None:
+        """Show ``live`` until it is closed, where somebody looks and somebody will close it."""
+        self._close()
+        if self._entered and self._can_draw:
+            live.start()
+            self._live = live
+
+    def _advance(self, epoch: int, loss: str, speed: str, *, steps: int) -> None:
+        """Bring the bar up to date, if there is one."""
+        if isinstance(self._live, Progress):
+            bar = self._live.task_ids[0]
+            name = self._name(epoch)
+            self._live.update(bar, advance=steps, description=name, loss=loss, speed=speed)
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @property
+    def _can_draw(self) -> bool:
+        """Whether lines can be drawn again. FORCE_COLOR makes a file no terminal for us."""
+        return self._console.is_terminal and self._console.file.isatty()
+
+    def _write(self, text: Text) -> None:
+        # A line in a file is as long as it is; on a terminal it breaks between words.
+        self._console.print(text, soft_wrap=not self._can_draw)
+
+
+@dataclass
+class _Epoch:
+    """What has been done in an epoch so far."""
+
+    began: float
+    number: int = 1
+    steps: int = 0
+    examples: int = 0
+    loss_sum: float = 0.0
+    counted: int = 0
+    last_loss: float = math.nan
+
+    def add(self, event: StepEnded) -> None:
+        self.number = event.epoch
+        self.steps += 1
+        self.examples += event.step.examples
+        if not event.step.skipped:
+            self.last_loss = event.step.loss
+            self.loss_sum += event.step.loss * event.step.examples
+            self.counted += event.step.examples
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss_sum / self.counted if self.counted else math.nan
+
+
+class _Remaining(TimeRemainingColumn):
+    """The time that the steps to come will take."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task).append(" left")
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table to the standard output; as wide as it must be where there is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _ANY_WIDTH
+    table = Table(*headers, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def _columns(steps: int | None, width: int) -> tuple[ProgressColumn, ...]:
+    """An epoch's line, growing; then a bar, or what there is where no end is in sight.
+
+    The columns stand one space apart: each brings the other one.
+    """
+    line = [
+        _text("{task.description} "),
+        _text("{task.fields[loss]} "),
+        _text("{task.fields[speed]} "),
+    ]
+    if steps is None:
+        return (*line, _text("step {task.completed:.0f} "), TimeElapsedColumn())
+    rest = (_text("{task.completed:.0f}/{task.total:.0f} "), _Remaining(compact=True))
+    room = width - _BESIDE_THE_BAR
+    if room < _NARROWEST_BAR:
+        return (*line, *rest)
+    bar = BarColumn(
+        min(_WIDEST_BAR, room),
+        style="dim",
+        complete_style="cyan",
+        finished_style="cyan",
+    )
+    return (*line, bar, _text(""), *rest)
+
+
+def _text(pattern: str) -> ProgressColumn:
+    return TextColumn(pattern, markup=False, table_column=Column(no_wrap=True))
+
+
+def _row(trial: Trial) -> Text:
+    word = "fits" if trial.failure is None else _VERDICTS[trial.failure]
+    peak = "-" if trial.peak_bytes is None else format_bytes(trial.peak_bytes)
+    row = Text(f"{trial.size:>7}   ")
+    row.append(f"{word:<14}", style="green" if trial.fits else "yellow")
+    row.append(f"   {peak:>10}   ")
+    row.append(f"{trial.seconds:>7.1f}", style="dim")
+    return row
+
+
+def _tolerable(search: SearchResult) -> str:
+    upper = "" if search.upper.size is None else f" ({search.upper})"
+    return f"tolerable batch {search.size}, {_REASONS[search.limited_by]}{upper}"
+
+
+def _loss(loss: float) -> str:
+    plain = loss == 0 or 1e-3 <= abs(loss) < 1e4 or not math.isfinite(loss)
+    return f"loss {loss:.4f}" if plain else f"loss {loss:.2e}"
+
+
+def _speed(examples_per_second: float) -> str:
+    digits = 0 if examples_per_second >= 10 else 1
+    return f"{examples_per_second:>6,.{digits}f} examples/s"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -1,0 +1,158 @@
+"""What the command line says at the end: text for people, fields for machines."""
+
+import math
+from dataclasses import dataclass, field
+
+from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted, TrialEnded
+from autobatch.plan import BatchPlan
+from autobatch.results import SearchResult, TrainingResult, Trial
+
+Fields = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of a command.
+
+    Attributes:
+        text: For people.
+        fields: The same and more, as JSON takes it.
+    """
+
+    text: str
+    fields: Fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport(Report):
+    """The outcome of a training.
+
+    Attributes:
+        result: What the api returned.
+        before: The fraction of the test data that was right before; None if there is none.
+        after: The same afterwards.
+    """
+
+    result: TrainingResult
+    before: float | None
+    after: float | None
+
+
+@dataclass(slots=True)
+class Journal:
+    """An observer that can say what was done, when work ends before its end."""
+
+    trials: list[Trial] = field(default_factory=list)
+    training: TrainingStarted | None = None
+    steps: int = 0
+    examples: int = 0
+    epoch: int = 1
+    last_loss: float | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Keep what ``event`` tells."""
+        match event:
+            case TrialEnded():
+                self.trials.append(event.trial)
+            case TrainingStarted():
+                self.training = event
+            case StepEnded():
+                self._add(event)
+            case EpochEnded():
+                self.epoch = event.epoch + 1
+
+    def _add(self, event: StepEnded) -> None:
+        self.epoch = event.epoch
+        if not event.step.skipped:
+            self.steps += 1
+            self.examples += event.step.examples
+            self.last_loss = event.step.loss
+
+    def __str__(self) -> str:
+        if self.training is not None:
+            return self._training_so_far(self.training)
+        if not self.trials:
+            return "before the first trial"
+        fitting = max((trial.size for trial in self.trials if trial.fits), default=None)
+        largest = "none ran" if fitting is None else f"the largest size that ran is {fitting}"
+        return f"in the search, after {count(len(self.trials), 'trial')}: {largest}"
+
+    def _training_so_far(self, training: TrainingStarted) -> str:
+        place = f"in epoch {min(self.epoch, training.epochs)} of {training.epochs}"
+        if self.last_loss is None:
+            return f"{place}, before its first step was done"
+        steps = count(self.steps, "optimizer step")
+        if training.steps is not None:
+            steps = f"{self.steps} of {count(training.steps, 'optimizer step')}"
+        return f"{place}, after {steps} ({self.examples} examples): last loss {self.last_loss:.4f}"
+
+    @property
+    def fields(self) -> Fields:
+        """What was done, as JSON takes it."""
+        return {
+            "trials": [trial_fields(trial) for trial in self.trials],
+            "steps": self.steps,
+            "examples": self.examples,
+            "last_loss": _number(self.last_loss),
+        }
+
+
+def plan_fields(plan: BatchPlan) -> Fields:
+    """Return the plan as JSON takes it."""
+    return {
+        "desired": plan.desired,
+        "tolerable": plan.tolerable,
+        "accumulation_steps": plan.accumulation_steps,
+        "micro_batch_sizes": list(plan.micro_batch_sizes),
+    }
+
+
+def trial_fields(trial: Trial) -> Fields:
+    """Return the trial as JSON takes it."""
+    return {
+        "size": trial.size,
+        "fits": trial.fits,
+        "failure": None if trial.failure is None else trial.failure.name.lower(),
+        "peak_bytes": trial.peak_bytes,
+        "reserved_bytes": trial.reserved_bytes,
+        "seconds": trial.seconds,
+        "message": trial.message,
+    }
+
+
+def search_fields(search: SearchResult) -> Fields:
+    """Return the search as JSON takes it."""
+    return {
+        "size": search.size,
+        "ceiling": search.ceiling,
+        "limit_bytes": search.limit_bytes,
+        "limited_by": search.limited_by,
+        "peak_bytes": search.peak_bytes,
+        "upper": {"reason": search.upper.reason, "size": search.upper.size},
+        "trials": [trial_fields(trial) for trial in search.trials],
+    }
+
+
+def training_fields(result: TrainingResult) -> Fields:
+    """Return the training as JSON takes it: a loss that is not finite becomes null."""
+    return {
+        "plan": plan_fields(result.plan),
+        "search": search_fields(result.search),
+        "losses": [_number(loss) for loss in result.losses],
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "examples": result.examples,
+        "seconds": result.seconds,
+        "examples_per_second": result.examples_per_second,
+        "replays": result.replays,
+        "notes": list(result.notes),
+    }
+
+
+def count(number: int, noun: str, nouns: str = "") -> str:
+    """Return ``number`` with its noun: ``"1 trial"``, ``"2 trials"``."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value

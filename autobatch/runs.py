@@ -1,0 +1,196 @@
+"""Training and searching by names: what the command line and the demo do."""
+
+import enum
+import functools
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from autobatch.api import find_and_train, find_batch_size
+from autobatch.devices.choose import choose_device
+from autobatch.events import Event, SearchEnded
+from autobatch.plan import check_size
+from autobatch.reports import Report, TrainingReport, count, search_fields, training_fields
+from autobatch.sources import DataSource, accuracy, load_data, load_model
+from autobatch.units import parse_bytes
+
+
+class OptimizerName(enum.StrEnum):
+    """What the command line can optimize with."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+_MOMENTUM: Final = 0.9
+
+
+class Watch(Protocol):
+    """Whoever is told what goes on: events, and lines of text."""
+
+    def __call__(self, event: Event) -> None:
+        """Take note of ``event``."""
+
+    def log(self, text: str) -> None:
+        """Take note of a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a training and a search share.
+
+    Attributes:
+        model: ``torchvision:resnet18`` or ``package.module:factory``.
+        data: ``digits``, ``imagefolder:PATH`` or ``package.module:factory``.
+        pixels: Height and width of the digits, and of a folder's images.
+        optimizer: AdamW, or SGD with a momentum of 0.9.
+        lr: Learning rate.
+        memory_limit: For the whole process, as bytes or text.
+        device: As torch names it; None is an accelerator if there is one.
+        seed: Of the model's weights and the order of the data; None draws one.
+    """
+
+    model: str
+    data: str = "digits"
+    pixels: int = 64
+    optimizer: OptimizerName = OptimizerName.ADAMW
+    lr: float = 1e-3
+    memory_limit: int | str | None = None
+    device: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_size("pixels", self.pixels)
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit, name="memory_limit")
+
+    def load(self, watch: Watch) -> tuple[nn.Module, DataSource]:
+        """Return the model and the data, and say what they are."""
+        choose_device(self.device, torch.device("cpu"))  # Refuses, before anything slow.
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        source = load_data(self.data, pixels=self.pixels)
+        model = load_model(self.model, source.classes)
+        watch.log(f"{self.model} on {self.data}{_described(source)}")
+        return model, source
+
+    @property
+    def make_optimizer(self) -> Callable[[Iterable[Tensor]], Optimizer]:
+        """The factory that the api takes."""
+        if self.optimizer is OptimizerName.SGD:
+            return functools.partial(torch.optim.SGD, lr=self.lr, momentum=_MOMENTUM)
+        return functools.partial(torch.optim.AdamW, lr=self.lr)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRun(Setting):
+    """The largest size, by names.
+
+    Attributes:
+        ceiling: The largest size of interest; None goes as far as the data.
+    """
+
+    ceiling: int | None = None
+
+    def run(self, watch: Watch) -> Report:
+        """Find the tolerable batch."""
+        model, source = self.load(watch)
+        search = find_batch_size(
+            model,
+            source.train,
+            ceiling=self.ceiling,
+            optimizer=self.make_optimizer,
+            device=self.device,
+            memory_limit=self.memory_limit,
+            # How it ended is the report itself.
+            progress=lambda event: None if isinstance(event, SearchEnded) else watch(event),
+        )
+        names = {"model": self.model, "data": self.data}
+        return Report(text=str(search), fields=names | search_fields(search))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun(Setting):
+    """A training, by names.
+
+    Attributes:
+        desired: Examples per optimizer step.
+        epochs: How often all data is seen.
+        max_steps: Optimizer steps after which it ends, or None.
+        save: Where the trained weights go, or None.
+    """
+
+    desired: int = 256
+    epochs: int = 1
+    max_steps: int | None = None
+    save: Path | None = None
+
+    def run(self, watch: Watch) -> TrainingReport:
+        """Train, and measure before and after where there is something to measure with."""
+        if self.save is not None and not self.save.absolute().parent.is_dir():
+            raise ValueError(f"save must name a file in a folder that exists, got {self.save}")
+        model, source = self.load(watch)
+        before = _measure(model, source, self.device)
+        if before is not None:
+            watch.log(f"test accuracy before training: {before:.1%}")
+        result = find_and_train(
+            model,
+            source.train,
+            self.desired,
+            optimizer=self.make_optimizer,
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            device=self.device,
+            memory_limit=self.memory_limit,
+            seed=self.seed,
+            progress=watch,
+        )
+        after = _measure(model, source, self.device)
+        if self.save is not None:
+            torch.save(model.state_dict(), self.save)
+        names = {"model": self.model, "data": self.data}
+        accuracies = f"\ntest accuracy {before:.1%} before, {after:.1%} after" if after else ""
+        return TrainingReport(
+            text=f"{result}{accuracies}",
+            fields=names
+            | training_fields(result)
+            | {"test_accuracy": {"before": before, "after": after}},
+            result=result,
+            before=before,
+            after=after,
+        )
+
+
+def _described(source: DataSource) -> str:
+    """What is known of the data's sizes, to follow its name."""
+    parts = [(source.train, "to train on"), (source.test, "to test on")]
+    sizes = [f"{size} {use}" for data, use in parts if (size := _examples(data)) is not None]
+    classes = [] if source.classes is None else [count(source.classes, "class", "classes")]
+    return f": {', '.join(sizes + classes)}" if sizes or classes else ""
+
+
+def _examples(data: object) -> int | None:
+    """How many examples ``data`` holds, where it says so by itself."""
+    if isinstance(data, tuple) and data and isinstance(data[0], Sized):
+        return len(data[0])
+    dataset = getattr(data, "dataset", data)
+    return len(dataset) if isinstance(dataset, Dataset) and isinstance(dataset, Sized) else None
+
+
+def _measure(model: nn.Module, source: DataSource, device: str | None) -> float | None:
+    """Return the accuracy on the test data, measured where training runs; None without labels."""
+    if source.test is None or source.classes is None:
+        return None
+    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        return accuracy(model.to(choose_device(device, home)), source.test)
+    finally:
+        model.to(home)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # The search is to find the memory as it was.

@@ -1,0 +1,283 @@
+"""Names on the command line to models and data."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from autobatch.batches.regroup import Data
+from autobatch.plan import check_size
+from autobatch.vision import import_torchvision
+
+MODEL_NAMES: Final = "torchvision:resnet18 or package.module:factory"
+DATA_NAMES: Final = "digits, imagefolder:PATH or package.module:factory"
+_DIGITS_TEST: Final = 360
+_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """Data by its name.
+
+    Attributes:
+        train: What ``find_and_train`` takes.
+        test: The same for measuring, or None.
+        classes: How many classes the labels have; None where there are no class labels.
+    """
+
+    train: Data
+    test: "Data | None" = None  # The alias is text, which knows no "or".
+    classes: int | None = None
+
+
+def load_model(name: str, classes: int | None = None) -> nn.Module:
+    """Return the model called ``name``, with random weights if it is torchvision's.
+
+    Args:
+        name: ``torchvision:resnet18``, or ``package.module:factory`` for a callable without
+            arguments; the working directory is searched first.
+        classes: Outputs of torchvision's classifiers; None leaves their own 1000.
+
+    Raises:
+        ValueError: If there is nothing of that name.
+        TypeError: If the factory returns something else than a module.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision":
+        return _torchvision_model(rest, classes)
+    found = _find(name, what="model", names=MODEL_NAMES)
+    model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must give a torch.nn.Module, got {_kind(model)}")
+    return model
+
+
+def load_data(name: str, *, pixels: int = 64) -> DataSource:
+    """Return the data called ``name``.
+
+    ``digits`` are scikit-learn's 1797 handwritten digits, 360 of them for testing.
+    ``imagefolder:PATH`` reads ``PATH/train`` and, if there is one, ``PATH/val`` or ``PATH/test``;
+    without ``PATH/train`` all of ``PATH`` is for training. ``package.module:factory`` is a callable
+    without arguments: a pair in which neither item is a tensor or an array is ``(train, test)``,
+    everything else is training data.
+
+    Args:
+        name: One of the three above.
+        pixels: Height and width of the images, for the first two.
+
+    Raises:
+        ValueError: If there is nothing of that name, or no image in the folder.
+    """
+    check_size("pixels", pixels)
+    kind, colon, rest = name.partition(":")
+    if name == "digits":
+        return _digits(pixels)
+    if kind == "imagefolder" and colon:
+        return _image_folder(Path(rest), pixels)
+    found = _find(name, what="data", names=DATA_NAMES)
+    data = found() if callable(found) else found
+    if isinstance(data, DataSource):
+        return data
+    train, test = _train_and_test(data)
+    # What is no data at all is refused by the api, with its own words.
+    return DataSource(
+        train=cast("Data", train),
+        test=cast("Data | None", test),
+        classes=_count_classes(train),
+    )
+
+
+def accuracy(model: nn.Module, test: object, *, batch: int = 64) -> float:
+    """Return the fraction of ``test`` that ``model`` gets right, in eval mode on its own device.
+
+    The classes are dimension 1 of the outputs. Every module's mode is put back.
+
+    Args:
+        model: Takes the inputs of a batch.
+        test: A pair of tensors or arrays, a dataset of pairs, or an iterable of such batches.
+        batch: Examples in a forward; a loader's batches stay as they are.
+
+    Raises:
+        TypeError: If the labels are not integers, or the outputs no tensor.
+        ValueError: If ``test`` is empty.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    right = total = 0
+    with _eval_mode(model), torch.inference_mode():
+        for inputs, labels in _pairs(test, batch):
+            outputs = model(inputs.to(device))
+            if not isinstance(outputs, Tensor) or labels.is_floating_point():
+                raise TypeError(
+                    "accuracy needs outputs of shape (batch, classes) and integer labels, got "
+                    f"{_kind(outputs)} and {labels.dtype}"
+                )
+            right += int((outputs.argmax(1) == labels.to(device)).sum())
+            total += labels.numel()
+    if total == 0:
+        raise ValueError("accuracy needs at least one example, got none")
+    return right / total
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _pairs(test: object, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    check_size("batch", batch)
+    if isinstance(test, tuple) and len(test) == 2 and all(map(_is_array, test)):
+        inputs, labels = map(torch.as_tensor, test)
+        yield from zip(inputs.split(batch), labels.split(batch), strict=True)
+        return
+    if isinstance(test, Dataset):
+        # A generator of its own: opening a loader draws a seed, never the global one.
+        test = DataLoader(test, batch_size=batch, generator=torch.Generator())
+    if not isinstance(test, Iterable):
+        raise TypeError(f"test data must be tensors, a dataset or a loader, got {_kind(test)}")
+    for item in test:
+        if not (isinstance(item, tuple | list) and len(item) == 2 and all(map(_is_array, item))):
+            raise TypeError(f"a batch of test data must be (inputs, labels), got {_kind(item)}")
+        yield torch.as_tensor(item[0]), torch.as_tensor(item[1])
+
+
+def _torchvision_model(name: str, classes: int | None) -> nn.Module:
+    models = import_torchvision().models
+    known: list[str] = models.list_models(module=models)  # Classifiers only.
+    if name not in known:
+        raise ValueError(_unknown("torchvision.models", name, known))
+    more = {} if classes is None else {"num_classes": classes}
+    model: nn.Module = models.get_model(name, weights=None, **more)
+    return model
+
+
+def _digits(pixels: int) -> DataSource:
+    """The digits as float32 ``(example, 3, pixels, pixels)``: 12 kB each at 32 pixels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the digits need {error.name}, which is not installed: "
+            "pip install 'torch-autobatch[demo]'",
+            name=error.name,
+        ) from None
+    digits = load_digits()
+    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None]  # (1797, 1, 8, 8)
+    labels = torch.as_tensor(digits.target, dtype=torch.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[:_DIGITS_TEST], order[_DIGITS_TEST:]
+    images = (images - images[train].mean()) / images[train].std()
+    large = F.interpolate(images, size=(pixels, pixels), mode="bilinear", align_corners=False)
+
+    def part(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return large[rows].repeat(1, 3, 1, 1), labels[rows]
+
+    return DataSource(train=part(train), test=part(test), classes=10)
+
+
+def _image_folder(path: Path, pixels: int) -> DataSource:
+    """Folders of images by class, resized and cropped to ``pixels`` around the centre."""
+    parts = [path / name for name in ("train", "val", "test") if (path / name).is_dir()]
+    has_train = bool(parts) and parts[0].name == "train"
+    train = _read_folder(parts[0] if has_train else path, pixels)
+    test = _read_folder(parts[1], pixels) if has_train and len(parts) > 1 else None
+    classes: list[str] = train.classes  # type: ignore[attr-defined]  # ImageFolder's.
+    others: list[str] = classes if test is None else test.classes  # type: ignore[attr-defined]
+    if classes != others:
+        raise ValueError(
+            f"the classes of {parts[0]} and {parts[1]} must be the same, got {classes} and {others}"
+        )
+    return DataSource(train=train, test=test, classes=len(classes))
+
+
+def _read_folder(path: Path, pixels: int) -> Dataset[object]:
+    vision = import_torchvision()
+    transforms = vision.transforms
+    steps = [
+        transforms.Resize(pixels),
+        transforms.CenterCrop(pixels),
+        transforms.ToTensor(),
+        transforms.Normalize(_IMAGENET_MEAN, _IMAGENET_STD),
+    ]
+    try:
+        folder: Dataset[object] = vision.datasets.ImageFolder(path, transforms.Compose(steps))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"no images by class in {path}: {error}") from None
+    return folder
+
+
+def _find(name: str, *, what: str, names: str) -> object:
+    """Return what ``package.module:attribute`` names; the working directory comes first."""
+    module_name, _, path = name.partition(":")
+    parts = path.split(".")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *parts]):
+        raise ValueError(f"{what} must be {names}, got {name!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # And stays: the module may import more, later.
+    found: object = _import(module_name, name)
+    for part in parts:
+        if not hasattr(found, part):
+            raise ValueError(_unknown(module_name, part, dir(found)))
+        found = getattr(found, part)
+    return found
+
+
+def _import(module_name: str, name: str) -> object:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if f"{module_name}.".startswith(f"{error.name}."):  # Itself or a package it is in.
+            absent = error.name
+        else:
+            raise
+    raise ValueError(f"there is no module {absent} for {name!r}, here or among what is installed")
+
+
+def _train_and_test(data: object) -> tuple[object, object | None]:
+    if isinstance(data, tuple) and len(data) == 2 and not any(map(_is_array, data)):
+        return data
+    return data, None
+
+
+def _count_classes(train: object) -> int | None:
+    """From the ``classes`` of a dataset, or the largest of integer labels in a pair."""
+    dataset = getattr(train, "dataset", train)
+    if isinstance(names := getattr(dataset, "classes", None), list | tuple):
+        return len(names)
+    pair = getattr(dataset, "tensors", dataset)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_array, pair))):
+        return None
+    labels = torch.as_tensor(pair[1])
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return int(labels.max()) + 1 if integers and labels.ndim == 1 and len(labels) else None
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _unknown(where: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"{where} has no {name!r}{hint}"

@@ -1,0 +1,85 @@
+"""docs/architecture.md says which module may import which; this holds it to the truth."""
+
+import ast
+import graphlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "autobatch"
+ROW = re.compile(r"^\| `([\w.]+)` \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
+
+
+def names(cell: str) -> set[str]:
+    return set(re.findall(r"`([\w.]+)`", cell))
+
+
+TABLE = {
+    module: (names(inside), names(outside))
+    for module, inside, outside in ROW.findall((ROOT / "docs" / "architecture.md").read_text())
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name inside it: ``batches.nest``."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        if parts[-1] != "__init__":
+            found[".".join(parts)] = file
+    return found
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """What a module imports from the package, and from elsewhere beyond the standard library."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found = [node.module or ""]
+            if node.module and (PACKAGE.parent / node.module.replace(".", "/")).is_dir():
+                found = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in found:
+            if name.partition(".")[0] == "autobatch":
+                own.add(name.removeprefix("autobatch."))
+            else:
+                others.add(name.partition(".")[0])
+    return own, others - sys.stdlib_module_names
+
+
+def test_every_module_has_a_row_and_every_row_a_module() -> None:
+    assert TABLE.keys() == modules().keys()
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_imports_what_its_row_says(module: str) -> None:
+    assert imports(modules()[module]) == TABLE[module]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graphlib.TopologicalSorter({module: row[0] for module, row in TABLE.items()}).prepare()
+
+
+def test_probing_and_training_never_import_each_other() -> None:
+    for module, (inside, _) in TABLE.items():
+        other = {"probing": "training.", "training": "probing."}.get(module.partition(".")[0])
+        assert other is None or not any(name.startswith(other) for name in inside)
+
+
+def test_only_display_knows_rich_and_search_knows_no_torch() -> None:
+    assert [module for module, (_, outside) in TABLE.items() if "rich" in outside] == ["display"]
+    assert TABLE["probing.search"] == (set(), set())
+
+
+def test_a_module_begins_with_one_sentence() -> None:
+    for module, file in modules().items():
+        docstring = ast.get_docstring(ast.parse(file.read_text()))
+        assert docstring, f"{module} does not say what it is"
+        first = docstring.partition("\n\n")[0]
+        assert first.rstrip().endswith((".", ":")), f"{module} begins with {first!r}"

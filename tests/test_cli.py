@@ -1,0 +1,319 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from autobatch import cli, runs
+from autobatch.cli import ExitCode, main
+from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
+from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
+from autobatch.plan import BatchPlan
+from autobatch.results import StepResult, Trial
+
+CODE = """
+import time
+import torch
+from torch import nn
+
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(600, 20, generator=generator)
+y = (x @ torch.randn(20, 3, generator=generator)).argmax(1)
+
+def data(): return (x[:500], y[:500]), (x[500:], y[500:])
+def untested(): return x, y
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 3))
+
+def unseeded(): return nn.Linear(20, 3)
+
+class Fails(nn.Linear):
+    def forward(self, x): raise ValueError("the user's own")
+def fails(): return Fails(20, 3)
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.05)
+        return super().forward(x)
+def slow(): return Slow(20, 3)
+"""
+TINY = ["tiny_for_tests:model", "--data", "tiny_for_tests:data"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command where ``tiny_for_tests.py`` is; returns exit code, output and errors."""
+    (tmp_path / "tiny_for_tests.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "tiny_for_tests", raising=False)
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def test_training_prints_the_plan_and_the_accuracy_before_and_after(run: Run) -> None:
+    code, out, err = run(
+        "train", *TINY, "--desired", "100", "--memory-limit", "80KiB", "--epochs", "8", "--lr",
+        "1e-2", "--seed", "3", "--device", "cpu",
+    )  # fmt: skip
+    assert code == ExitCode.DONE, err
+    assert "tiny_for_tests:model on tiny_for_tests:data: 500 to train on, 100 to test on" in err
+    assert "epoch 8/8  loss 0." in err
+    plan, *_, accuracies = out.splitlines()
+    assert plan == "100 = 50 + 50: 2 accumulation steps, tolerable batch 50"
+    before, after = (float(part.rstrip("%")) for part in accuracies.split()[2:5:2])
+    assert after > max(before, 80)
+
+
+def test_training_as_json_is_one_document(run: Run) -> None:
+    code, out, _ = run(
+        "train", *TINY, "--desired", "100", "--max-steps", "3", "--optimizer", "sgd", "--json",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert code == ExitCode.DONE
+    told = json.loads(out)
+    assert told["plan"]["micro_batch_sizes"] == [100]
+    assert told["search"]["trials"][0]["fits"] is True
+    assert (told["steps"], len(told["losses"]), told["replays"]) == (3, 3, 0)
+    assert 0 <= told["test_accuracy"]["before"] <= 1
+
+
+def test_data_without_a_test_part_is_trained_without_an_accuracy(run: Run) -> None:
+    code, out, err = run("train", TINY[0], "--data", "tiny_for_tests:untested", "--max-steps", "1")
+    assert code == ExitCode.DONE, err
+    assert "accuracy" not in out + err
+
+
+def test_the_same_seed_trains_the_same_model(run: Run, tmp_path: Path) -> None:
+    for name in ("one.pt", "two.pt"):
+        code, _, err = run(
+            "train", "tiny_for_tests:unseeded", *TINY[1:], "--seed", "5", "--max-steps", "2",
+            "--save", name,
+        )  # fmt: skip
+        assert code == ExitCode.DONE, err
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    for key in one:
+        assert torch.equal(one[key], two[key])
+
+
+def test_saving_needs_a_folder_before_anything_is_trained(run: Run) -> None:
+    code, _, err = run("train", *TINY, "--save", "nowhere/model.pt")
+    assert code == ExitCode.BAD_ARGUMENTS
+    assert "save must name a file in a folder that exists, got nowhere/model.pt" in err
+
+
+def test_finding_prints_the_tolerable_batch_alone_on_the_output(run: Run) -> None:
+    arguments = ("find", *TINY, "--memory-limit", "200kB", "--device", "cpu")
+    code, out, err = run(*arguments)
+    assert code == ExitCode.DONE
+    assert out.startswith("tolerable batch ")
+    assert "limited by memory" in out
+    assert "out of memory" in err
+    assert "tolerable" not in err
+    code, out, err = run(*arguments, "--json", "--quiet")
+    found = json.loads(out)
+    assert (found["limited_by"], found["ceiling"], err) == ("memory", 500, "")
+    assert found["peak_bytes"] <= found["limit_bytes"] == 200_000
+
+
+def test_finding_stops_at_the_ceiling(run: Run) -> None:
+    code, out, _ = run("find", *TINY, "--ceiling", "7", "--quiet")
+    assert code == ExitCode.DONE
+    assert out.startswith("tolerable batch 7 (limited by ceiling")
+
+
+def test_a_plan_is_a_sentence_or_json(run: Run) -> None:
+    assert run("plan", "--desired", "256", "--tolerable", "100") == (
+        0,
+        "256 = 86 + 85 + 85: 3 accumulation steps, tolerable batch 100\n",
+        "",
+    )
+    _, out, _ = run("plan", "--tolerable", "100", "--json")
+    assert json.loads(out) == {
+        "desired": 256,
+        "tolerable": 100,
+        "accumulation_steps": 3,
+        "micro_batch_sizes": [86, 85, 85],
+    }
+
+
+def test_the_versions_are_shown(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert code == ExitCode.DONE
+    assert out.startswith("autobatch ")
+    assert f"torch {torch.__version__}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", *TINY, "--memory-limit", "12 apples"], "memory_limit cannot be read from"),
+        (["train", *TINY, "--desired", "0"], "--desired"),
+        (["train", *TINY, "--optimizer", "lion"], "--optimizer"),
+        (["train", "torchvision:resnet81"], "did you mean resnet"),
+        (["train", "resnet18"], "model must be torchvision:resnet18 or"),
+        (["train", TINY[0], "--data", "digit"], "data must be digits, imagefolder:PATH or"),
+        (["train", *TINY, "--device", "abacus"], "device cannot be read from 'abacus'"),
+        (["find", *TINY, "--ceiling", "0"], "--ceiling"),
+        (["find"], "MODEL"),
+        (["plan"], "--tolerable"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_a_bad_argument_ends_with_2_and_a_reason(
+    run: Run, arguments: list[str], words: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (ExitCode.BAD_ARGUMENTS, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_what_does_not_fit_ends_with_3(run: Run) -> None:
+    code, out, err = run("train", *TINY, "--memory-limit", "10kB", "--device", "cpu")
+    assert (code, out) == (ExitCode.DOES_NOT_FIT, "")
+    assert "error: a batch of 1 does not fit in 9.8 KiB" in err
+
+
+def test_an_error_of_the_users_code_ends_with_1_and_says_where(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("find", "tiny_for_tests:fails", *TINY[1:])
+    assert code == ExitCode.FAILED, "a ValueError of the user is no bad argument"
+    assert "error: ValueError: the user's own" in err
+    assert str(tmp_path / "tiny_for_tests.py") in err
+    assert "Traceback" not in err
+    assert "Traceback" in run("find", "tiny_for_tests:fails", *TINY[1:], "--debug")[2]
+
+
+def ends(monkeypatch: pytest.MonkeyPatch, *events: Event, error: BaseException) -> None:
+    """Training tells ``events`` and raises ``error``."""
+
+    def train(*_: object, progress: Callable[[Event], None], **__: object) -> None:
+        for event in events:
+            progress(event)
+        raise error
+
+    monkeypatch.setattr(runs, "find_and_train", train)
+
+
+TRIALS = tuple(
+    TrialEnded(trial=Trial(size=size, fits=fits)) for size, fits in ((4, True), (64, False))
+)
+STARTED = TrainingStarted(plan=BatchPlan(desired=100, tolerable=50), steps=15, epochs=3)
+
+
+def steps(count: int) -> list[Event]:
+    done = [
+        StepResult(loss=1 / number, terms=100, examples=100, micro_batch_sizes=(50, 50))
+        for number in range(1, count + 1)
+    ]
+    return [StepEnded(step=step, epoch=1, plan=STARTED.plan) for step in done]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DoesNotFitError(1, 1000), ExitCode.DOES_NOT_FIT),
+        (torch.OutOfMemoryError("out of memory"), ExitCode.DOES_NOT_FIT),
+        (InexactStepError("inexact"), ExitCode.FAILED),
+        (DeviceUnavailableError("no device"), ExitCode.FAILED),
+        (RuntimeError("anything else"), ExitCode.FAILED),
+        (ValueError("not raised by autobatch"), ExitCode.FAILED),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_way_to_end_has_its_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: ExitCode
+) -> None:
+    ends(monkeypatch, error=error)
+    ended, out, err = run("train", *TINY)
+    assert (ended, out) == (code, "")
+    assert str(error) in err
+    ended, out, _ = run("train", *TINY, "--json")
+    told = json.loads(out)
+    assert (ended, told["error"]["exit_code"]) == (code, code)
+    assert told["error"]["kind"] == type(error).__name__
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "interrupted before the first trial"),
+        (TRIALS, "interrupted in the search, after 2 trials: the largest size that ran is 4"),
+        (TRIALS[1:], "interrupted in the search, after 1 trial: none ran"),
+        ([STARTED], "interrupted in epoch 1 of 3, before its first step was done"),
+        (
+            [STARTED, *steps(4)],
+            "interrupted in epoch 1 of 3, after 4 of 15 optimizer steps (400 examples): "
+            "last loss 0.2500",
+        ),
+    ],
+)
+def test_an_interrupted_command_says_what_was_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch, events: list[Event], words: str
+) -> None:
+    ends(monkeypatch, *events, error=KeyboardInterrupt())
+    code, _, err = run("train", *TINY)
+    assert code == ExitCode.INTERRUPTED
+    assert err.splitlines()[-1] == words
+
+
+def test_a_failure_in_training_says_what_was_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends(monkeypatch, STARTED, *steps(2), error=RuntimeError("gone"))
+    code, _, err = run("train", *TINY)
+    assert code == ExitCode.FAILED
+    assert "it happened in epoch 1 of 3, after 2 of 15 optimizer steps" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_real_process_with_130_and_no_traceback(run: Run, tmp_path: Path) -> None:
+    del run  # It has written the module.
+    command = [sys.executable, "-m", "autobatch", "train", "tiny_for_tests:slow", *TINY[1:]]
+    root = str(Path(cli.__file__).parents[1])
+    process = subprocess.Popen(
+        [*command, "--desired", "10", "--epochs", "1000", "--device", "cpu"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "accumulation step" not in seen:  # The plan: training begins.
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "interrupted in epoch 1 of 1000, after " in rest
+    assert "Traceback" not in seen + rest
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "autobatch", "plan", "--tolerable", "100"],
+        cwd=Path(cli.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("256 = 86 + 85 + 85")

@@ -1,0 +1,89 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from autobatch import demo
+from autobatch.cli import ExitCode
+from autobatch.plan import BatchPlan
+from autobatch.reports import TrainingReport
+from autobatch.results import SearchResult, TrainingResult, Trial, Upper
+from autobatch.runs import TrainingRun, Watch
+
+RESULT = TrainingResult(
+    plan=BatchPlan(desired=256, tolerable=43),
+    search=SearchResult(
+        size=43,
+        trials=(Trial(size=43, fits=True, peak_bytes=1),),
+        ceiling=256,
+        limit_bytes=demo.BUDGET_BYTES,
+        limited_by="memory",
+        upper=Upper(reason="ran out", size=52),
+    ),
+    losses=(2.3, 0.1),
+    epochs=1,
+    examples=512,
+    seconds=1.0,
+)
+
+
+def report(after: float, *, notes: tuple[str, ...] = ()) -> TrainingReport:
+    return TrainingReport(
+        text="the result", fields={}, result=replace(RESULT, notes=notes), before=0.1, after=after
+    )
+
+
+def test_it_is_the_training_that_was_promised() -> None:
+    run = demo.the_run(outside=0)
+    assert (run.model, run.data, run.pixels) == ("torchvision:resnet18", "digits", 64)
+    assert (run.desired, run.optimizer, run.lr) == (256, "adamw", 1e-3)
+    assert (run.memory_limit, run.seed is not None) == (256 * 2**20, True)
+    assert run.epochs in {3, 4}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose context counts")
+def test_without_a_gpu_the_budget_is_the_limit() -> None:
+    assert demo.outside_bytes() == 0
+    assert demo.introduction(0) == (
+        "ResNet-18 learns handwritten digits, 256 to a step, in 256.0 MiB of memory."
+    )
+
+
+def test_what_is_added_on_a_gpu_is_said() -> None:
+    assert demo.the_run(outside=500).memory_limit == demo.BUDGET_BYTES + 500
+    assert "500.0 MiB that are no tensors" in demo.introduction(500 * 2**20)
+
+
+def test_the_judgement_says_what_was_exact() -> None:
+    text = demo.judgement(report(0.95, notes=("BatchNorm",)))
+    assert "as one batch of 256 would, with memory for 43 at once" in text
+    assert text.endswith("Not exact: what the notes say.")
+    assert demo.judgement(report(0.95)).endswith("Nothing was inexact.")
+
+
+@pytest.mark.parametrize(
+    ("after", "code"), [(0.95, ExitCode.DONE), (0.9, ExitCode.FAILED), (0.1, ExitCode.FAILED)]
+)
+def test_a_demo_that_did_not_learn_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    after: float,
+    code: ExitCode,
+) -> None:
+    def run(_run: TrainingRun, _watch: Watch) -> TrainingReport:
+        return report(after)
+
+    monkeypatch.setattr(TrainingRun, "run", run)
+    assert demo.main() == code
+    assert ("The demo failed" in capsys.readouterr().out) == (code is ExitCode.FAILED)
+
+
+def test_an_interrupted_demo_ends_like_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_run: TrainingRun, _watch: Watch) -> TrainingReport:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingRun, "run", run)
+    assert demo.main() == ExitCode.INTERRUPTED
+    assert "interrupted before the first trial" in capsys.readouterr().err

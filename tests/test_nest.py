@@ -1,0 +1,463 @@
+import itertools
+import types
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from states import bits
+from torch import Tensor
+
+from autobatch.batches.nest import (
+    cut,
+    describe,
+    from_numpy,
+    join,
+    map_tensors,
+    part,
+    size_of,
+    take,
+    tensors,
+)
+
+drawn = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+class Pair(NamedTuple):
+    image: object
+    label: object
+
+
+class Encoding(UserDict[str, object]):
+    """A mapping that is made from a dict, and no dict, as transformers' BatchEncoding."""
+
+
+class Frozen(Mapping[str, object]):
+    """A mapping that cannot be changed, with no more than it must have."""
+
+    def __init__(self, items: dict[str, object]) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> object:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@dataclass(frozen=True)
+class Graph:
+    nodes: object
+    edges: object
+    name: str = "graph"
+
+
+@dataclass
+class Counted:
+    rows: Tensor
+    total: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = self.rows.sum()
+
+
+def tensor_of(rows: int, width: int, offset: int) -> Tensor:
+    """Every number in it is another one."""
+    shape = (rows, width) if width else (rows,)
+    return torch.arange(offset, offset + rows * max(width, 1)).reshape(shape)
+
+
+def leaves(rows: int) -> st.SearchStrategy[object]:
+    """What may stand at the end of a nest that holds ``rows`` examples."""
+    whole: list[object] = [None, "whole", 3, 2.5, True, b"raw", torch.tensor(7), torch.float16]
+    arrays = st.builds(tensor_of, st.just(rows), st.integers(0, 3), st.integers(0, 99))
+    texts = st.just([f"text {row}" for row in range(rows)])
+    return st.one_of(arrays, st.sampled_from(whole), texts, texts.map(tuple))
+
+
+def around(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    # The empty mapping at its end keeps a list of plain values from being one value an example.
+    few = st.lists(children, min_size=1, max_size=3).map(lambda items: [*items, {}])
+    named = st.dictionaries(st.sampled_from("abc"), children, min_size=1, max_size=3)
+    return st.one_of(
+        few,
+        few.map(tuple),
+        named,
+        named.map(OrderedDict),
+        named.map(Encoding),
+        named.map(Frozen),
+        named.map(types.MappingProxyType),
+        named.map(lambda items: defaultdict(list, items)),
+        st.builds(Pair, children, children),
+        st.builds(Graph, children, children),
+    )
+
+
+def nests(rows: int) -> st.SearchStrategy[object]:
+    """Any nest of ``rows`` examples; at least one tensor says how many there are."""
+    inside = st.recursive(leaves(rows), around, max_leaves=6)
+    first = st.builds(tensor_of, st.just(rows), st.integers(0, 2), st.just(0))
+    return st.one_of(
+        st.tuples(first, inside),
+        st.builds(Graph, first, inside),
+        st.builds(lambda one, other: Encoding({"x": one, "y": other}), first, inside),
+    )
+
+
+def same(one: object, other: object) -> bool:
+    """The slow comparison: class by class, value by value."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if is_dataclass(one) and is_dataclass(other):
+        names = [entry.name for entry in fields(one)]
+        return all(same(getattr(one, name), getattr(other, name)) for name in names)
+    return one == other
+
+
+def storage(nest: object) -> list[int]:
+    return [tensor.untyped_storage().data_ptr() for tensor in tensors(nest) if tensor.ndim]
+
+
+cuttings = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@drawn
+@given(sizes=cuttings, data=st.data())
+def test_joining_what_was_cut_gives_the_same_nest(sizes: list[int], data: st.DataObject) -> None:
+    nest = data.draw(nests(sum(sizes)))
+    before = (repr(nest), [bits(tensor) for tensor in tensors(nest)])
+    pieces = cut(nest, sizes)
+    assert [size_of(piece) for piece in pieces] == sizes
+    assert same(join(pieces), nest)
+    assert (repr(nest), [bits(tensor) for tensor in tensors(nest)]) == before, "it was changed"
+
+
+@drawn
+@given(sizes=cuttings, data=st.data())
+def test_parts_are_views_and_rows_that_are_taken_are_copies(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    nest = data.draw(nests(sum(sizes)))
+    for piece in cut(nest, sizes):
+        assert storage(piece) == storage(nest)
+    assert set(storage(take(nest, range(sum(sizes))))).isdisjoint(storage(nest))
+
+
+@drawn
+@given(rows=st.integers(1, 6), data=st.data())
+def test_rows_are_taken_in_any_order_and_more_than_once(rows: int, data: st.DataObject) -> None:
+    nest = data.draw(nests(rows))
+    wanted = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=8))
+    one_by_one = [part(nest, row, row + 1) for row in wanted]
+    assert same(take(nest, wanted), join(one_by_one))
+
+
+@drawn
+@given(rows=st.integers(1, 6), data=st.data())
+def test_mapping_nothing_changes_nothing(rows: int, data: st.DataObject) -> None:
+    nest = data.draw(nests(rows))
+    again = map_tensors(lambda tensor: tensor, nest)
+    assert same(again, nest)
+    assert [id(tensor) for tensor in tensors(again)] == [id(tensor) for tensor in tensors(nest)]
+    assert same(from_numpy(nest), nest)
+
+
+def test_the_comparison_can_fail() -> None:
+    nest = (torch.arange(6), Graph(torch.arange(6), {"a": torch.ones(6, 2)}))
+    first, second = cut(nest, [2, 4])
+    assert same(join([first, second]), nest)
+    assert not same(join([second, first]), nest)
+    assert not same(first, nest)
+    assert not same(map_tensors(lambda tensor: tensor.float(), nest), nest)
+    assert not same(take(nest, [0, 1, 2, 3, 4, 4]), nest)
+    assert not same(list(nest), nest)
+
+
+def test_a_tensor_alone_is_a_nest() -> None:
+    rows = torch.arange(10).reshape(5, 2)
+    assert size_of(rows) == 5
+    assert [piece.shape for piece in map_to_tensors(cut(rows, [3, 2]))] == [(3, 2), (2, 2)]
+    assert same(join(cut(rows, [3, 2])), rows)
+
+
+def map_to_tensors(nests: Sequence[object]) -> list[Tensor]:
+    return [nest for nest in nests if isinstance(nest, Tensor)]
+
+
+def test_values_of_the_whole_batch_go_to_every_part_as_they_are() -> None:
+    shared = torch.tensor(0.5)
+    marker = object()
+    batch = {"x": torch.arange(4), "weight": shared, "epoch": 3, "mode": "train", "extra": marker}
+    for piece in cut(batch, [1, 3]):
+        assert isinstance(piece, dict)
+        assert piece["weight"] is shared
+        assert piece["extra"] is marker
+        assert (piece["epoch"], piece["mode"]) == (3, "train")
+
+
+def test_a_list_of_one_value_an_example_is_cut_along() -> None:
+    batch = (torch.arange(3), ["a", "b", "c"], ("x", "y", "z"), [1.5, None, True])
+    assert same(
+        cut(batch, [2, 1]),
+        [
+            (torch.tensor([0, 1]), ["a", "b"], ("x", "y"), [1.5, None]),
+            (torch.tensor([2]), ["c"], ("z",), [True]),
+        ],
+    )
+    assert same(take(batch, [2, 0])[1:], (["c", "a"], ("z", "x"), [True, 1.5]))  # type: ignore[index]  # A tuple.
+
+
+def test_a_list_of_another_length_belongs_to_the_whole_batch() -> None:
+    batch = (torch.arange(3), ["cat", "dog"], Pair("one", "two"))
+    for piece in cut(batch, [2, 1]):
+        assert same(piece[1:], (["cat", "dog"], Pair("one", "two")))  # type: ignore[index]  # A tuple.
+
+
+def test_whether_a_list_is_one_value_an_example_is_told_by_its_length_alone() -> None:
+    """The price of it: a list of the whole batch is taken for more where it is just as long."""
+    assert same(part((torch.arange(2), ["mean", "max"]), 0, 1), (torch.tensor([0]), ["mean"]))
+    alone = (torch.arange(1), ["mean"])
+    assert same(join([alone, alone]), (torch.tensor([0, 0]), ["mean", "mean"]))
+
+
+def test_a_list_of_tensors_is_a_container_and_no_dimension() -> None:
+    batch = [torch.arange(2), torch.arange(2)]
+    assert size_of(batch) == 2
+    assert same(cut(batch, [1, 1])[1], [torch.tensor([1]), torch.tensor([1])])
+
+
+def test_a_mapping_keeps_its_class_and_what_it_was_made_with() -> None:
+    counts: defaultdict[str, Any] = defaultdict(list, x=torch.arange(4))
+    piece = part(counts, 0, 2)
+    assert isinstance(piece, defaultdict)
+    assert piece.default_factory is list
+    assert list(piece["x"]) == [0, 1]
+    assert list(counts["x"]) == [0, 1, 2, 3]
+    encoding = Encoding({"x": torch.arange(4)})
+    encoding.tokenizer = "bert"  # type: ignore[attr-defined]  # Such classes carry more than pairs.
+    assert vars(part(encoding, 0, 2))["tokenizer"] == "bert"
+    assert list(encoding["x"]) == [0, 1, 2, 3]  # type: ignore[call-overload]  # A tensor.
+
+
+def test_a_dataclass_derives_again_what_it_derives() -> None:
+    counted = Counted(torch.arange(4))
+    assert size_of(counted) == 4
+    first, second = cut(counted, [2, 2])
+    assert isinstance(first, Counted)
+    assert isinstance(second, Counted)
+    assert (int(first.total), int(second.total)) == (1, 5)
+    joined = join([first, second])
+    assert isinstance(joined, Counted)
+    assert int(joined.total) == 6
+
+
+def test_joining_one_nest_copies_nothing() -> None:
+    nest = (torch.arange(3), "text")
+    assert join([nest]) is nest
+
+
+@pytest.mark.parametrize(
+    ("nest", "shapes"),
+    [
+        ((torch.ones(3, 2), torch.ones(4)), "(3, 2), (4,)"),
+        ({"a": torch.ones(2), "b": [torch.ones(2), torch.ones(1)]}, "(2,), (2,), (1,)"),
+        (Graph(torch.ones(0), torch.ones(1)), "(0,), (1,)"),
+    ],
+)
+def test_tensors_of_different_lengths_are_refused_with_their_shapes(
+    nest: object, shapes: str
+) -> None:
+    for use in (size_of, lambda nest: cut(nest, [1]), lambda nest: take(nest, [0])):
+        with pytest.raises(ValueError, match="must agree in length along dimension 0") as caught:
+            use(nest)
+        assert str(caught.value).endswith(f"got shapes {shapes}")
+
+
+@pytest.mark.parametrize(
+    ("nest", "text"),
+    [
+        (torch.tensor(1.0), "float32[]"),
+        ({"a": 1, "b": "text"}, "{a: int, b: str}"),
+        ((), "()"),
+        ("text", "str"),
+        ([None, [2.5]], "(NoneType, (float))"),
+    ],
+)
+def test_a_nest_without_a_batch_dimension_is_refused_with_its_structure(
+    nest: object, text: str
+) -> None:
+    with pytest.raises(ValueError, match="must hold a tensor with a batch dimension") as caught:
+        size_of(nest)
+    assert str(caught.value).endswith(f"got {text}")
+
+
+@pytest.mark.parametrize("sizes", [[1], [2, 2], [3, 1], []])
+def test_a_cut_must_use_every_example(sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match="cannot cut 3 examples into") as caught:
+        cut(torch.arange(3), sizes)
+    assert str(caught.value).endswith(str(tuple(sizes)))
+
+
+def test_ragged_batches_cannot_be_joined_and_the_error_names_the_way_out() -> None:
+    with pytest.raises(ValueError, match="batches can be joined only where") as caught:
+        join([(torch.ones(2, 5), torch.ones(2)), (torch.ones(3, 7), torch.ones(3))])
+    assert str(caught.value) == (
+        "batches can be joined only where all but dimension 0 agrees, got float32[2, 5] and "
+        "float32[3, 7]; pad to one length in the collate function"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "complaint"),
+    [
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), "all but dimension 0 agrees"),
+        (torch.ones(2, 1), torch.ones(2), "all but dimension 0 agrees"),
+        ((torch.ones(2), torch.tensor(1)), (torch.ones(2), torch.ones(2)), "dimension 0 agrees"),
+        ((torch.ones(2), torch.ones(2)), (torch.ones(2), torch.tensor(1)), "dimension 0 agrees"),
+        ((torch.ones(2), torch.ones(2)), (torch.ones(2), 5), "dimension 0 agrees"),
+        ((torch.ones(2), torch.tensor(1)), (torch.ones(2), torch.tensor(2)), "in their scalars"),
+        ((torch.ones(2), 5), (torch.ones(2), 6), "must agree in 5"),
+        ((torch.ones(2), "a"), (torch.ones(2), "b"), "must agree in 'a'"),
+        ((torch.ones(2),), (torch.ones(2), torch.ones(2)), "must have one structure"),
+        ({"a": torch.ones(2)}, {"b": torch.ones(2)}, "must have one structure"),
+        ({"a": torch.ones(2)}, [torch.ones(2)], "must have one structure"),
+        ((torch.ones(2), [torch.ones(2)]), (torch.ones(2), None), "must have one structure"),
+        ((torch.ones(2), ["a", "b"]), (torch.ones(3), ["a", "b"]), "must agree in"),
+    ],
+)
+def test_batches_that_differ_in_kind_cannot_be_joined(
+    one: object, other: object, complaint: str
+) -> None:
+    if complaint == "must agree in":
+        # A list as long as one batch but not as the other: of the whole batch, and the same.
+        assert same(join([one, other]), (torch.ones(5), ["a", "b"]))
+        return
+    with pytest.raises(ValueError, match=complaint):
+        join([one, other])
+
+
+def test_joining_gives_the_mapping_order_of_the_first_only_if_all_have_it() -> None:
+    one = {"a": torch.zeros(1), "b": torch.ones(1)}
+    swapped = {"b": torch.ones(1), "a": torch.zeros(1)}
+    with pytest.raises(ValueError, match="one structure"):
+        join([one, swapped])
+
+
+def test_arrays_become_tensors_over_the_same_memory() -> None:
+    array = np.arange(6.0).reshape(3, 2)
+    tensor = from_numpy(array)
+    assert isinstance(tensor, Tensor)
+    array[0, 0] = 9
+    assert tensor[0, 0] == 9
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6)[::-1],
+        np.arange(6.0).reshape(3, 2)[:, ::-1],
+        np.broadcast_to(np.arange(3), (4, 3)),
+        np.arange(6)[::2],
+        np.frombuffer(b"\x01\x02\x03", dtype=np.uint8),
+        np.zeros((0, 3), dtype=np.float32),
+        np.array(5),
+        np.array([True, False]),
+        np.array([1 + 2j]),
+        np.arange(3, dtype=np.float16),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_any_array_of_numbers_becomes_a_tensor_without_a_warning(
+    array: "np.ndarray[Any, Any]",
+) -> None:
+    before = array.copy()
+    tensor = from_numpy(array)
+    assert isinstance(tensor, Tensor)
+    assert tensor.numpy().dtype == array.dtype
+    np.testing.assert_array_equal(tensor.numpy(), before)
+
+
+def test_a_read_only_array_is_not_written_through() -> None:
+    array = np.arange(3)
+    array.flags.writeable = False
+    tensor = from_numpy(array)
+    assert isinstance(tensor, Tensor)
+    tensor[0] = 9
+    assert array[0] == 0
+
+
+def test_an_array_of_text_is_cut_along_like_a_list_of_text() -> None:
+    batch = from_numpy({"x": np.arange(3), "name": np.array(["a", "b", "c"])})
+    assert same(cut(batch, [2, 1])[1], {"x": torch.tensor([2]), "name": ["c"]})
+
+
+def test_arrays_are_found_at_any_depth() -> None:
+    nest = Graph({"a": [np.arange(2)]}, Pair(np.arange(2), "text"))
+    found = from_numpy(nest)
+    assert same(found, Graph({"a": [torch.arange(2)]}, Pair(torch.arange(2), "text")))
+
+
+@pytest.mark.parametrize("nest", [torch.ones(0, 3), {"x": torch.ones(0), "names": []}])
+def test_an_empty_batch_has_size_zero_and_can_be_cut_and_joined(nest: object) -> None:
+    assert size_of(nest) == 0
+    assert cut(nest, []) == []
+    assert same(take(nest, []), nest)
+    assert same(join([nest, nest]), nest)
+    assert same(part(nest, 0, 0), nest)
+
+
+def test_no_rows_of_a_full_batch_are_an_empty_batch() -> None:
+    batch = (torch.ones(3, 2), ["a", "b", "c"])
+    assert same(take(batch, []), (torch.ones(0, 2), []))
+
+
+def test_gradients_flow_through_parts_and_joins() -> None:
+    rows = torch.ones(4, requires_grad=True)
+    joined = join(cut(rows, [1, 3]))
+    assert isinstance(joined, Tensor)
+    joined.sum().backward()
+    assert same(rows.grad, torch.ones(4))
+
+
+def test_every_tensor_is_found_depth_first() -> None:
+    one, two, three, four = (torch.tensor(number) for number in range(4))
+    found = tensors(({"a": one, "b": [two]}, Graph(three, {"deep": (four,)}), "text"))
+    assert [id(tensor) for tensor in found] == [id(tensor) for tensor in (one, two, three, four)]
+
+
+@pytest.mark.parametrize(
+    ("nest", "text"),
+    [
+        (torch.ones(8, 3), "float32[8, 3]"),
+        ((torch.ones(8, 3), torch.ones(8).long()), "(float32[8, 3], int64[8])"),
+        ({"a": torch.ones(1), 2: None}, "{a: float32[1], 2: NoneType}"),
+        (["x"] * 9, "list of 9"),
+        (["x"] * 8, "(" + ", ".join(["str"] * 8) + ")"),
+        (Graph(torch.ones(2), 1), "(float32[2], int, str)"),
+        (Pair("a", 1), "(str, int)"),
+        (3.5, "float"),
+    ],
+)
+def test_a_structure_is_described_in_short(nest: object, text: str) -> None:
+    assert describe(nest) == text
+
+
+def test_parts_of_all_sizes_follow_one_another_without_gap_or_overlap() -> None:
+    rows = torch.arange(5)
+    for sizes in itertools.product(range(6), repeat=3):
+        if sum(sizes) == 5:
+            assert torch.cat(map_to_tensors(cut(rows, sizes))).tolist() == [0, 1, 2, 3, 4]

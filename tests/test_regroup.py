@@ -1,0 +1,399 @@
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+from autobatch.batches.nest import Nest, join, size_of
+from autobatch.batches.regroup import logical_batches, open_source
+
+drawn = settings(deadline=None, max_examples=60, derandomize=True)
+loader_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8)
+desired_sizes = st.integers(1, 12)
+
+
+def batches_of(sizes: Sequence[int]) -> list[dict[str, object]]:
+    """Batches of these sizes; every example has a number and a text of its own."""
+    starts = itertools.accumulate(sizes, initial=0)
+    return [
+        {
+            "x": torch.arange(start, start + size),
+            "text": [f"text {row}" for row in range(start, start + size)],
+        }
+        for start, size in zip(starts, sizes, strict=False)
+    ]
+
+
+def rows(windows: Sequence[Nest]) -> tuple[list[int], list[str]]:
+    """The examples of all windows, in order."""
+    numbers: list[int] = []
+    texts: list[str] = []
+    for window in windows:
+        assert isinstance(window, dict)
+        numbers += window["x"].tolist()
+        texts += window["text"]
+    return numbers, texts
+
+
+def numbers(batch: Nest) -> list[int]:
+    """The examples of a batch that is a tensor, or begins with one."""
+    found = batch[0] if isinstance(batch, list | tuple) else batch
+    assert isinstance(found, Tensor)
+    return found.flatten().tolist()
+
+
+def flat(lists: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+class Counted:
+    """Batches that count how many were pulled."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.pulled = 0
+        self._sizes = sizes
+
+    def __iter__(self) -> Iterator[Nest]:
+        for batch in batches_of(self._sizes):
+            self.pulled += 1
+            yield batch
+
+
+class Stream(IterableDataset[Tensor]):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.arange(self.length)
+
+
+class OnePassStream(Stream):
+    """An IterableDataset that is its own iterator."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self._rows = iter(torch.arange(length))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        return next(self._rows)
+
+
+class WithoutLength(Dataset[Tensor]):
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.tensor(row)
+
+
+class Endless(Sampler[int]):
+    """A sampler that does not know how long it is."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(6))
+
+
+class Broken(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, row: int) -> Tensor:
+        if row >= 4:
+            raise KeyError("the user's own error")
+        return torch.tensor(row)
+
+
+def ten() -> TensorDataset:
+    return TensorDataset(torch.arange(10))
+
+
+@drawn
+@given(sizes=loader_sizes, desired=desired_sizes)
+def test_the_windows_are_of_the_desired_size_and_hold_all_examples_in_order(
+    sizes: list[int], desired: int
+) -> None:
+    windows = list(logical_batches(batches_of(sizes), desired))
+    assert rows(windows) == rows(batches_of(sizes))
+    whole, rest = divmod(sum(sizes), desired)
+    assert [size_of(window) for window in windows] == [desired] * whole + [rest] * bool(rest)
+
+
+@drawn
+@given(sizes=loader_sizes, desired=desired_sizes)
+def test_a_short_last_window_can_be_dropped_and_nothing_else_is(
+    sizes: list[int], desired: int
+) -> None:
+    every = list(logical_batches(batches_of(sizes), desired))
+    kept = list(logical_batches(batches_of(sizes), desired, drop_last=True))
+    assert rows(kept) == rows([window for window in every if size_of(window) == desired])
+
+
+@drawn
+@given(sizes=loader_sizes, desired=desired_sizes)
+def test_no_batch_is_read_before_it_is_needed(sizes: list[int], desired: int) -> None:
+    source = Counted(sizes)
+    windows = logical_batches(source, desired)
+    assert source.pulled == 0
+    for taken in range(1, sum(sizes) // desired + 1):
+        next(windows)
+        needed = next(
+            count
+            for count, total in enumerate(itertools.accumulate(sizes), start=1)
+            if total >= taken * desired
+        )
+        assert source.pulled == needed
+
+
+def test_the_control_reads_ahead_and_is_seen() -> None:
+    source = Counted([4, 4, 4])
+    next(logical_batches(list(source), 4))
+    assert source.pulled == 3
+
+
+def test_a_batch_that_is_a_window_is_handed_on_as_it_is() -> None:
+    batches = batches_of([4, 4])
+    assert all(map(lambda *pair: pair[0] is pair[1], logical_batches(batches, 4), batches))
+
+
+def test_a_window_inside_one_batch_is_a_view_of_it() -> None:
+    (batch,) = batches_of([6])
+    memory = batch["x"]
+    assert isinstance(memory, Tensor)
+    windows = list(logical_batches([batch], 2))
+    pointers = [window["x"].untyped_storage().data_ptr() for window in windows]  # type: ignore[index]  # A dict.
+    assert pointers == [memory.untyped_storage().data_ptr()] * 3
+
+
+def test_ragged_batches_pass_where_no_window_joins_them() -> None:
+    ragged = [torch.zeros(4, 5), torch.zeros(4, 7)]
+    assert [size_of(window) for window in logical_batches(ragged, 2)] == [2] * 4
+    with pytest.raises(ValueError, match="pad to one length in the collate function"):
+        list(logical_batches(ragged, 3))
+
+
+def test_a_loaders_own_drop_last_stays() -> None:
+    loader = DataLoader(ten(), batch_size=4, drop_last=True)
+    source = open_source(loader, batch_size=3)
+    windows = list(logical_batches(source.epoch(), 3))
+    assert [numbers(window) for window in windows] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert source.examples == 8
+
+
+def test_a_loader_keeps_its_order_its_sampler_and_its_collate_function() -> None:
+    def doubled(examples: list[tuple[Tensor]]) -> Tensor:
+        return 2 * torch.stack([example[0] for example in examples])
+
+    loader = DataLoader(ten(), batch_size=4, sampler=range(9, 4, -1), collate_fn=doubled)
+    source = open_source(loader, batch_size=3)
+    windows = list(logical_batches(source.epoch(), 3))
+    assert [numbers(window) for window in windows] == [[18, 16, 14], [12, 10]]
+    assert source.examples == 5
+    assert source.owner is loader
+
+
+LOADERS: list[tuple[str, Callable[[], DataLoader[Any]], int | None]] = [
+    ("plain", lambda: DataLoader(ten(), batch_size=3), 10),
+    ("drop_last", lambda: DataLoader(ten(), batch_size=3, drop_last=True), 9),
+    ("shuffle", lambda: DataLoader(ten(), batch_size=3, shuffle=True), 10),
+    ("sampler", lambda: DataLoader(ten(), batch_size=3, sampler=range(4)), 4),
+    (
+        "more than there are",
+        lambda: DataLoader(
+            ten(), batch_size=4, sampler=RandomSampler(ten(), replacement=True, num_samples=25)
+        ),
+        25,
+    ),
+    ("subset", lambda: DataLoader(Subset(ten(), [1, 3, 5]), batch_size=2), 3),
+    (
+        "batch sampler",
+        lambda: DataLoader(ten(), batch_sampler=BatchSampler(range(7), 2, drop_last=True)),
+        6,
+    ),
+    (
+        "batches by hand",
+        lambda: DataLoader(ten(), batch_sampler=[[0, 1], [2]]),
+        None,
+    ),
+    ("sampler without length", lambda: DataLoader(ten(), batch_size=3, sampler=Endless()), None),
+    ("batches of the dataset", lambda: DataLoader(ten(), batch_size=None), None),
+    ("iterable", lambda: DataLoader(Stream(10), batch_size=3), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "examples"), [row[1:] for row in LOADERS], ids=[row[0] for row in LOADERS]
+)
+def test_a_loader_says_how_many_examples_it_holds_where_its_kind_tells(
+    make: Callable[[], DataLoader[Any]], examples: int | None
+) -> None:
+    source = open_source(make(), batch_size=5)
+    assert source.examples == examples
+    assert not source.one_pass
+    if examples is not None:
+        assert sum(len(numbers(batch)) for batch in source.epoch()) == examples
+
+
+def test_a_dataset_is_shuffled_anew_each_epoch_and_read_at_the_batch_size() -> None:
+    torch.manual_seed(0)
+    dataset = ten()
+    source = open_source(dataset, batch_size=4)
+    first, second = ([numbers(batch) for batch in source.epoch()] for _ in range(2))
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert sorted(flat(first)) == sorted(flat(second)) == list(range(10))
+    assert first != second
+    assert (source.examples, source.one_pass, source.owner) == (10, False, dataset)
+
+
+def test_an_iterable_dataset_keeps_its_order() -> None:
+    dataset = Stream(10)
+    source = open_source(dataset, batch_size=4)
+    assert [len(numbers(batch)) for batch in source.epoch()] == [4, 4, 2]
+    assert flat(map(numbers, source.epoch())) == list(range(10))
+    assert (source.examples, source.one_pass, source.owner) == (None, False, dataset)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (torch.arange(10), np.arange(10.0)),
+        {"x": torch.arange(10), "y": np.arange(10.0)},
+    ],
+    ids=["tuple", "mapping"],
+)
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 99])
+def test_data_in_memory_is_shuffled_by_a_permutation_that_a_seed_repeats(
+    data: Any, batch_size: int
+) -> None:
+    def epoch(seed: int) -> list[Nest]:
+        torch.manual_seed(seed)
+        return list(open_source(data, batch_size=batch_size).epoch())
+
+    def columns(batches: list[Nest]) -> list[list[int]]:
+        whole = join(batches)
+        members = whole.values() if isinstance(whole, dict) else whole
+        return [member.tolist() for member in members]  # type: ignore[attr-defined]  # Tensors.
+
+    first, second = columns(epoch(1))
+    assert sorted(first) == list(range(10))
+    assert second == first, "the members were shuffled apart"
+    assert first != list(range(10))
+    assert columns(epoch(1)) == [first, second]
+    assert columns(epoch(2)) != [first, second]
+    assert {type(batch) for batch in epoch(1)} == {type(data)}
+    assert [size_of(batch) for batch in epoch(1)][:-1] == [batch_size] * (-(-10 // batch_size) - 1)
+    source = open_source(data, batch_size=batch_size)
+    assert (source.examples, source.one_pass, source.owner) == (10, False, None)
+
+
+def test_each_epoch_of_data_in_memory_has_another_order() -> None:
+    torch.manual_seed(0)
+    source = open_source((torch.arange(50),), batch_size=50)
+    assert numbers(next(source.epoch())) != numbers(next(source.epoch()))
+
+
+def test_opening_data_reads_nothing_and_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    counted = Counted([2])
+    for data in (counted, ten(), Stream(3), DataLoader(ten(), shuffle=True), (torch.arange(3),)):
+        open_source(data, batch_size=2)
+    assert counted.pulled == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_list_of_batches_is_read_as_it_is_with_arrays_as_tensors() -> None:
+    batches = [(np.arange(3), ["a", "b", "c"]), (np.arange(2), ["d", "e"])]
+    source = open_source(batches, batch_size=99)
+    assert [numbers(batch) for batch in source.epoch()] == [[0, 1, 2], [0, 1]]
+    assert (source.examples, source.one_pass, source.owner) == (None, False, batches)
+
+
+def test_what_can_be_read_only_once_is_known() -> None:
+    assert open_source(iter([torch.ones(2)]), batch_size=1).one_pass
+    assert open_source((batch for batch in [torch.ones(2)]), batch_size=1).one_pass
+    assert open_source(OnePassStream(3), batch_size=1).one_pass
+    assert not open_source([torch.ones(2)], batch_size=1).one_pass
+    assert not open_source(Counted([2]), batch_size=1).one_pass
+
+
+EMPTY: list[tuple[Any, str]] = [
+    ((torch.ones(0, 3), torch.ones(0)), "data is empty: its tensors have length 0"),
+    ({"x": np.ones((0, 3))}, "data is empty: its tensors have length 0"),
+    (TensorDataset(torch.ones(0)), "data is empty: TensorDataset has length 0"),
+    ([], "data is empty: [] holds no batch"),
+    (
+        DataLoader(TensorDataset(torch.ones(0)), batch_size=4),
+        "data is empty: the DataLoader has 0 examples for batches of 4",
+    ),
+    (
+        DataLoader(TensorDataset(torch.ones(3)), batch_size=4, drop_last=True),
+        "data is empty: the DataLoader has 3 examples for batches of 4 and drop_last=True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "text"), EMPTY, ids=[row[1] for row in EMPTY])
+def test_empty_data_is_refused_before_anything_is_read(data: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(text)}"):
+        open_source(data, batch_size=2)
+
+
+@pytest.mark.parametrize("data", [iter([]), Stream(0), DataLoader(Stream(0)), Counted([])])
+def test_data_that_turns_out_empty_gives_no_window(data: Any) -> None:
+    assert list(logical_batches(open_source(data, batch_size=2).epoch(), 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (torch.ones(4), "data must be a Dataset, a DataLoader, .*, got Tensor$"),
+        (np.ones(4), "data must be .*, got ndarray$"),
+        ("batches", "data must be .*, got str$"),
+        (b"batches", "data must be .*, got bytes$"),
+        (5, "data must be .*, got int$"),
+        (None, "data must be .*, got NoneType$"),
+        (WithoutLength(), "must have a length, got WithoutLength without __len__; make it an"),
+        ((), "a tuple of data must hold tensors or arrays, got nothing; put batches into a list"),
+        ({}, "a dict of data must hold tensors or arrays, got nothing"),
+        ((torch.ones(2), [1, 2]), r"a tuple of data must hold .*, got \['list'\]; put batches"),
+        ({"x": torch.ones(2), "y": "text"}, r"a dict of data must hold .*, got \['str'\]"),
+    ],
+)
+def test_what_is_no_data_is_a_bad_type_with_the_way_out(data: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        open_source(data, batch_size=2)
+
+
+def test_tensors_in_memory_must_agree_in_length() -> None:
+    with pytest.raises(ValueError, match=r"agree in length .*, got shapes \(3, 2\), \(4,\)$"):
+        open_source((torch.ones(3, 2), torch.ones(4)), batch_size=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_data_pass_through(workers: int) -> None:
+    loader = DataLoader(Broken(), batch_size=2, num_workers=workers)
+    windows = logical_batches(open_source(loader, batch_size=1).epoch(), 4)
+    assert numbers(next(windows)) == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match="the user's own error"):
+        next(windows)
+
+
+def test_a_sequential_sampler_over_part_of_the_data_counts_that_part() -> None:
+    part = SequentialSampler(range(3))
+    assert open_source(DataLoader(ten(), batch_size=2, sampler=part), batch_size=1).examples == 3
