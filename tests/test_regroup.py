@@ -89,7 +89,7 @@ class OnePassStream(Stream):
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
-        self._rows = iter(torch.arange(length))
+        self._rows: Iterator[Tensor] = iter(torch.arange(length))
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
