@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import torch
 import typer
@@ -234,8 +234,8 @@ def conclude(work: Callable[[Watch], Report], output: Output) -> None:
     try:
         with display or nullcontext():
             report = work(_Watch(journal, display))
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # Each has its exit code.
-        failure = error
+    except (Exception, KeyboardInterrupt) as ended:  # noqa: BLE001  # Each has its exit code.
+        failure = ended
     if failure is None:
         if display is not None and sys.stdout.isatty():
             typer.echo()
@@ -244,10 +244,11 @@ def conclude(work: Callable[[Watch], Report], output: Output) -> None:
     if output.debug:
         typer.echo("".join(traceback.format_exception(failure)), err=True)
     code, message = exit_code(failure), _explained(failure, journal)
-    typer.echo(message if code is ExitCode.INTERRUPTED else f"error: {message}", err=True)
+    told = message if code is ExitCode.INTERRUPTED else f"error: {message}"
+    typer.echo(_wrapped(told, sys.stderr), err=True)
     if output.as_json:
-        told = {"kind": type(failure).__name__, "message": message, "exit_code": int(code)}
-        _write_json({"error": told, "done": journal.fields})
+        error = {"kind": type(failure).__name__, "message": message, "exit_code": int(code)}
+        _write_json({"error": error, "done": journal.fields})
     raise typer.Exit(code)
 
 
@@ -280,26 +281,32 @@ def _place(error: BaseException) -> str:
 
 
 def _is_library(frame: FrameType) -> bool:
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package in {"autobatch", "importlib", "torch", "torchvision"}
+    package = _package(frame)
+    return package in {"autobatch", "torch", "torchvision"} or package in sys.stdlib_module_names
+
+
+def _package(frame: FrameType) -> str:
+    """The outermost package of the code; its name is only ``__main__`` under ``python -m``."""
+    names: dict[str, str | None] = frame.f_globals
+    return (names.get("__package__") or names.get("__name__") or "").partition(".")[0]
 
 
 def _is_ours(error: BaseException) -> bool:
     """Whether autobatch itself raised it: code of the user raises ``ValueError`` too."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("autobatch.")
+    return bool(frames) and _package(frames[-1]) == "autobatch"
 
 
 def _write(report: Report, *, as_json: bool) -> None:
     if as_json:
         _write_json(report.fields)
     else:
-        typer.echo(_wrapped(report.text))
+        typer.echo(_wrapped(report.text, sys.stdout))
 
 
-def _wrapped(text: str) -> str:
+def _wrapped(text: str, stream: TextIO) -> str:
     """Break long lines between words on a terminal; a file gets them whole."""
-    if not sys.stdout.isatty():
+    if not stream.isatty():
         return text
     width = min(typer.get_terminal_size().columns, 100)
     lines = (textwrap.fill(line, width, subsequent_indent="  ") for line in text.splitlines())

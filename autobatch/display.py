@@ -156,7 +156,8 @@ class Display:
     def _(self, event: EpochEnded) -> None:
         self.log(self._line(event.epoch, event.loss, event.examples_per_second))
         self._epoch = _Epoch(began=self._console.get_time(), number=event.epoch + 1)
-        self._advance(min(event.epoch + 1, self._epochs), _NO_LOSS, _NO_SPEED, steps=0)
+        if event.epoch < self._epochs:
+            self._advance(event.epoch + 1, _NO_LOSS, _NO_SPEED, steps=0)
 
     @_show.register
     def _(self, event: Replayed) -> None:

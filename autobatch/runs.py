@@ -155,12 +155,12 @@ class TrainingRun(Setting):
         if self.save is not None:
             torch.save(model.state_dict(), self.save)
         names = {"model": self.model, "data": self.data}
-        accuracies = f"\ntest accuracy {before:.1%} before, {after:.1%} after" if after else ""
+        text, measured = str(result), {"test_accuracy": {"before": before, "after": after}}
+        if after is not None:
+            text += f"\ntest accuracy {before:.1%} before, {after:.1%} after"
         return TrainingReport(
-            text=f"{result}{accuracies}",
-            fields=names
-            | training_fields(result)
-            | {"test_accuracy": {"before": before, "after": after}},
+            text=text,
+            fields=names | training_fields(result) | measured,
             result=result,
             before=before,
             after=after,

@@ -97,6 +97,13 @@ def test_data_without_a_test_part_is_trained_without_an_accuracy(run: Run) -> No
     assert "accuracy" not in out + err
 
 
+def test_nothing_right_is_an_accuracy_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "accuracy", lambda *_: 0.0)
+    _, out, err = run("train", *TINY, "--max-steps", "1")
+    assert "test accuracy before training: 0.0%" in err
+    assert out.endswith("test accuracy 0.0% before, 0.0% after\n")
+
+
 def test_the_same_seed_trains_the_same_model(run: Run, tmp_path: Path) -> None:
     for name in ("one.pt", "two.pt"):
         code, _, err = run(

@@ -211,6 +211,11 @@ def test_a_part_without_terms_is_no_harm_to_sum_and_terms() -> None:
     assert check(tokens, outputs, targets)
 
 
+def test_terms_that_only_the_whole_has_are_refused() -> None:
+    with pytest.raises(InexactStepError, match=r"but nan from parts of 3 \+ 4; the sum and the"):
+        check(lambda o, t: (plain_sum(o, t), max(0, len(o) - 4)))
+
+
 def test_a_loss_of_torch_passes_too() -> None:
     assert check(partial(F.cross_entropy, ignore_index=0))
     assert check(partial(F.cross_entropy, ignore_index=0, label_smoothing=0.1))
@@ -230,11 +235,12 @@ def test_nested_outputs_and_absent_targets_are_split() -> None:
         ([torch.ones(2, 5), torch.ones(2, 6)], "all but dimension 0 agrees"),
         ([(torch.ones(2, 5), torch.tensor(i)) for i in range(2)], "agree in their scalars"),
         ([torch.ones(8, 5), torch.ones(8, 5)], "agree in length along dimension 0"),
+        ([torch.ones(8, 5)], "agree in length along dimension 0"),
     ],
 )
 def test_outputs_that_cannot_be_joined_are_refused(outputs: list[Nest], reason: str) -> None:
     with pytest.raises(InexactStepError, match=rf"cannot be joined: .*{reason}.*forward="):
-        check(lambda o, _: o, outputs, [torch.ones(2), torch.ones(2)])
+        check(lambda o, _: o, outputs, [torch.ones(2)] * len(outputs))
 
 
 def float32_only(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -426,6 +426,12 @@ def hooked() -> nn.Module:
     return loss
 
 
+def hooked_before() -> nn.Module:
+    loss = nn.MSELoss()
+    loss.register_forward_pre_hook(lambda module, arguments: arguments[::-1])  # noqa: ARG005  # Torch's.
+    return loss
+
+
 def patched() -> nn.Module:
     loss = nn.MSELoss()
     loss.forward = lambda outputs, targets: (outputs - targets).pow(4).mean()  # type: ignore[method-assign, assignment]  # On purpose.
@@ -438,6 +444,7 @@ def patched() -> nn.Module:
         MyCrossEntropy(),
         MyCrossEntropy(reduction="none"),  # What it returns may still be reduced.
         hooked(),
+        hooked_before(),
         patched(),
         nn.PoissonNLLLoss(),
         functools.partial(F.gaussian_nll_loss, var=torch.ones(3)),

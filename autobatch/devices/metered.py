@@ -157,7 +157,15 @@ def _flat(result: object) -> Iterator[Tensor]:
 
 
 def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The dense CPU tensors that hold the memory of ``tensor``; a sparse one has several."""
+    """The dense CPU tensors that hold the memory of ``tensor``: itself, or what it is made of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return _strided_parts(tensor)
+    names, _ = flatten()  # A wrapper, such as a jagged or a quantised tensor.
+    return tuple(part for name in names for part in _strided(getattr(tensor, name)))
+
+
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.device.type != "cpu":
         return ()
     if tensor.layout is torch.strided:
