@@ -16,14 +16,14 @@ from typing import Annotated, TextIO
 import torch
 import typer
 
+from autobatch.commands.inventory import HEADERS, take_inventory
+from autobatch.commands.reports import Fields, Journal, Report, plan_fields
+from autobatch.commands.runs import OptimizerName, SearchRun, TrainingRun, Watch
+from autobatch.commands.sources import DATA_NAMES, MODEL_NAMES
 from autobatch.display import Display, print_table
 from autobatch.errors import DoesNotFitError
 from autobatch.events import Event
-from autobatch.inventory import HEADERS, take_inventory
 from autobatch.plan import BatchPlan
-from autobatch.reports import Fields, Journal, Report, plan_fields
-from autobatch.runs import OptimizerName, SearchRun, TrainingRun, Watch
-from autobatch.sources import DATA_NAMES, MODEL_NAMES
 
 
 class ExitCode(enum.IntEnum):

@@ -10,12 +10,12 @@ import torch
 import typer
 
 from autobatch.cli import ExitCode, Output, conclude
+from autobatch.commands.reports import Report, TrainingReport
+from autobatch.commands.runs import TrainingRun, Watch
 from autobatch.devices.cuda import CudaDevice
-from autobatch.reports import Report, TrainingReport
-from autobatch.runs import TrainingRun, Watch
 from autobatch.units import format_bytes
 
-BUDGET_BYTES: Final = 256 * 2**20
+BUDGET_BYTES: Final = 384 * 2**20
 ENOUGH: Final = 0.9  # Of the test digits, afterwards.
 
 

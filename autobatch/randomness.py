@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 Restore = Callable[[], object]
 
-_DEPTH: Final = 6  # How deep, and how far along a container, generators of the data are sought.
+_DEPTH: Final = 10  # How deep, and how far along a container, generators of the data are sought.
 _WIDTH: Final = 64
 _OPAQUE: Final = (
     *(str, bytes, int, float, complex, type(None), type, ModuleType),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autobatch import cli, runs
+from autobatch import cli
 from autobatch.cli import ExitCode, main
+from autobatch.commands import runs
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan

@@ -5,13 +5,13 @@ import torch
 
 from autobatch import demo
 from autobatch.cli import ExitCode
+from autobatch.commands.reports import TrainingReport
+from autobatch.commands.runs import TrainingRun, Watch
 from autobatch.plan import BatchPlan
-from autobatch.reports import TrainingReport
 from autobatch.results import SearchResult, TrainingResult, Trial, Upper
-from autobatch.runs import TrainingRun, Watch
 
 RESULT = TrainingResult(
-    plan=BatchPlan(desired=256, tolerable=43),
+    plan=BatchPlan(desired=256, tolerable=86),
     search=SearchResult(
         size=43,
         trials=(Trial(size=43, fits=True, peak_bytes=1),),
@@ -37,7 +37,7 @@ def test_it_is_the_training_that_was_promised() -> None:
     run = demo.the_run(outside=0)
     assert (run.model, run.data, run.pixels) == ("torchvision:resnet18", "digits", 64)
     assert (run.desired, run.optimizer, run.lr) == (256, "adamw", 1e-3)
-    assert (run.memory_limit, run.seed is not None) == (256 * 2**20, True)
+    assert (run.memory_limit, run.seed is not None) == (384 * 2**20, True)
     assert run.epochs in {3, 4}
 
 
@@ -45,7 +45,7 @@ def test_it_is_the_training_that_was_promised() -> None:
 def test_without_a_gpu_the_budget_is_the_limit() -> None:
     assert demo.outside_bytes() == 0
     assert demo.introduction(0) == (
-        "ResNet-18 learns handwritten digits, 256 to a step, in 256.0 MiB of memory."
+        "ResNet-18 learns handwritten digits, 256 to a step, in 384.0 MiB of memory."
     )
 
 
@@ -56,7 +56,7 @@ def test_what_is_added_on_a_gpu_is_said() -> None:
 
 def test_the_judgement_says_what_was_exact() -> None:
     text = demo.judgement(report(0.95, notes=("BatchNorm",)))
-    assert "as one batch of 256 would, with memory for 43 at once" in text
+    assert "as one batch of 256 would, with memory for 86 at once" in text
     assert text.endswith("Not exact: what the notes say.")
     assert demo.judgement(report(0.95)).endswith("Nothing was inexact.")
 

@@ -160,6 +160,18 @@ def test_a_mean_over_anything_but_examples_is_refused_and_nothing_has_moved() ->
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("ragged_window", [2, 4, 8])
+def test_a_mean_over_tokens_is_found_out_when_they_begin_to_differ(ragged_window: int) -> None:
+    model = token_model()
+    accumulator = Accumulator(model, sgd(model), masked_mean, micro_batch=3)
+    x, y = tokens(8)
+    full = (x, y.clamp(min=0))
+    for _ in range(ragged_window - 1):
+        accumulator.step(full)
+    with pytest.raises(InexactStepError):
+        accumulator.step((x, y))
+
+
 def test_a_loss_that_couples_examples_is_refused() -> None:
     def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
         scores = outputs @ outputs.T

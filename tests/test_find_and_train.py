@@ -23,8 +23,8 @@ from autobatch import (
     find_batch_size,
 )
 from autobatch.batches.regroup import logical_batches
+from autobatch.commands.vision import import_torchvision
 from autobatch.events import Event, StepEnded, TrialEnded
-from autobatch.vision import import_torchvision
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 train = functools.partial(find_and_train, progress=False)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import Accumulator, DoesNotFitError, Verdict, check, find_batch_size
+from autobatch.commands.vision import import_torchvision
 from autobatch.devices.metered import MeteredDevice
 from autobatch.job import Job
-from autobatch.vision import import_torchvision
 
 
 def images(examples: int, pixels: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from autobatch import cli, inventory
+from autobatch import cli
+from autobatch.commands import inventory
+from autobatch.commands.inventory import Inventory, TorchGpu, take_inventory
 from autobatch.devices.nvml import NvmlGpu, NvmlProcess, NvmlSurvey
-from autobatch.inventory import Inventory, TorchGpu, take_inventory
 
 GIB = 2**30
 ONE, TWO = (

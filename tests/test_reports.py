@@ -3,9 +3,9 @@ import math
 
 import pytest
 
+from autobatch.commands.reports import Journal, count, search_fields, training_fields
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted
 from autobatch.plan import BatchPlan
-from autobatch.reports import Journal, count, search_fields, training_fields
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Upper, Verdict
 
 PLAN = BatchPlan(desired=10, tolerable=4)

@@ -22,6 +22,7 @@ from autobatch.training.replay import smaller_size, window_start
 from autobatch.training.update import take_step
 from autobatch.training.window import LossCheck, Recipe
 
+_CHECKS: Final = 4
 _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
@@ -111,7 +112,8 @@ class Accumulator:
         self._recipe = recipe
         self._limit_bytes = limit_bytes
         self._observer: Observer = observer or (lambda _: None)
-        self._unsettled = recipe.loss.checked
+        self._agreed = 0  # How often the loss was held to the law, and kept it.
+        self._split_windows = 0
 
     def step(self, batch: Nest) -> StepResult:
         """Take one optimizer step for one logical batch.
@@ -172,6 +174,7 @@ class Accumulator:
                 put_back()
                 raise
             if done is not None:
+                self._split_windows += plan.accumulation_steps > 1
                 return done, plan, replays
             replays += 1
             failed, size = size, smaller_size(examples, size, replays)
@@ -189,13 +192,13 @@ class Accumulator:
     ) -> tuple[Accumulated | None, str]:
         """Run the window once; None, and what the failure said, if memory ran out."""
         parts = cut(batch, plan.micro_batch_sizes)
-        check = LossCheck(self._recipe, len(parts)) if self._unsettled and len(parts) > 1 else None
+        check = LossCheck(self._recipe, len(parts)) if self._check_is_due(len(parts)) else None
         try:
             with self._limited():
                 witness = check.witness if check else None
                 done = self._recipe.accumulate(parts, denominator, witness)
                 if check is not None:
-                    self._unsettled = not check.settled()
+                    self._agreed += check.settled()
         except Exception as error:
             if verdict_of(error) not in _TOO_MUCH:
                 raise
@@ -204,6 +207,16 @@ class Accumulator:
             return done, ""
         # Only here has the error let go of the failed window's tensors.
         return None, message
+
+    def _check_is_due(self, micro_batches: int) -> bool:
+        """Whether an unknown loss is to be held to the law in this window.
+
+        In the first window that is cut, and in the 2nd, 4th and 8th: a mean over tokens looks like
+        one over examples as long as all have as many.
+        """
+        if not self._recipe.loss.checked or micro_batches == 1:
+            return False
+        return self._split_windows + 1 >= 1 << self._agreed and self._agreed < _CHECKS
 
     def _limited(self) -> AbstractContextManager[None]:
         if self._limit_bytes is None:

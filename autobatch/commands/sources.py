@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch.batches.regroup import Data
+from autobatch.commands.vision import import_torchvision
 from autobatch.plan import check_size
-from autobatch.vision import import_torchvision
 
 MODEL_NAMES: Final = "torchvision:resnet18 or package.module:factory"
 DATA_NAMES: Final = "digits, imagefolder:PATH or package.module:factory"

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from autobatch.commands.reports import Fields
 from autobatch.devices.host import host_memory
 from autobatch.devices.nvml import NvmlGpu, NvmlSurvey, survey
-from autobatch.reports import Fields
 from autobatch.units import format_bytes
 
 HEADERS = ("GPU", "name", "in use", "by processes", "torch")

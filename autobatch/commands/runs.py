@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from autobatch.api import find_and_train, find_batch_size
+from autobatch.commands.reports import Report, TrainingReport, count, search_fields, training_fields
+from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
 from autobatch.devices.choose import choose_device
 from autobatch.events import Event, SearchEnded
 from autobatch.plan import check_size
-from autobatch.reports import Report, TrainingReport, count, search_fields, training_fields
-from autobatch.sources import DataSource, accuracy, load_data, load_model
 from autobatch.units import parse_bytes
 
 

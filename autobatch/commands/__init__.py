@@ -1,0 +1,1 @@
+"""What the command line does: names to objects, runs, reports."""
