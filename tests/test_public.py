@@ -1,0 +1,68 @@
+"""The public surface: growing it is a deliberate change of this file."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import autobatch
+
+NAMES = [
+    "Accumulator",
+    "AutobatchError",
+    "BatchPlan",
+    "DeviceUnavailableError",
+    "DoesNotFitError",
+    "InexactStepError",
+    "SearchResult",
+    "StepInterruptedError",
+    "StepResult",
+    "TrainingResult",
+    "Trial",
+    "Upper",
+    "Verdict",
+    "check",
+    "find_and_train",
+    "find_batch_size",
+    "verdict_of",
+]
+JOB = ["loss", "forward", "optimizer", "device", "memory_limit", "headroom"]
+SIGNATURES = {
+    "find_and_train": [
+        *["model", "data", "desired", "loss", "forward", "optimizer", "epochs", "max_steps"],
+        *["drop_last", "device", "memory_limit", "headroom", "seed", "progress"],
+    ],
+    "find_batch_size": ["model", "data", "ceiling", *JOB, "progress"],
+    "check": ["model", "data", "size", *JOB],
+    "Accumulator": ["model", "optimizer", "loss", "micro_batch", "forward"],
+    "BatchPlan": ["desired", "tolerable"],
+    "verdict_of": ["error"],
+}
+
+
+def test_the_public_names_are_these_in_order() -> None:
+    assert autobatch.__all__ == NAMES == sorted(NAMES)
+    assert all(hasattr(autobatch, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_public_signature_is_this(name: str) -> None:
+    assert list(inspect.signature(getattr(autobatch, name)).parameters) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_public_says_what_it_is(name: str) -> None:
+    assert inspect.getdoc(getattr(autobatch, name))
+
+
+def test_importing_autobatch_prints_nothing_and_touches_no_device() -> None:
+    code = (
+        "import os; before = dict(os.environ); import autobatch, torch; "
+        "assert dict(os.environ) == before; assert not torch.cuda.is_initialized(); "
+        "import sys; assert 'torchvision' not in sys.modules and 'sklearn' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
