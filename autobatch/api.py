@@ -360,8 +360,8 @@ def _notes(
     ):
         yield (
             "BatchNorm normalises each micro-batch by its own statistics, so this model's steps "
-            "differ from the undivided batch's in that; its running statistics moved once a "
-            "micro-batch"
+            "differ from the undivided batch's in that; its running statistics are pooled over the "
+            "whole batch and moved once a step"
         )
     if done.replays:
         yield (

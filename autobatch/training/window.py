@@ -10,6 +10,7 @@ from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, t
 from autobatch.devices.base import MemoryDevice
 from autobatch.errors import InexactStepError
 from autobatch.training.accumulate import Accumulated, Terms, accumulate, rescale
+from autobatch.training.batch_norm import pooled_statistics
 from autobatch.training.forward import Forward, standard_forward, targets_of
 from autobatch.training.loss_check import check_splits
 from autobatch.training.losses import Loss
@@ -76,7 +77,9 @@ class Recipe:
         """
 
         def share(micro_batch: Nest) -> tuple[Tensor, Terms]:
+            pool.begin()
             outputs, targets = (self.forward or standard_forward)(self.model, micro_batch)
+            pool.end()
             if witness is not None:
                 witness(outputs, targets)
             examples = size_of(micro_batch)
@@ -85,7 +88,8 @@ class Recipe:
                 terms = self.loss.denominator(targets, examples)
             return loss_sum, terms
 
-        done = accumulate(map(self._moved, parts), share, denominator=denominator)
+        with pooled_statistics(self.model, len(parts)) as pool:
+            done = accumulate(map(self._moved, parts), share, denominator=denominator)
         if done.terms is not None:
             terms = float(done.terms)  # An integer tensor would divide in single precision.
             if terms not in (0.0, denominator):

@@ -1,0 +1,147 @@
+"""BatchNorm's running statistics over a window that is cut: those of the whole batch, moved once.
+
+Left alone, a layer would move its running statistics once a micro-batch, with its full momentum
+each time. Here its momentum is 1 while the window runs, so that each forward pass hands out the
+mean and the unbiased variance of what it saw. They are pooled (Chan et al., 1979: the variance
+between micro-batches belongs to it), and applied once with the layer's own momentum. For a layer
+whose inputs are the undivided batch's that is what the undivided batch would have done.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
+    """Pool the running statistics of every BatchNorm in training inside; apply them at the end.
+
+    After an error nothing is applied: momentum is put back, the statistics are the caller's to
+    restore. A window of one micro-batch is left to the layers themselves.
+
+    Args:
+        model: In the mode in which it trains.
+        micro_batches: Micro-batches in the window.
+    """
+    layers = moving_layers(model) if micro_batches > 1 else []
+    pool = Pool(layers)
+    momenta = [layer.momentum for layer in layers]
+    hooks = [layer.register_forward_pre_hook(pool.about_to_run, prepend=True) for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 1.0
+        yield pool
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    pool.apply()
+
+
+def moving_layers(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers whose running statistics a forward pass moves."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    ]
+
+
+@dataclass(slots=True)
+class _Moments:
+    """Of one call of one layer, over the micro-batches so far."""
+
+    count: int
+    mean: Tensor
+    squares: Tensor  # The sum of squared distances from the mean.
+
+
+class Pool:
+    """What the layers' calls have seen, pooled over micro-batches. The n-th calls belong together.
+
+    Args:
+        layers: In training, with running statistics.
+    """
+
+    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+        self._layers = layers
+        self._before = [[tensor.clone() for tensor in _statistics(layer)] for layer in layers]
+        self._open = False
+        self._moments: dict[_BatchNorm, list[_Moments]] = defaultdict(list)
+        self._seen: dict[_BatchNorm, list[int]] = defaultdict(list)
+        self._earlier: dict[_BatchNorm, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def begin(self) -> None:
+        """Say that a micro-batch's forward pass begins: calls count from here."""
+        self._open = bool(self._layers)
+
+    def end(self) -> None:
+        """Say that it has ended, and pool what it left.
+
+        Activation checkpointing runs forward passes again during the backward pass. They see the
+        same examples, and no longer count.
+        """
+        self._open = False
+        for layer, counts in self._seen.items():
+            mean, variance, _ = _statistics(layer)
+            calls = [*self._earlier[layer], (mean, variance)]
+            for call, (count, moments) in enumerate(zip(counts, calls, strict=True)):
+                self._add(layer, call, count, *moments)
+        self._seen.clear()
+        self._earlier.clear()
+
+    def about_to_run(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Note a call; a hook of the layer."""
+        if not self._open:
+            return
+        assert isinstance(layer, _BatchNorm)
+        if self._seen[layer]:  # Called again: what the call before left would be overwritten.
+            mean, variance, _ = _statistics(layer)
+            self._earlier[layer].append((mean.clone(), variance.clone()))
+        self._seen[layer].append(inputs[0].numel() // layer.num_features)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Move every layer's statistics once for each of its calls, from where they were."""
+        for layer, before in zip(self._layers, self._before, strict=True):
+            statistics = _statistics(layer)
+            for tensor, value in zip(statistics, before, strict=True):
+                tensor.copy_(value)
+            running_mean, running_variance, batches = statistics
+            for moments in self._moments.get(layer, []):
+                batches += 1
+                weight = 1 / float(batches) if layer.momentum is None else layer.momentum
+                running_mean.lerp_(moments.mean, weight)
+                running_variance.lerp_(moments.squares / (moments.count - 1), weight)
+
+    @torch.no_grad()
+    def _add(
+        self, layer: _BatchNorm, call: int, count: int, mean: Tensor, variance: Tensor
+    ) -> None:
+        known = self._moments[layer]
+        squares = variance * (count - 1)
+        if call == len(known):
+            known.append(_Moments(count, mean.clone(), squares))
+            return
+        pooled = known[call]
+        total = pooled.count + count
+        distance = mean - pooled.mean
+        pooled.squares += squares
+        pooled.squares += distance.square() * (pooled.count * count / total)
+        pooled.mean += distance * (count / total)
+        pooled.count = total
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean, running variance, number of batches: tensors that exist where they move."""
+    mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    assert mean is not None
+    assert variance is not None
+    assert batches is not None
+    return mean, variance, batches
