@@ -2,14 +2,13 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, size_of
@@ -23,6 +22,7 @@ from autobatch.plan import BatchPlan, check_size, useful_sizes
 from autobatch.probing.finder import Finder
 from autobatch.results import SearchResult, TrainingResult, Trial, Verdict
 from autobatch.state import training_mode
+from autobatch.training.batch_norm import normalises_by_batch
 from autobatch.training.forward import Forward
 from autobatch.training.loop import Progress, train
 from autobatch.training.rehearsal import Rehearsal
@@ -84,14 +84,16 @@ def find_and_train(
 
     Raises:
         TypeError, ValueError: A bad argument, before anything is touched.
-        DoesNotFitError: Not even one example fits; everything is as it was.
-        InexactStepError: Splitting would change this loss; nothing has been trained.
+        DoesNotFitError: Not even one example fits; model and optimizer are as they were.
+        InexactStepError: Splitting would change this loss. Found in the first windows that are
+            cut: at the first, nothing has been trained; that step has moved nothing.
         StepInterruptedError: Memory ran out with an optimizer step half done.
     """
     desired = check_size("desired", desired)
     epochs = check_size("epochs", epochs)
     if max_steps is not None:
         max_steps = check_size("max_steps", max_steps)
+    _check_seed(seed)
     job = Job.resolve(
         model,
         data,
@@ -114,7 +116,7 @@ def find_and_train(
         with job.undisturbed():
             found = _finder(job, first, observer).largest(
                 useful_sizes(window),
-                micro_batches=lambda size: min(2, -(-window // size)),
+                windows=lambda size: _rehearsed(BatchPlan(desired=window, tolerable=size)),
                 reason="ceiling" if window == desired else "data",
             )
         with_first = itertools.chain([first], stream)
@@ -153,7 +155,8 @@ def find_batch_size(
     Args:
         model: Put back bit for bit: parameters, buffers, gradients, modes, device.
         data: Only a sample is read. Not an iterator, which could not be given back.
-        ceiling: The largest size of interest; None is what the data holds.
+        ceiling: The largest size of interest; None is what the data holds, or about a million
+            where it does not say.
         loss: As for ``find_and_train``.
         forward: As for ``find_and_train``.
         optimizer: As for ``find_and_train``; an instance is put back too.
@@ -187,8 +190,8 @@ def find_batch_size(
         with job.undisturbed():
             return _finder(job, read_sample(job.source), observer).largest(
                 range(1, largest + 1),
-                micro_batches=lambda _: 2,
-                reason="ceiling" if largest == ceiling else "data",
+                windows=lambda size: (size, size),
+                reason="data" if largest == held and largest != ceiling else "ceiling",
             )
 
 
@@ -238,7 +241,7 @@ def check(
             finder = _finder(job, read_sample(job.source), lambda _: None)
         except DoesNotFitError as error:  # The model alone is too large: so is any batch.
             return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
-        return finder.rehearse(size, micro_batches=2)
+        return finder.rehearse((size, size))
 
 
 def _train(
@@ -268,6 +271,7 @@ def _train(
     steps = _steps(job.source.examples, asked, epochs, max_steps, drop_last=drop_last)
     observer(TrainingStarted(plan=plan, steps=steps, epochs=epochs))
     with training_mode(job.recipe.model):
+        normalises = normalises_by_batch(job.recipe.model)
         done = train(accumulator, streams, desired=desired, max_steps=max_steps, observer=observer)
     tolerable = min(accumulator.micro_batch or desired, desired)
     return TrainingResult(
@@ -278,7 +282,16 @@ def _train(
         examples=done.examples,
         seconds=done.seconds,
         replays=done.replays,
-        notes=tuple(_notes(job, plan, done, asked=asked, tolerable=tolerable)),
+        notes=tuple(
+            _notes(
+                plan,
+                BatchPlan(desired=desired, tolerable=tolerable),
+                done,
+                asked=asked,
+                normalises=normalises,
+                moved=sorted(accumulator.moved_buffers),
+            )
+        ),
     )
 
 
@@ -287,10 +300,20 @@ def _finder(job: Job, sample: Nest, observer: Observer) -> Finder:
     return Finder(
         rehearsal=Rehearsal(job.recipe, sample),
         device=job.device,
-        limit_bytes=job.limit_bytes(),
+        limit_bytes=job.limit_bytes,
         breakdown_bytes=job.breakdown_bytes,
         observer=observer,
     )
+
+
+def _rehearsed(plan: BatchPlan) -> tuple[int, ...]:
+    """The micro-batches that stand for a window of ``plan``.
+
+    Two of the largest: gradients are alive in the second's forward pass. And a single example
+    where the plan has one: BatchNorm may refuse it, and had better do so now.
+    """
+    sizes = (plan.micro_batch,) * min(2, plan.accumulation_steps)
+    return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes
 
 
 def _observer(progress: bool | Observer, stack: ExitStack) -> Observer:
@@ -305,6 +328,16 @@ def _seed(seed: int | None) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def _check_seed(seed: object) -> None:
+    """Refuse what cannot seed all three generators, before one of them is seeded."""
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
 
 
 def _refuse_one_pass(job: Job) -> None:
@@ -348,25 +381,35 @@ def _steps(
 
 
 def _notes(
-    job: Job, plan: BatchPlan, done: Progress, *, asked: int, tolerable: int
+    planned: BatchPlan,
+    ended: BatchPlan,
+    done: Progress,
+    *,
+    asked: int,
+    normalises: bool,
+    moved: Sequence[str],
 ) -> Iterator[str]:
-    if plan.desired < asked:
+    """What was not exact, or not as asked, and why."""
+    if planned.desired < asked:
         yield (
-            f"the data holds {plan.desired} examples, fewer than the {asked} desired: a step "
-            f"takes {plan.desired}"
+            f"the data holds {planned.desired} examples, fewer than the {asked} desired: a step "
+            f"takes {planned.desired}"
         )
-    if max(plan.accumulation_steps, -(-plan.desired // tolerable)) > 1 and any(
-        isinstance(module, _BatchNorm) for module in job.recipe.model.modules()
-    ):
+    if normalises and max(planned.accumulation_steps, ended.accumulation_steps) > 1:
         yield (
             "BatchNorm normalises each micro-batch by its own statistics, so this model's steps "
             "differ from the undivided batch's in that; its running statistics are pooled over the "
             "whole batch and moved once a step"
         )
+    if moved:
+        yield (
+            "these buffers are moved by the forward pass, so once a micro-batch instead of once a "
+            f"step: {', '.join(moved)}"
+        )
     if done.replays:
         yield (
             f"memory ran out {done.replays} times in training; each window was run again, and "
-            f"micro-batches went from {plan.micro_batch} to {tolerable}"
+            f"micro-batches went from {planned.micro_batch} to {ended.micro_batch}"
         )
     if done.skipped:
         yield f"{done.skipped} logical batches held no valid term and were skipped"

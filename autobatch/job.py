@@ -1,6 +1,6 @@
 """All arguments of a public function, resolved and refused once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from autobatch.training.losses import resolve_loss
 from autobatch.training.window import Recipe
 from autobatch.units import parse_bytes
 
-OptimizerFactory = Callable[[Iterator[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LossLike = Callable[..., object]
 Size = int | str
 
@@ -78,7 +78,11 @@ class Job:
         chosen = choose_device(device, present)
         own_optimizer = _optimizer(optimizer, model)
         modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
-        memory = open_device(chosen, lambda: _residents(modules, own_optimizer))
+        memory = open_device(
+            chosen,
+            lambda: _residents(modules, own_optimizer),
+            counts_host=memory_limit_bytes is None,
+        )
         return cls(
             recipe=Recipe(
                 model=model,
@@ -154,7 +158,7 @@ def _optimizer(given: Optimizer | OptimizerFactory | None, model: nn.Module) -> 
         return AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
     if isinstance(given, Optimizer) or not callable(given):
         return check_optimizer(given, model)
-    return check_optimizer(given(model.parameters()), model)
+    return check_optimizer(given(list(model.parameters())), model)  # A list: it may be read twice.
 
 
 def _residents(modules: list[nn.Module], optimizer: Optimizer) -> list[Tensor]:

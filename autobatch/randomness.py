@@ -2,9 +2,10 @@
 
 import copy
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Final
 
 import numpy as np
@@ -17,7 +18,7 @@ _DEPTH: Final = 10  # How deep, and how far along a container, generators of the
 _WIDTH: Final = 64
 _OPAQUE: Final = (
     *(str, bytes, int, float, complex, type(None), type, ModuleType),
-    *(Tensor, np.ndarray, nn.Module),
+    *(Tensor, np.ndarray),
     random.SystemRandom,  # It has no state: getstate raises.
 )
 _KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -33,7 +34,7 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     torch_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy_global = np.random.get_state()
     python_global = random.getstate()
-    own = [_generator(found) for source in sources for found in _generators(source)]
+    own = [_generator(found) for source in sources for found in generators_in(source)]
 
     def put_back() -> None:
         torch.set_rng_state(torch_cpu)
@@ -47,8 +48,8 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     return put_back
 
 
-def _generators(source: object) -> Iterator[object]:
-    """Every random number generator that an object, or what it is made of, holds."""
+def generators_in(source: object) -> Iterator[object]:
+    """Yield every random number generator that an object, or what it is made of, holds."""
     seen: set[int] = set()
     level: list[object] = [source]
     for _ in range(_DEPTH):
@@ -59,6 +60,10 @@ def _generators(source: object) -> Iterator[object]:
             seen.add(id(item))
             if isinstance(item, _KINDS):
                 yield item
+            elif isinstance(item, nn.Module):  # However deep its layers lie: all at once.
+                for child in item.modules():
+                    seen.add(id(child))
+                    inside += vars(child).values()
             else:
                 inside += _inside(item)
         level = inside
@@ -66,10 +71,27 @@ def _generators(source: object) -> Iterator[object]:
 
 def _inside(item: object) -> list[object]:
     if isinstance(item, dict):
-        return list(item.values())[:_WIDTH]
+        return list(itertools.islice(item.values(), _WIDTH))
     if isinstance(item, list | tuple):
         return list(item[:_WIDTH])
-    return list(getattr(item, "__dict__", {}).values())
+    if isinstance(item, functools.partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if isinstance(item, FunctionType):
+        return [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
+    if isinstance(item, MethodType):
+        return [item.__self__]
+    slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [
+        *getattr(item, "__dict__", {}).values(),
+        *(getattr(item, name) for name in slots if name != "__dict__" and hasattr(item, name)),
+    ]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # A name of the enclosing function that has no value yet.
+        return False
 
 
 def _generator(found: object) -> Restore:

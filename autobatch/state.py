@@ -8,7 +8,7 @@ the model has afterwards.
 import copy
 import signal
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 from autobatch.randomness import Restore, random_state
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
-_CONTAINERS: Final = (dict, OrderedDict, list, deque, set)  # Exactly these: a subclass may differ.
+# Exactly these are put back item by item: a class of the user's may have other rules.
+_MAPPINGS: Final = (dict, OrderedDict, defaultdict, Counter)
+_COLLECTIONS: Final = (list, deque, set, tuple)
 
 
 @contextmanager
@@ -34,9 +36,10 @@ def preserved(
     """Put everything back afterwards, whatever happens inside; gradients are set aside meanwhile.
 
     Covers parameters, buffers, gradients, modes, devices and plain attributes of every module,
-    the optimizers' state and groups, and the random number generators. The copies lie in host
-    memory. Ctrl-C during the restoring takes effect once it is complete. What a closure or a
-    global variable holds cannot be seen, and is not restored.
+    the optimizers' state and groups, what lies in lists, mappings and sets among them however
+    deep, and the random number generators. The copies lie in host memory. Ctrl-C during the
+    restoring takes effect once it is complete. What a closure, a global variable, an array of
+    NumPy or an object of the user's own holds is not restored.
 
     Args:
         modules: Roots: the model, and the loss where it is a module.
@@ -46,17 +49,18 @@ def preserved(
     # In this order, and put back in this order: a gradient needs its parameter's device and dtype.
     restores: list[Restore] = []
     try:
-        restores += [_attributes(child) for root in modules for child in root.modules()]
-        restores += [_optimizer_state(optimizer) for optimizer in optimizers]
-        tensors = _unique(_tensors(modules, optimizers))
+        children = [child for root in modules for child in root.modules()]
+        holders: list[nn.Module | Optimizer] = [*children, *optimizers]
+        restores += [attributes_of(holder) for holder in holders]
+        restores += [_odd_state(optimizer) for optimizer in optimizers]
+        tensors = _tensors(modules, holders)
         restores += [_tensor(tensor) for tensor in tensors]
         # No comprehension: each is undone if a later one fails, or Ctrl-C comes.
         with uninterrupted():
             for tensor in tensors:
                 if tensor.is_leaf:
                     restores.append(_gradient_set_aside(tensor))
-        own = [vars(child) for root in modules for child in root.modules()]
-        restores.append(random_state([*random_sources, *own]))
+        restores.append(random_state([*random_sources, *modules]))
         yield
     finally:
         with uninterrupted():
@@ -95,57 +99,76 @@ def uninterrupted() -> Iterator[None]:
         outer(signal.SIGINT, held[0])
 
 
-def _attributes(module: nn.Module) -> Restore:
-    """The module's own attributes: modes and counters, and which tensors and children it has."""
-    attributes = dict(vars(module))
+def attributes_of(holder: nn.Module | Optimizer) -> Restore:
+    """Take which attributes the holder has, and what is in the containers among them.
+
+    Returns:
+        A function that puts them back.
+    """
+    attributes = dict(vars(holder))
     containers = [
-        (value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS
+        (value, value.copy())
+        for value in reachable(attributes.values())
+        if isinstance(value, dict | list | deque | set)
     ]
 
     def put_back() -> None:
-        vars(module).clear()
-        vars(module).update(attributes)
+        vars(holder).clear()
+        vars(holder).update(attributes)
         for container, content in containers:
             container.clear()
-            add = container.extend if isinstance(container, list | deque) else container.update
-            add(content)
+            if isinstance(container, list | deque):
+                container.extend(content)
+            else:
+                container.update(content)
 
     return put_back
 
 
-def _optimizer_state(optimizer: Optimizer) -> Restore:
-    """Groups, scalar attributes and state: which entries there are; tensors are taken apart."""
-    attributes = dict(vars(optimizer))
-    groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
-    entries = [(key, entry, _entry(entry)) for key, entry in optimizer.state.items()]
-    group_list, state = optimizer.param_groups, optimizer.state
+def reachable(values: Iterable[object]) -> list[object]:
+    """Return the containers and tensors among the values, and in those containers, however deep."""
+    found: dict[int, object] = {}
+    unseen = list(values)
+    while unseen:
+        value = unseen.pop()
+        if id(value) in found or isinstance(value, _PLAIN):
+            continue
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, dict) and type(value) in _MAPPINGS:
+            found[id(value)] = value
+            unseen += value.values()
+        elif isinstance(value, list | deque | set | tuple) and type(value) in _COLLECTIONS:
+            found[id(value)] = value
+            unseen += value
+    return list(found.values())
+
+
+def _tensors(
+    modules: Iterable[nn.Module], holders: Iterable[nn.Module | Optimizer]
+) -> list[Tensor]:
+    """All that belong to the modules and the optimizers and have values, each once."""
+    own: list[object] = [*map(vars, holders)]
+    for root in modules:  # Where a class of its own keeps them.
+        own += [*root.parameters(), *root.buffers()]
+    return [item for item in reachable(own) if isinstance(item, Tensor) and not item.is_meta]
+
+
+def _odd_state(optimizer: Optimizer) -> Restore:
+    """State that is neither tensors, nor plain, nor in containers: replaced by a copy."""
+    odd = [
+        (entry, key, copy.deepcopy(value))
+        for entry in optimizer.state.values()
+        if isinstance(entry, dict)
+        for key, value in entry.items()
+        if not isinstance(value, (Tensor, *_PLAIN, *_MAPPINGS, *_COLLECTIONS))
+    ]
 
     def put_back() -> None:
-        vars(optimizer).clear()
-        vars(optimizer).update(attributes)
-        group_list[:] = [group for group, _, _ in groups]
-        for group, content, parameters in groups:
-            group.clear()
-            group.update(content)
-            group["params"][:] = parameters
-        state.clear()
-        for key, entry, content in entries:
-            if isinstance(entry, dict):
-                entry.clear()
-                entry.update(content)
-            state[key] = entry
+        for entry, key, value in odd:
+            entry[key] = value
 
     return put_back
-
-
-def _entry(entry: object) -> dict[str, object]:
-    """One parameter's state: tensors as they are (their values are taken elsewhere)."""
-    if not isinstance(entry, dict):
-        return {}
-    return {
-        key: value if isinstance(value, (Tensor, *_PLAIN)) else copy.deepcopy(value)
-        for key, value in entry.items()
-    }
 
 
 def _tensor(tensor: Tensor) -> Restore:
@@ -211,39 +234,3 @@ def _owns_its_memory(tensor: Tensor) -> bool:
         tensor.layout is torch.strided
         and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     )
-
-
-def _parameters(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
-    for module in modules:
-        yield from module.parameters()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            yield from group["params"]
-
-
-def _tensors(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
-    """All tensors that belong to the modules and the optimizers."""
-    yield from _parameters(modules, optimizers)
-    for root in modules:
-        yield from root.buffers()
-        for child in root.modules():
-            yield from _direct_tensors(vars(child).values())
-    for optimizer in optimizers:
-        for holder in (*optimizer.param_groups, *optimizer.state.values()):
-            if isinstance(holder, dict):
-                yield from (value for value in holder.values() if isinstance(value, Tensor))
-
-
-def _direct_tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    """The tensors among the values, and those directly inside a container among them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | deque | set):
-            yield from (item for item in value if isinstance(item, Tensor))
-        elif isinstance(value, dict):
-            yield from (item for item in value.values() if isinstance(item, Tensor))
-
-
-def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -46,6 +47,8 @@ def bits(tensor: Tensor | None) -> object:
     if tensor is None:
         return None
     what = (tensor.dtype, tuple(tensor.shape), str(tensor.device), str(tensor.layout))
+    if hasattr(tensor, "__tensor_flatten__"):  # A wrapper, such as a jagged tensor.
+        return (*what, *(bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]))
     if tensor.layout is not torch.strided:
         parts = tensor.detach().coalesce()
         return (*what, bits(parts.indices()), bits(parts.values()))
@@ -105,7 +108,7 @@ def _value(item: object) -> object:
         return (bits(item), item.requires_grad, bits(item.grad if item.is_leaf else None))
     if isinstance(item, Mapping):
         return [type(item).__name__, *((_value(key), _value(item[key])) for key in item)]
-    if isinstance(item, list | tuple):
+    if isinstance(item, list | tuple | deque):
         return [type(item).__name__, *map(_value, item)]
     if isinstance(item, set | frozenset):
         return [type(item).__name__, *sorted(repr(_value(member)) for member in item)]

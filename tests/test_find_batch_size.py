@@ -111,7 +111,7 @@ def fails_above(limit: int, error: BaseException) -> Callable[[int], None]:
 
 
 @settings(deadline=None, max_examples=10)
-@given(limit_kib=st.integers(40, 400), adam=st.booleans())
+@given(limit_kib=st.integers(60, 400), adam=st.booleans())
 def test_under_any_limit_the_next_larger_size_does_not_fit(limit_kib: int, adam: bool) -> None:
     model, data = Mlp(), images(300)
     optimizer = torch.optim.Adam if adam else functools.partial(torch.optim.SGD, lr=0.1)

@@ -234,6 +234,11 @@ def test_whether_a_list_is_one_value_an_example_is_told_by_its_length_alone() ->
     assert same(join([alone, alone]), (torch.tensor([0, 0]), ["mean", "mean"]))
 
 
+def test_a_named_tuple_has_fields_and_not_one_value_an_example() -> None:
+    batch = (torch.arange(2), Pair("one", "two"))
+    assert same(cut(batch, [1, 1])[1], (torch.tensor([1]), Pair("one", "two")))
+
+
 def test_a_list_of_tensors_is_a_container_and_no_dimension() -> None:
     batch = [torch.arange(2), torch.arange(2)]
     assert size_of(batch) == 2
@@ -326,8 +331,8 @@ def test_ragged_batches_cannot_be_joined_and_the_error_names_the_way_out() -> No
     [
         (torch.ones(2), torch.ones(2, dtype=torch.float64), "all but dimension 0 agrees"),
         (torch.ones(2, 1), torch.ones(2), "all but dimension 0 agrees"),
-        ((torch.ones(2), torch.tensor(1)), (torch.ones(2), torch.ones(2)), "dimension 0 agrees"),
-        ((torch.ones(2), torch.ones(2)), (torch.ones(2), torch.tensor(1)), "dimension 0 agrees"),
+        ((torch.ones(2), torch.ones(())), (torch.ones(2), torch.ones(2)), "dimension 0 agrees"),
+        ((torch.ones(2), torch.ones(2)), (torch.ones(2), torch.ones(())), "dimension 0 agrees"),
         ((torch.ones(2), torch.ones(2)), (torch.ones(2), 5), "dimension 0 agrees"),
         ((torch.ones(2), torch.tensor(1)), (torch.ones(2), torch.tensor(2)), "in their scalars"),
         ((torch.ones(2), 5), (torch.ones(2), 6), "must agree in 5"),

@@ -3,6 +3,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,22 @@ class Node:
     def __init__(self, inside: object) -> None:
         self.inside = inside
 
+    def itself(self) -> "Node":
+        return self
+
+
+class Slotted:
+    __slots__ = ("inside", "never")
+
+    def __init__(self, inside: object) -> None:
+        self.inside = inside
+
+
+def with_attribute(inside: object) -> nn.Module:
+    module = nn.ReLU()
+    module.transform = Node(inside)  # type: ignore[assignment]  # Any attribute will do.
+    return module
+
 
 def cyclic(generator: object) -> Node:
     node = Node(None)
@@ -82,6 +99,12 @@ PLACES: dict[str, Callable[[Any], object]] = {
     "in an object": Node,
     "in a cycle": cyclic,
     "in a dataset": Augmented,
+    "in a module": lambda generator: nn.Sequential(nn.ReLU(), with_attribute(generator)),
+    "in a closure": lambda generator: lambda: generator,
+    "in a partial": lambda generator: partial(print, generator, flush=True),
+    "in the keyword of a partial": lambda generator: partial(print, end=[generator]),
+    "in what a method is bound to": lambda generator: Node(generator).itself,
+    "in slots": lambda generator: Slotted(generator),
     "in a subset": lambda generator: Subset(Augmented(generator), [0, 2]),
     "in the loader's dataset": lambda generator: DataLoader(Augmented(generator), batch_size=2),
 }

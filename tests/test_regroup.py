@@ -20,6 +20,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from autobatch.batches.nest import Nest, join, size_of
 from autobatch.batches.regroup import logical_batches, open_source
@@ -385,13 +386,22 @@ def test_tensors_in_memory_must_agree_in_length() -> None:
         open_source((torch.ones(3, 2), torch.ones(4)), batch_size=2)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_of_the_data_pass_through(workers: int) -> None:
-    loader = DataLoader(Broken(), batch_size=2, num_workers=workers)
+def test_errors_of_the_data_pass_through() -> None:
+    loader = DataLoader(Broken(), batch_size=2)
     windows = logical_batches(open_source(loader, batch_size=1).epoch(), 4)
     assert numbers(next(windows)) == [0, 1, 2, 3]
     with pytest.raises(KeyError, match="the user's own error"):
         next(windows)
+
+
+def test_errors_of_a_worker_pass_through() -> None:
+    batches = iter(DataLoader(Broken(), batch_size=2, num_workers=1))
+    assert isinstance(batches, _MultiProcessingDataLoaderIter)
+    windows = logical_batches(open_source(batches, batch_size=1).epoch(), 4)
+    assert numbers(next(windows)) == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match="the user's own error"):
+        next(windows)
+    batches._shutdown_workers()  # Left to the garbage collector it takes 5 seconds.
 
 
 def test_a_sequential_sampler_over_part_of_the_data_counts_that_part() -> None:

@@ -182,13 +182,17 @@ def test_without_readings_the_sizes_double_at_first() -> None:
 
 
 def test_a_failure_that_the_readings_do_not_explain_ends_the_trust_in_them() -> None:
-    """Their line leads past the failed size for ever: the bracket is cut in half instead."""
-    trusted = Machine(range(1, 1025), 600, lambda size: phase(1000 + size))
-    check(trusted, limit_bytes=1000 + 601)
-    doubted = Machine(range(1, 1025), 600, lambda size: phase(1000 + size), explained=False)
-    check(doubted, limit_bytes=1000 + 800)
-    failed = doubted.tried.index(800)
-    assert doubted.tried[failed + 1 : failed + 3] == [(256 + 800) // 2, (528 + 800) // 2]
+    """From the bend on they say that 528 is the last. Doubted, the bracket is cut in half."""
+
+    def bent(size: int) -> tuple[Phase, ...]:
+        return phase(1000 + size + max(size - 256, 0))
+
+    trusted = Machine(range(1, 1025), 600, bent)
+    check(trusted, limit_bytes=1800)
+    assert trusted.tried[:5] == [4, 256, 800, (256 + 800) // 2, 529]
+    doubted = Machine(range(1, 1025), 600, bent, explained=False)
+    check(doubted, limit_bytes=1800)
+    assert doubted.tried[:5] == [4, 256, 800, (256 + 800) // 2, (528 + 800) // 2]
 
 
 def test_host_memory_is_not_asked_for_a_million_examples_after_a_hundred_ran() -> None:

@@ -46,8 +46,8 @@ class MemoryDevice(Protocol):
         """The device's name, for people."""
 
     @property
-    def copies_input(self) -> bool:
-        """Whether a batch that is on the device already must be copied to count as moved there."""
+    def counts_host(self) -> bool:
+        """Whether a batch on the host lies in the memory that is limited."""
 
     def read(self) -> MemoryReading:
         """Return the memory as it is now."""

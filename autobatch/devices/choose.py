@@ -32,10 +32,21 @@ def choose_device(asked: str | torch.device | None, present: torch.device) -> to
 
 
 def open_device(
-    device: torch.device, residents: Callable[[], Iterable[Tensor]] = tuple
+    device: torch.device,
+    residents: Callable[[], Iterable[Tensor]] = tuple,
+    *,
+    counts_host: bool = False,
 ) -> MemoryDevice:
-    """Return the memory of ``device``; ``residents`` lists what lives on it between steps."""
-    return CudaDevice(device) if device.type == "cuda" else MeteredDevice(residents)
+    """Return the memory of ``device``.
+
+    Args:
+        device: As ``choose_device`` returns it.
+        residents: Lists the tensors that live on it between steps.
+        counts_host: For the CPU, whether the limit is the host's own memory.
+    """
+    if device.type == "cuda":
+        return CudaDevice(device)
+    return MeteredDevice(residents, counts_host=counts_host)
 
 
 def _checked(device: torch.device) -> torch.device:

@@ -27,8 +27,8 @@ class CudaDevice:
         return torch.cuda.get_device_name(self._device)
 
     @property
-    def copies_input(self) -> bool:
-        """False: a batch on the host is copied by its transfer."""
+    def counts_host(self) -> bool:
+        """False: the host's memory is another."""
         return False
 
     def read(self) -> MemoryReading:

@@ -28,10 +28,14 @@ class MeteredDevice:
     Args:
         residents: Lists the tensors that live on the device between steps (parameters, buffers,
             optimizer state). They were made before the meter could see them.
+        counts_host: Whether the limit is the host's own, so that batches which wait there count.
     """
 
-    def __init__(self, residents: Callable[[], Iterable[Tensor]] = tuple) -> None:
+    def __init__(
+        self, residents: Callable[[], Iterable[Tensor]] = tuple, *, counts_host: bool = False
+    ) -> None:
         self._residents = residents
+        self._counts_host = counts_host
         self._meter = _Meter()
 
     @property
@@ -45,9 +49,9 @@ class MeteredDevice:
         return "CPU"
 
     @property
-    def copies_input(self) -> bool:
-        """True inside a limit: the copy stands for the transfer to a device."""
-        return self._meter.limit_bytes is not None
+    def counts_host(self) -> bool:
+        """Whether this is the host itself, and not a stand-in for a device beside it."""
+        return self._counts_host
 
     def read(self) -> MemoryReading:
         """Return the meter's figures, and what the host has left."""

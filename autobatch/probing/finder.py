@@ -1,6 +1,7 @@
 """A search, trial by trial: what is tried, what is told, what comes out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from autobatch.devices.base import MemoryDevice
 from autobatch.errors import DoesNotFitError
@@ -16,7 +17,7 @@ class Finder:
     Args:
         rehearsal: Training's own step.
         device: Where it runs.
-        limit_bytes: What it may allocate.
+        limit_bytes: Reads what it may allocate now.
         breakdown_bytes: Names what the step needs whatever the batch; asked if nothing fits.
         observer: Is told of every trial.
     """
@@ -26,11 +27,12 @@ class Finder:
         *,
         rehearsal: Rehearsal,
         device: MemoryDevice,
-        limit_bytes: int,
+        limit_bytes: Callable[[], int],
         breakdown_bytes: Callable[[], Mapping[str, int]],
         observer: Observer,
     ) -> None:
-        self._stage = Stage(rehearsal=rehearsal, device=device, limit_bytes=limit_bytes)
+        self._limit_bytes = limit_bytes
+        self._stage = Stage(rehearsal=rehearsal, device=device, limit_bytes=limit_bytes())
         self._breakdown_bytes = breakdown_bytes
         self._observer = observer
         self._trials: list[Trial] = []
@@ -39,29 +41,29 @@ class Finder:
         self,
         candidates: Sequence[int],
         *,
-        micro_batches: Callable[[int], int],
+        windows: Callable[[int], Sequence[int]],
         reason: LimitedBy,
     ) -> SearchResult:
         """Return the largest candidate that ran inside the limit.
 
         Args:
             candidates: Ascending.
-            micro_batches: How many a trial of a size runs.
+            windows: The micro-batches that a trial of a size runs, the largest first.
             reason: What the ceiling is made of: the wish, or the data.
 
         Raises:
             DoesNotFitError: If none did.
         """
+        self._make_optimizer_state(candidates[-1])
         stage = self._stage
         self._observer(
             SearchStarted(
                 device=stage.device.name, limit_bytes=stage.limit_bytes, ceiling=candidates[-1]
             )
         )
-        self._make_optimizer_state(candidates[-1])
         size = largest_fitting(
             candidates,
-            lambda size: self._attempt(size, micro_batches(size)),
+            lambda size: self._attempt(windows(size)),
             limit_bytes=stage.limit_bytes,
         )
         if size == 0:
@@ -72,31 +74,40 @@ class Finder:
         self._observer(SearchEnded(search=found))
         return found
 
-    def rehearse(self, size: int, *, micro_batches: int) -> Trial:
-        """Return the trial of one size."""
-        self._make_optimizer_state(size)
-        trial, _ = self._stage.try_size(size, micro_batches, smaller_fits=False)
+    def rehearse(self, sizes: Sequence[int]) -> Trial:
+        """Return the trial of one window."""
+        self._make_optimizer_state(sizes[0])
+        trial, _ = self._stage.try_sizes(sizes, smaller_fits=False)
         return trial
 
-    def _attempt(self, size: int, micro_batches: int) -> Outcome:
-        self._observer(TrialStarted(size=size))
-        smaller_fits = any(trial.fits for trial in self._trials)
-        trial, outcome = self._stage.try_size(size, micro_batches, smaller_fits=smaller_fits)
+    def _attempt(self, sizes: Sequence[int]) -> Outcome:
+        self._observer(TrialStarted(size=sizes[0]))
+        trial, outcome = self._stage.try_sizes(
+            sizes,
+            smaller_fits=any(trial.fits for trial in self._trials),
+            larger_ran_out=any(not trial.fits for trial in self._trials),
+        )
         self._trials.append(trial)
         self._observer(TrialEnded(trial=trial))
         return outcome
 
     def _make_optimizer_state(self, ceiling: int) -> None:
-        """Take one unmeasured step on few examples.
+        """Take one unmeasured step on few examples, then read the limit once more.
 
         Born after the only window of a trial, Adam's state would never overlap activations, and
-        the peak would be a quarter too low. Two examples first: BatchNorm may refuse one.
+        the peak would be a quarter too low. A first step also loads kernels and libraries, which
+        a GPU holds outside the allocator. Two examples first: BatchNorm may refuse one.
         """
+        ran_out = False
         for size in (2, 1):
             if size <= ceiling:
-                trial, _ = self._stage.try_size(size, 1, smaller_fits=False)
+                trial, _ = self._stage.try_sizes(
+                    (size,), smaller_fits=False, larger_ran_out=ran_out
+                )
                 if trial.fits:
-                    return
+                    break
+                ran_out = True
+        self._stage = replace(self._stage, limit_bytes=self._limit_bytes())
 
     def _result(self, size: int, ceiling: int, reason: LimitedBy) -> SearchResult:
         stage, failed = self._stage, [trial for trial in self._trials if not trial.fits]

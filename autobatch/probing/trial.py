@@ -1,7 +1,9 @@
 """One trial: a rehearsed window at one size, its verdict and its measurement."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -11,15 +13,14 @@ from autobatch.probing.search import Outcome, Phase
 from autobatch.results import Trial, Verdict
 
 _MESSAGE_LENGTH: Final = 500
-_NOT_THE_SIZE: Final = (Verdict.OTHER, Verdict.FATAL)
 _NEAR: Final = 0.5  # A failure below this share of the limit is not explained by what was read.
 
 
 class Rehearsal(Protocol):
     """Training's own step, ready to be tried at any size."""
 
-    def prepare(self, size: int, micro_batches: int) -> Callable[[], None]:
-        """Return a window of that many micro-batches and its optimizer step, not yet run."""
+    def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
+        """Return a window of micro-batches and its optimizer step, not yet run."""
 
     def clear(self) -> None:
         """Let go of what a window leaves: gradients."""
@@ -39,39 +40,45 @@ class Stage:
     device: MemoryDevice
     limit_bytes: int
 
-    def try_size(
-        self, size: int, micro_batches: int, *, smaller_fits: bool
+    def try_sizes(
+        self, sizes: Sequence[int], *, smaller_fits: bool, larger_ran_out: bool = False
     ) -> tuple[Trial, Outcome]:
-        """Rehearse ``size`` once; an error that says nothing of the size passes through.
+        """Rehearse a window once; an error that says nothing of the size passes through.
 
         Args:
-            size: Examples in each micro-batch.
-            micro_batches: Micro-batches in the window.
+            sizes: Of the micro-batches, the largest first: the size that is tried.
             smaller_fits: Whether a smaller size has run. Only then, and only if it fails twice,
                 does an error that may be memory, or may be anything, count as memory.
+            larger_ran_out: Whether a larger size ran out of memory. Only then does it count
+                against the size if a single example is refused, as BatchNorm does.
         """
-        trial, outcome = self._run(size, micro_batches, suspect_is_failure=smaller_fits)
+        counted = {Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE}
+        if larger_ran_out and min(sizes) == 1:
+            counted.add(Verdict.OTHER)
+        again = counted | {Verdict.SUSPECT}
+        trial, outcome = self._run(sizes, again if smaller_fits else counted)
         if trial.failure is Verdict.SUSPECT:
-            trial, outcome = self._run(size, micro_batches, suspect_is_failure=True)
+            return self._run(sizes, again)
         return trial, outcome
 
-    def _run(
-        self, size: int, micro_batches: int, *, suspect_is_failure: bool
-    ) -> tuple[Trial, Outcome]:
+    def _run(self, sizes: Sequence[int], counted: AbstractSet[Verdict]) -> tuple[Trial, Outcome]:
+        """Rehearse once; a failure whose verdict does not count passes through."""
         started = time.perf_counter()
         failure: Verdict | None = None
         message = ""
         floor_bytes = 0
         try:
-            window = self.rehearsal.prepare(size, micro_batches)
             self.device.reset_peak()
             floor_bytes = self.device.read().allocated_bytes
-            with self.device.limited_to(self.limit_bytes):
-                window()
-                self.device.synchronize()
+            limited = self.device.limited_to(self.limit_bytes)
+            with limited if self.device.counts_host else nullcontext():
+                window = self.rehearsal.prepare(sizes)
+                with nullcontext() if self.device.counts_host else limited:
+                    window()
+                    self.device.synchronize()
         except Exception as error:
             failure = verdict_of(error)
-            if failure in _NOT_THE_SIZE or (failure is Verdict.SUSPECT and not suspect_is_failure):
+            if failure not in counted:
                 raise
             message = str(error)[:_MESSAGE_LENGTH]
         # Only here has the error let go of the failed window's tensors (its traceback holds every
@@ -81,7 +88,7 @@ class Stage:
         if failure is not None:
             self.device.release_cached()
         trial = Trial(
-            size=size,
+            size=sizes[0],
             fits=failure is None,
             failure=failure,
             peak_bytes=reading.peak_bytes if failure is None else None,

@@ -49,16 +49,17 @@ def accumulate(
     for micro_batch in micro_batches:
         loss_sum, own_terms = share(micro_batch)
         del micro_batch
-        if seed is None:
-            seed = torch.full_like(loss_sum.detach(), 1 / denominator)
-        # The gradient's seed takes the place of a division and of its backward.
-        loss_sum.backward(gradient=seed)
         value = loss_sum.detach()
-        # One running scalar, so that many micro-batches hold no more than two; no .item(), so
-        # that nothing waits for the device.
-        total = value.clone() if total is None else total.add_(value)
+        if seed is None:
+            seed = torch.full_like(value, 1 / denominator)
+        if loss_sum.requires_grad:  # A micro-batch without a valid term may have no graph at all.
+            # The gradient's seed takes the place of a division and of its backward.
+            loss_sum.backward(gradient=seed)
+        # One running scalar, so that many micro-batches hold no more than two; in float64, for a
+        # sum of 16 bits forgets small parts. No .item(): nothing waits for the device.
+        total = value.to(torch.float64, copy=True) if total is None else total.add_(value)
         if own_terms is not None:
-            terms = own_terms if terms is None else terms + own_terms
+            terms = _widened(own_terms) if terms is None else terms + _widened(own_terms)
         del loss_sum, value, own_terms  # Or the finished graph lives through the next forward.
     assert total is not None, "a window has at least one micro-batch"
     return Accumulated(loss_sum=total, terms=terms)
@@ -72,3 +73,7 @@ def rescale(gradients: Sequence[Tensor], factor: float) -> None:
     for gradient in gradients:
         if gradient.layout is not torch.strided:
             gradient.mul_(factor)
+
+
+def _widened(terms: Tensor | float) -> Tensor | float:
+    return terms.detach().double() if isinstance(terms, Tensor) else terms

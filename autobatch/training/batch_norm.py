@@ -44,6 +44,14 @@ def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
     pool.apply()
 
 
+def normalises_by_batch(model: nn.Module) -> bool:
+    """Return whether a layer normalises with the statistics of the batch that it sees."""
+    return any(
+        isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )
+
+
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers whose running statistics a forward pass moves."""
     return [

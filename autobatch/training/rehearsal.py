@@ -1,11 +1,12 @@
 """The step of training, ready to be tried at any size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from autobatch.batches.nest import Nest
 from autobatch.batches.sample import repeated
+from autobatch.randomness import generators_in
 from autobatch.training.replay import window_start
-from autobatch.training.window import Recipe
+from autobatch.training.window import NO_GRADIENT, Recipe
 
 
 class Rehearsal:
@@ -19,25 +20,25 @@ class Rehearsal:
     def __init__(self, recipe: Recipe, sample: Nest) -> None:
         self._recipe = recipe
         self._sample = sample
+        self._generators = list(generators_in(recipe.model))
 
-    def prepare(self, size: int, micro_batches: int) -> Callable[[], None]:
-        """Return a window of ``micro_batches`` of ``size`` and its optimizer step, not yet run.
+    def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
+        """Return a window of micro-batches of ``sizes`` and its optimizer step, not yet run.
 
-        Its batch is made here, on the host and outside the device's limit.
+        Its batch is made here, on the host.
         """
         recipe = self._recipe
-        micro_batch = repeated(self._sample, size)
-        denominator = recipe.denominator(micro_batch) * micro_batches or 1
+        batches = {size: repeated(self._sample, size) for size in set(sizes)}
+        micro_batches = [batches[size] for size in sizes]
+        denominator = sum(map(recipe.denominator, micro_batches)) or 1
 
         def window() -> None:
             recipe.clear()
-            put_back = window_start(recipe.model)  # Held as training holds it.
-            done = recipe.accumulate([micro_batch] * micro_batches, denominator)
+            put_back = window_start(recipe.model, self._generators)  # Held as training holds it.
+            done = recipe.accumulate(micro_batches, denominator)
             del put_back
-            if not any(True for _ in recipe.gradients()):
-                raise ValueError(
-                    "no parameter received a gradient: the loss does not depend on the model"
-                )
+            if next(recipe.gradients(), None) is None:
+                raise ValueError(NO_GRADIENT)
             recipe.optimizer.step()
             del done
             recipe.clear()

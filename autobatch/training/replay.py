@@ -1,30 +1,42 @@
 """Running a window again, from its beginning, with smaller micro-batches."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autobatch.randomness import Restore, random_state
+from autobatch.state import attributes_of, reachable
 
 
-def window_start(model: nn.Module) -> Restore:
-    """Take what a forward pass moves, buffers and random generators.
+def window_start(model: nn.Module, generators: Iterable[object] = ()) -> Restore:
+    """Take what a forward pass may move: buffers, plain attributes and random generators.
+
+    The copies lie beside the originals, on the device: a window starts often.
+
+    Args:
+        model: Parameters are left out: only the optimizer moves them, after the window.
+        generators: The model's own ones.
 
     Returns:
-        A function that puts them back.
+        A function that puts everything back.
     """
-    buffers = [
-        (child, name, buffer, buffer.clone())
-        for child in model.modules()
-        for name, buffer in child._buffers.items()
-        if buffer is not None
+    modules = list(model.modules())
+    attributes = [attributes_of(module) for module in modules]
+    tensors = [
+        (tensor, tensor.detach().clone())
+        for module in modules
+        for tensor in reachable(vars(module).values())
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
     ]
-    put_generators_back = random_state()
+    put_generators_back = random_state(generators)
 
     @torch.no_grad()
     def put_back() -> None:
-        for child, name, buffer, values in buffers:
-            buffer.copy_(values)
-            child._buffers[name] = buffer
+        for restore in attributes:
+            restore()
+        for tensor, values in tensors:
+            tensor.copy_(values)
         put_generators_back()
 
     return put_back

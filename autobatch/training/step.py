@@ -4,23 +4,26 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, cut, from_numpy, size_of
-from autobatch.devices.choose import open_device
+from autobatch.devices.choose import choose_device, open_device
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import DoesNotFitError, InexactStepError
 from autobatch.events import Observer, Replayed
 from autobatch.plan import BatchPlan, check_size
+from autobatch.randomness import generators_in
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult, Verdict
 from autobatch.training.accumulate import Accumulated
+from autobatch.training.batch_norm import moving_layers
 from autobatch.training.forward import Forward
 from autobatch.training.losses import resolve_loss
 from autobatch.training.replay import smaller_size, window_start
 from autobatch.training.update import take_step
-from autobatch.training.window import LossCheck, Recipe
+from autobatch.training.window import NO_GRADIENT, LossCheck, Recipe
 
 _CHECKS: Final = 4
 _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
@@ -49,6 +52,8 @@ class Accumulator:
 
     Attributes:
         micro_batch: As given, or what was found to fit after memory ran out.
+        moved_buffers: Names of buffers that a forward pass moves, BatchNorm's apart. Cut, they
+            move once a micro-batch instead of once a step.
 
     Raises:
         TypeError, ValueError: If an argument cannot be trained with, with the reason.
@@ -67,7 +72,8 @@ class Accumulator:
     ) -> None:
         check_one_process()
         check_model(model)
-        device = open_device(next(model.parameters()).device)
+        present = next(model.parameters()).device
+        device = open_device(choose_device(present, present))
         recipe = Recipe(
             model=model,
             optimizer=check_optimizer(optimizer, model),
@@ -112,8 +118,10 @@ class Accumulator:
         self._recipe = recipe
         self._limit_bytes = limit_bytes
         self._observer: Observer = observer or (lambda _: None)
+        self._generators = list(generators_in(recipe.model))
         self._agreed = 0  # How often the loss was held to the law, and kept it.
         self._split_windows = 0
+        self.moved_buffers: set[str] = set()
 
     def step(self, batch: Nest) -> StepResult:
         """Take one optimizer step for one logical batch.
@@ -127,7 +135,7 @@ class Accumulator:
 
         Raises:
             DoesNotFitError: If not even one example fits. Nothing has moved.
-            InexactStepError: If splitting would change the loss. Nothing has moved.
+            InexactStepError: If splitting would change the loss. This step has moved nothing.
             StepInterruptedError: If memory ran out with the optimizer's step half done.
         """
         batch = from_numpy(batch)
@@ -147,9 +155,12 @@ class Accumulator:
         terms = denominator if done.terms is None else float(done.terms)
         if terms == 0:
             return _skipped(examples)
+        if next(self._recipe.gradients(), None) is None:
+            raise ValueError(NO_GRADIENT)
         loss = float(done.loss_sum) / terms  # The one wait for the device, before anything moves.
         with self._limited():
             take_step(self._recipe.optimizer, self._recipe.device)
+        torch.clear_autocast_cache()  # Under the caller's autocast it holds the old weights.
         return StepResult(
             loss=loss,
             terms=terms,
@@ -161,20 +172,22 @@ class Accumulator:
     def _accumulated(self, batch: Nest, denominator: float) -> tuple[Accumulated, BatchPlan, int]:
         """The window, run until it fits; with how it was cut and how often it was replayed."""
         examples = size_of(batch)
-        size = min(self.micro_batch or examples, examples)
-        replays, last_failed = 0, 0
         self._recipe.clear()
         with self._limited():
-            put_back = window_start(self._recipe.model)
+            put_back = window_start(self._recipe.model, self._generators)
+        size, replays, last_failed = min(self.micro_batch or examples, examples), 0, 0
+        buffers = self._buffers()
         while True:
             plan = BatchPlan(desired=examples, tolerable=size)
             try:
-                done, message = self._attempt(batch, plan, denominator)
-            except InexactStepError:
+                done, message = self._attempt(batch, plan, denominator, replays)
+            except BaseException:
                 put_back()
                 raise
             if done is not None:
-                self._split_windows += plan.accumulation_steps > 1
+                if plan.accumulation_steps > 1:
+                    self.moved_buffers |= {name for name, *_ in self._buffers() - buffers}
+                    self._split_windows += 1
                 return done, plan, replays
             replays += 1
             failed, size = size, smaller_size(examples, size, replays)
@@ -184,29 +197,56 @@ class Accumulator:
             if size == failed == last_failed:  # One example, for the second time.
                 raise DoesNotFitError(1, self._limit_bytes, message=message)
             last_failed = failed
-            self.micro_batch = size
+            if examples >= (self.micro_batch or examples):  # A short window says nothing of others.
+                self.micro_batch = size
             self._observer(Replayed(failed=failed, micro_batch=size))
 
     def _attempt(
-        self, batch: Nest, plan: BatchPlan, denominator: float
+        self, batch: Nest, plan: BatchPlan, denominator: float, replays: int
     ) -> tuple[Accumulated | None, str]:
         """Run the window once; None, and what the failure said, if memory ran out."""
         parts = cut(batch, plan.micro_batch_sizes)
+        self._refuse_hooks(len(parts))
         check = LossCheck(self._recipe, len(parts)) if self._check_is_due(len(parts)) else None
         try:
             with self._limited():
                 witness = check.witness if check else None
                 done = self._recipe.accumulate(parts, denominator, witness)
-                if check is not None:
-                    self._agreed += check.settled()
         except Exception as error:
-            if verdict_of(error) not in _TOO_MUCH:
+            if not _is_too_much(error, plan, replays):
                 raise
             message = str(error)
         else:
+            if check is not None:  # Outside the limit: no search has rehearsed it.
+                self._agreed += check.settled()
             return done, ""
         # Only here has the error let go of the failed window's tensors.
         return None, message
+
+    def _refuse_hooks(self, micro_batches: int) -> None:
+        if micro_batches > 1 and any(
+            parameter._backward_hooks for parameter in self._recipe.parameters()
+        ):
+            raise InexactStepError(
+                "a parameter has a gradient hook, which would run once a micro-batch instead of "
+                "once a step; change the gradients in the optimizer's step instead "
+                "(register_step_pre_hook), or choose a batch that need not be cut"
+            )
+
+    def _buffers(self) -> set[tuple[str, int, int]]:
+        """Before and after the first window that is cut: buffers that it moves differ in these.
+
+        BatchNorm's are pooled, and not among them.
+        """
+        if self._split_windows:
+            return set()
+        model = self._recipe.model
+        pooled = {id(tensor) for layer in moving_layers(model) for tensor in layer.buffers()}
+        return {
+            (name, id(buffer), buffer._version)
+            for name, buffer in model.named_buffers()
+            if id(buffer) not in pooled
+        }
 
     def _check_is_due(self, micro_batches: int) -> bool:
         """Whether an unknown loss is to be held to the law in this window.
@@ -222,6 +262,16 @@ class Accumulator:
         if self._limit_bytes is None:
             return nullcontext()
         return self._recipe.device.limited_to(self._limit_bytes)
+
+
+def _is_too_much(error: Exception, plan: BatchPlan, replays: int) -> bool:
+    """Whether smaller micro-batches may be the answer to ``error``."""
+    verdict = verdict_of(error)
+    if verdict is Verdict.SUSPECT:  # Memory or anything: if one example fails as well, anything.
+        return plan.micro_batch > 1
+    # BatchNorm refuses a single example. Where a replay has come to that, memory is the reason.
+    cut_to_one = replays > 0 and min(plan.micro_batch_sizes) == 1 and isinstance(error, ValueError)
+    return verdict in _TOO_MUCH or cut_to_one
 
 
 def _skipped(examples: int) -> StepResult:

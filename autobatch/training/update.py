@@ -42,8 +42,8 @@ def _stepped(optimizer: Optimizer) -> bool:
     _forget_new_entries(optimizer, entries)
     if _versions(optimizer) != before:
         raise StepInterruptedError(
-            "memory ran out with the optimizer's step half done: some parameters have moved and "
-            "others have not; go back to the last checkpoint"
+            "memory ran out with the optimizer's step half done: some parameters, or their "
+            "state in the optimizer, have moved and others have not; go back to the last checkpoint"
         )
     return False
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
 from autobatch.devices.base import MemoryDevice
@@ -15,7 +17,9 @@ from autobatch.training.forward import Forward, standard_forward, targets_of
 from autobatch.training.loss_check import check_splits
 from autobatch.training.losses import Loss
 
-CHECKED_BYTES = 4 * 2**20  # The loss check joins at most so many bytes of outputs and targets.
+NO_GRADIENT: Final = "no parameter received a gradient: the loss does not depend on the model"
+CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
+LARGEST_ROW_BYTES: Final = 2**29  # and one example of the first two micro-batches if not larger.
 
 Witness = Callable[[Nest, Nest], None]
 
@@ -89,16 +93,17 @@ class Recipe:
             return loss_sum, terms
 
         with pooled_statistics(self.model, len(parts)) as pool:
-            done = accumulate(map(self._moved, parts), share, denominator=denominator)
+            done = accumulate(map(self.moved, parts), share, denominator=denominator)
         if done.terms is not None:
             terms = float(done.terms)  # An integer tensor would divide in single precision.
             if terms not in (0.0, denominator):
                 rescale(list(self.gradients()), denominator / terms)
         return done
 
-    def _moved(self, nest: Nest) -> Nest:
-        device, copy = self.device.torch_device, self.device.copies_input
-        return map_tensors(lambda t: t.to(device, non_blocking=True, copy=copy), nest)
+    def moved(self, nest: Nest) -> Nest:
+        """Return a copy on the device: a model that works in place must not reach the original."""
+        device = self.device.torch_device
+        return map_tensors(lambda t: t.to(device, non_blocking=True, copy=True), nest)
 
 
 @dataclass(slots=True)
@@ -106,6 +111,7 @@ class LossCheck:
     """Gathers a window's outputs, a bounded part of them, and holds the loss to the law.
 
     Attributes:
+        recipe: Whose loss it is.
         micro_batches: How many the window has.
     """
 
@@ -115,23 +121,27 @@ class LossCheck:
     targets: list[Nest] = field(default_factory=list)
 
     def witness(self, outputs: Nest, targets: Nest) -> None:
-        """Keep the first rows of one micro-batch on the host."""
+        """Keep the first rows of one micro-batch on the host, and off the device's meter."""
         examples = _common_length(outputs, targets)
         row_bytes = sum(t.nbytes for t in (*tensors(outputs), *tensors(targets))) / examples
-        rows = min(examples, max(2, int(CHECKED_BYTES / self.micro_batches / row_bytes)))
-        self.outputs.append(_on_host(part(outputs, 0, rows)))
-        self.targets.append(_on_host(part(targets, 0, rows)))
+        rows = int(CHECKED_BYTES / self.micro_batches / max(row_bytes, 1))
+        if len(self.outputs) < 2 and row_bytes <= LARGEST_ROW_BYTES:
+            rows = max(rows, 1)
+        if rows:
+            with _disable_current_modes():
+                self.outputs.append(_on_host(part(outputs, 0, min(rows, examples))))
+                self.targets.append(_on_host(part(targets, 0, min(rows, examples))))
 
     def settled(self) -> bool:
         """Return whether the loss was shown to be exact; False if it could not be judged.
 
-        Called when the activations are gone, so that it adds nothing to the peak.
+        Called when the activations are gone and no limit holds: no search has rehearsed it.
 
         Raises:
             InexactStepError: If splitting changes the loss.
         """
-        moved = self.recipe._moved
-        return check_splits(
+        moved = self.recipe.moved
+        return len(self.outputs) > 1 and check_splits(
             self.recipe.loss, list(map(moved, self.outputs)), list(map(moved, self.targets))
         )
 
