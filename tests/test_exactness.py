@@ -235,3 +235,63 @@ def test_what_is_found_in_grad_is_discarded_and_nothing_is_left_there() -> None:
     undivided_steps(whole, sgd(whole), F.cross_entropy, [samples(10)])
     assert_same_parameters(ours, whole)
     assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_a_reported_loss_of_16_bits_is_summed_in_more(split: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).bfloat16()
+    x, y = samples(512)
+    x = x.bfloat16()
+    parts = [F.cross_entropy(model(a).double(), b) for a, b in zip(x, y, strict=True)]
+    step = Accumulator(model, sgd(model), micro_batch=split).step((x, y))
+    assert step.loss == pytest.approx(torch.stack(parts).mean().item(), rel=5e-3)
+
+
+def test_terms_of_16_bits_are_summed_in_more() -> None:
+    def pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return total(outputs, targets), torch.tensor(3.0 * len(targets), dtype=torch.bfloat16)
+
+    model = small_model()
+    step = Accumulator(model, sgd(model), pair, micro_batch=1).step(samples(512))
+    assert step.terms == 3.0 * 512
+
+
+def test_a_micro_batch_without_a_graph_adds_nothing_and_breaks_nothing() -> None:
+    def pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+        if not (targets != -100).any():
+            return torch.zeros((), dtype=outputs.dtype), 0
+        return sum_and_terms(outputs, targets)
+
+    ours, whole = token_model(), token_model()
+    Accumulator(ours, sgd(ours), pair, micro_batch=3).step(masked_part())
+    undivided_steps(whole, sgd(whole), F.cross_entropy, [masked_part()])
+    assert_same_parameters(ours, whole)
+
+
+def test_a_gradient_hook_is_refused_where_it_would_run_once_a_micro_batch() -> None:
+    ours, whole = small_model(), small_model()
+    for model in (ours, whole):
+        next(model.parameters()).register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    with pytest.raises(InexactStepError, match="gradient hook"):
+        Accumulator(ours, sgd(ours), micro_batch=4).step(samples(10))
+    Accumulator(ours, sgd(ours)).step(samples(10))
+    undivided_steps(whole, sgd(whole), F.cross_entropy, [samples(10)])
+    assert_same_parameters(ours, whole)
+
+
+def test_under_the_caller_s_autocast_each_step_sees_the_weights_of_the_last() -> None:
+    model = small_model().float()
+    accumulator = Accumulator(model, sgd(model), micro_batch=4)
+    x, y = samples(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [accumulator.step((x.float(), y)).loss for _ in range(4)]
+    assert len(set(losses)) == 4
+
+
+def test_a_model_that_works_in_place_does_not_reach_the_batch() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), small_model())
+    x, y = samples(10)
+    before = x.clone()
+    Accumulator(model, sgd(model), micro_batch=4).step((x, y))
+    assert torch.equal(x, before)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from autobatch import (
     DoesNotFitError,
     InexactStepError,
     TrainingResult,
+    check,
     find_and_train,
     find_batch_size,
 )
@@ -298,6 +299,97 @@ def test_split_batch_norm_is_noted_and_whole_batch_norm_is_not() -> None:
     assert split.plan.accumulation_steps > 1
     assert any("BatchNorm" in note for note in split.notes)
     assert whole.notes == ()
+
+
+def test_a_frozen_batch_norm_is_not_noted() -> None:
+    model = nn.Sequential(nn.Linear(5, 200), nn.BatchNorm1d(200), nn.Linear(200, 3)).double()
+    model[1].eval()
+    result = train(model, rows(64), 64, memory_limit="200KiB")
+    assert result.plan.accumulation_steps > 1
+    assert result.notes == ()
+
+
+def test_any_other_buffer_that_moves_once_a_micro_batch_is_noted_by_name() -> None:
+    layer = nn.utils.spectral_norm(nn.Linear(5, 200))
+    model = nn.Sequential(layer, nn.Linear(200, 3)).double()
+    result = train(model, rows(64), 64, memory_limit="200KiB")
+    assert result.plan.accumulation_steps > 1
+    assert any("0.weight_u" in note for note in result.notes)
+
+
+def test_an_unknown_loss_is_checked_beside_the_limit_and_changes_no_plan() -> None:
+    def unknown(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+    torch.manual_seed(0)
+    model = nn.Linear(16, 2000)
+    x, y = torch.randn(256, 16), torch.randint(0, 2000, (256,))
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    for limit in ("1MB", "2MB"):
+        known, other = (
+            train(twin(model), (x, y), 256, loss=loss, optimizer=sgd, memory_limit=limit)
+            for loss in (None, unknown)
+        )
+        assert known.plan == other.plan
+        assert known.plan.accumulation_steps > 1
+        assert (known.replays, other.replays) == (0, 0)
+
+
+@pytest.mark.parametrize("desired", [3, 5, 9])
+def test_a_plan_with_a_single_example_is_rehearsed_with_it(desired: int) -> None:
+    class Holds2(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            scores: Tensor = self.inner(x)
+            return scores
+
+    model = Holds2()
+    before = fingerprint(model)
+    with pytest.raises(DoesNotFitError, match="more than 1 value per channel"):
+        train(model, [rows(desired)], desired)
+    assert fingerprint(model) == before
+    assert train(Holds2(), [rows(4)], 4).plan.micro_batch_sizes == (2, 2)
+
+
+def test_an_optimizer_factory_may_read_the_parameters_twice() -> None:
+    def two_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1]},
+        ]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    model = small_model()
+    before = twin(model).state_dict()
+    train(model, rows(16), 8, optimizer=two_groups)
+    assert not any(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("seed", "error"), [(2.5, TypeError), ("a", TypeError), (True, TypeError), (-1, ValueError)]
+)
+def test_a_bad_seed_is_refused_before_anything_is_seeded(seed: int, error: type[Exception]) -> None:
+    model = small_model()
+    before = fingerprint()
+    with pytest.raises(error, match="seed must be"):
+        train(model, rows(8), 4, seed=seed)
+    assert fingerprint() == before
+
+
+def test_without_a_limit_the_host_s_own_batches_count_on_the_cpu() -> None:
+    wide = torch.randn(4, 4000, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    model = nn.Linear(4000, 2).double()
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    host = check(model, wide, 64, optimizer=sgd)
+    beside = check(model, wide, 64, optimizer=sgd, memory_limit="1GiB")
+    assert host.peak_bytes is not None
+    assert beside.peak_bytes is not None
+    assert host.peak_bytes >= beside.peak_bytes + 64 * 4000 * 8
 
 
 def test_an_inexact_loss_is_refused_and_nothing_has_been_trained() -> None:

@@ -121,6 +121,98 @@ def test_running_out_once_with_one_example_is_no_reason_to_stop() -> None:
     assert_same_parameters(ours, whole)
 
 
+class Moving(nn.Module):
+    """Moves everything that a forward pass may move, and then runs out of memory in one call."""
+
+    def __init__(self, fails_at: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).double()
+        self.filled: Tensor | None
+        self.register_buffer("filled", None)
+        self.generator = torch.Generator().manual_seed(7)
+        self.average = torch.zeros(5, dtype=torch.float64)
+        self.history: list[float] = []
+        self.calls = 0
+        self.fails_at = fails_at
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(1.5)
+        self.calls += 1
+        self.average.mul_(0.5).add_(x.detach().mean(0))
+        self.filled = x.detach().mean(0) if self.filled is None else self.filled + 1
+        self.history.append(float(x.sum()))
+        noise = torch.rand((), generator=self.generator, dtype=torch.float64)
+        CALLS[0] += 1
+        if CALLS[0] == self.fails_at:
+            raise OUT_OF_MEMORY.with_traceback(None)
+        moved = self.average + self.filled + noise + self.calls + len(self.history)
+        scores: Tensor = self.inner(x + moved)
+        return scores
+
+
+def test_a_replay_finds_everything_where_the_window_found_it() -> None:
+    results = []
+    for fails_at, micro_batch in ((2, 4), (0, 3)):  # 4 + 3 + 3 fails, and becomes 3 + 3 + 2 + 2.
+        torch.manual_seed(0)
+        CALLS[0] = 0
+        model = Moving(fails_at)
+        batch = windows()[0]
+        step = run(model, micro_batch, [batch])[0]
+        model.fails_at = 0
+        results.append((step.loss, fingerprint(model), batch[0].tolist()))
+        assert step.micro_batch_sizes == (3, 3, 2, 2)
+    assert results[0] == results[1]
+
+
+def test_a_short_window_that_ran_out_says_nothing_of_the_full_ones() -> None:
+    model = Flaky(calls=(3,))
+    batches = [*windows(2), (windows()[2][0][:3], windows()[2][1][:3]), *windows(1)]
+    steps = run(model, None, batches)
+    assert [step.micro_batch_sizes for step in steps] == [(10,), (10,), (2, 1), (10,)]
+
+
+def test_an_error_that_may_be_memory_is_tried_in_smaller_pieces_down_to_one() -> None:
+    class Suspect(Flaky):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.above:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED")
+            scores: Tensor = self.inner(x)
+            return scores
+
+    ours, whole = Suspect(above=4), Flaky()
+    assert run(ours, None, windows())[0].replays > 0
+    undivided_steps(whole, adam(whole), F.cross_entropy, windows())
+    assert_same_parameters(ours, whole)
+    with pytest.raises(RuntimeError, match="NOT_INITIALIZED"):
+        run(Suspect(above=0), None, windows())
+
+
+def test_an_error_of_the_user_s_in_a_window_puts_its_beginning_back() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout()).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.inner(x)
+            if len(x) == 3:
+                raise KeyError("mine")
+            return scores
+
+    model = Breaks()
+    optimizer = adam(model)
+    before = fingerprint(model, optimizer)
+    with pytest.raises(KeyError, match="mine"):
+        Accumulator(model, optimizer, micro_batch=4).step(windows()[0])
+    assert fingerprint(model, optimizer) == before
+
+
+def test_batch_norm_that_refuses_one_example_is_no_reason_to_crash_in_a_replay() -> None:
+    model = nn.Sequential(Flaky(above=1), nn.BatchNorm1d(3).double())
+    with pytest.raises(DoesNotFitError, match="more than 1 value per channel"):
+        run(model, None, windows())
+
+
 def test_running_out_forever_is_an_error_and_nothing_has_moved() -> None:
     model = nn.Sequential(Flaky(above=0), nn.BatchNorm1d(3).double())
     optimizer = adam(model)

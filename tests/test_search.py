@@ -45,11 +45,22 @@ class Machine:
     def farthest(self) -> int:
         """The last size that what has run is a measure of: at least the next candidate."""
         ran = max((size for size in self.tried if size <= self.largest), default=0)
+        ran = max(ran, 1)  # One example is tried last, so the one after it may be first.
         following = bisect.bisect_right(self.candidates, ran)
         return max(FAR * ran, *self.candidates[following : following + 1], FEW)
 
     def failures(self) -> int:
         return sum(size > self.largest for size in self.tried)
+
+
+def test_one_example_is_tried_only_when_all_others_have_failed() -> None:
+    for candidates in (range(1, 40), useful_sizes(256), [1, 5]):
+        machine = Machine(candidates, largest=0, explained=False)
+        assert largest_fitting(candidates, machine.attempt, limit_bytes=100) == 0
+        assert machine.tried.index(1) == len(machine.tried) - 1
+        above = Machine(candidates, largest=candidates[1], explained=False)
+        assert largest_fitting(candidates, above.attempt, limit_bytes=100) == candidates[1]
+        assert 1 not in above.tried
 
 
 def expected(machine: Machine) -> int:

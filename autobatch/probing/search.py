@@ -89,7 +89,10 @@ class _Search:
         """The next position to try, always inside the bracket."""
         bisects = self._budget <= math.ceil(math.log2(self.bad - self.good))
         wanted = (self.good + self.bad) // 2 if bisects else self._hint()
-        return min(max(min(wanted, self._farthest()), self.good + 1), self.bad - 1)
+        position = min(max(min(wanted, self._farthest()), self.good + 1), self.bad - 1)
+        # One example last: a model may refuse it for a reason of its own, as BatchNorm does.
+        alone = self._candidates[position] == 1 and self.bad > 1
+        return position + 1 if alone else position
 
     def _farthest(self) -> int:
         """The last position that what has run is a measure of."""

@@ -121,6 +121,7 @@ class Accumulator:
         self._generators = list(generators_in(recipe.model))
         self._agreed = 0  # How often the loss was held to the law, and kept it.
         self._split_windows = 0
+        self._longest = 0
         self.moved_buffers: set[str] = set()
 
     def step(self, batch: Nest) -> StepResult:
@@ -172,6 +173,7 @@ class Accumulator:
     def _accumulated(self, batch: Nest, denominator: float) -> tuple[Accumulated, BatchPlan, int]:
         """The window, run until it fits; with how it was cut and how often it was replayed."""
         examples = size_of(batch)
+        self._longest = max(self._longest, examples)
         self._recipe.clear()
         with self._limited():
             put_back = window_start(self._recipe.model, self._generators)
@@ -197,7 +199,9 @@ class Accumulator:
             if size == failed == last_failed:  # One example, for the second time.
                 raise DoesNotFitError(1, self._limit_bytes, message=message)
             last_failed = failed
-            if examples >= (self.micro_batch or examples):  # A short window says nothing of others.
+            if examples >= (
+                self.micro_batch or self._longest
+            ):  # A short one says nothing of others.
                 self.micro_batch = size
             self._observer(Replayed(failed=failed, micro_batch=size))
 
