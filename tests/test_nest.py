@@ -1,7 +1,7 @@
 import itertools
 import types
 from collections import OrderedDict, UserDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -53,11 +53,84 @@ class Frozen(Mapping[str, object]):
         return len(self._items)
 
 
+class Stored(MutableMapping[str, object]):
+    """A mapping that keeps what it holds in an object of its own."""
+
+    def __init__(self, items: dict[str, object]) -> None:
+        self._d = dict(items)
+
+    def __getitem__(self, key: str) -> object:
+        return self._d[key]
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self._d[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._d[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._d)
+
+    def __len__(self) -> int:
+        return len(self._d)
+
+
+class Named(Stored):
+    """One that is not made from pairs."""
+
+    def __init__(self, name: str, *, x: object) -> None:
+        super().__init__({"x": x})
+        self.name = name
+
+
+class Loud(Stored):
+    """One that is made from pairs, but holds other things then."""
+
+    def __init__(self, items: dict[str, object]) -> None:
+        super().__init__({f"{key}!": value for key, value in items.items()})
+
+
+class Attributes(dict[str, Any]):
+    """The dict whose attributes are its keys, as many a project has it."""
+
+    x: Tensor
+
+    def __init__(self, items: dict[str, object]) -> None:
+        super().__init__(items)
+        self.__dict__ = self
+
+
+class Twice(dict[str, Any]):
+    """A dict that keeps what it holds a second time."""
+
+    def __init__(self, items: dict[str, object]) -> None:
+        super().__init__(items)
+        self.seen: dict[str, Any] = dict(items)
+
+    def __setitem__(self, key: str, value: object) -> None:
+        super().__setitem__(key, value)
+        self.seen[key] = value
+
+
+class Sealed(dict[str, Any]):
+    """A dict that cannot be changed."""
+
+    def __setitem__(self, key: str, value: object) -> None:
+        raise TypeError(f"{key} cannot be set")
+
+
 @dataclass(frozen=True)
 class Graph:
     nodes: object
     edges: object
     name: str = "graph"
+
+
+class Opaque:
+    """A batch whose tensors nobody can find."""
+
+    def __init__(self) -> None:
+        self.rows = torch.arange(4)
 
 
 @dataclass
@@ -94,6 +167,8 @@ def around(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
         named.map(OrderedDict),
         named.map(Encoding),
         named.map(Frozen),
+        named.map(Stored),
+        named.map(Attributes),
         named.map(types.MappingProxyType),
         named.map(lambda items: defaultdict(list, items)),
         st.builds(Pair, children, children),
@@ -258,6 +333,45 @@ def test_a_mapping_keeps_its_class_and_what_it_was_made_with() -> None:
     assert list(encoding["x"]) == [0, 1, 2, 3]  # type: ignore[call-overload]  # A tensor.
 
 
+@pytest.mark.parametrize("make", [dict, OrderedDict, Encoding, Frozen, Stored, Attributes, Sealed])
+def test_no_use_of_a_mapping_changes_it_and_its_class_stays(make: Any) -> None:
+    rows, names = torch.arange(4), ["a", "b", "c", "d"]
+    batch = make({"x": rows, "names": names})
+    uses: list[Callable[[], object]] = [
+        lambda: part(batch, 0, 2),
+        lambda: take(batch, [3, 0]),
+        lambda: map_tensors(lambda tensor: tensor[:2] + 1, batch),
+        lambda: join(cut(batch, [3, 1])),
+        lambda: from_numpy(batch),
+    ]
+    for use in uses:
+        assert type(use()) is make
+        assert batch["x"] is rows
+        assert batch["names"] is names
+        assert size_of(batch) == 4
+
+
+@pytest.mark.parametrize("batch", [Named("one", x=torch.arange(4)), Loud({"x": torch.arange(4)})])
+def test_a_mapping_that_cannot_be_made_from_its_pairs_gives_a_dict(batch: Stored) -> None:
+    (key,) = batch
+    assert same(part(batch, 1, 3), {key: torch.tensor([1, 2])})
+    assert size_of(batch) == 4
+
+
+def test_keys_that_are_attributes_too_are_cut_in_both() -> None:
+    piece = part(Attributes({"x": torch.arange(4)}), 0, 2)
+    assert isinstance(piece, Attributes)
+    assert piece.x is piece["x"]
+
+
+def test_what_a_dict_keeps_besides_is_not_shared_with_its_parts() -> None:
+    batch = Twice({"x": torch.arange(4)})
+    piece = part(batch, 0, 2)
+    assert isinstance(piece, Twice)
+    assert len(piece["x"]) == len(piece.seen["x"]) == 2
+    assert len(batch["x"]) == len(batch.seen["x"]) == 4
+
+
 def test_a_dataclass_derives_again_what_it_derives() -> None:
     counted = Counted(torch.arange(4))
     assert size_of(counted) == 4
@@ -300,6 +414,7 @@ def test_tensors_of_different_lengths_are_refused_with_their_shapes(
         ((), "()"),
         ("text", "str"),
         ([None, [2.5]], "(NoneType, (float))"),
+        (Opaque(), "Opaque"),
     ],
 )
 def test_a_nest_without_a_batch_dimension_is_refused_with_its_structure(
@@ -307,7 +422,9 @@ def test_a_nest_without_a_batch_dimension_is_refused_with_its_structure(
 ) -> None:
     with pytest.raises(ValueError, match="must hold a tensor with a batch dimension") as caught:
         size_of(nest)
-    assert str(caught.value).endswith(f"got {text}")
+    assert str(caught.value).endswith(
+        f"got {text}; return tuples, dicts or dataclasses of tensors from the collate function"
+    )
 
 
 @pytest.mark.parametrize("sizes", [[1], [2, 2], [3, 1], []])
@@ -317,13 +434,23 @@ def test_a_cut_must_use_every_example(sizes: list[int]) -> None:
     assert str(caught.value).endswith(str(tuple(sizes)))
 
 
-def test_ragged_batches_cannot_be_joined_and_the_error_names_the_way_out() -> None:
-    with pytest.raises(ValueError, match="batches can be joined only where") as caught:
-        join([(torch.ones(2, 5), torch.ones(2)), (torch.ones(3, 7), torch.ones(3))])
+def test_ragged_batches_cannot_be_joined_and_the_error_names_the_ways_out() -> None:
+    widths = (5, 5, 7, 9)
+    with pytest.raises(ValueError, match="these batches are ragged") as caught:
+        join([(torch.ones(2, width), torch.ones(2)) for width in widths])
     assert str(caught.value) == (
-        "batches can be joined only where all but dimension 0 agrees, got float32[2, 5] and "
-        "float32[3, 7]; pad to one length in the collate function"
+        "batches can be joined only where all but dimension 0 agrees, and these batches are "
+        "ragged: got float32[2, 5] and float32[2, 7]; pad to one length in the collate function, "
+        "or let the loader give batches of `desired` examples, so that nothing must be joined"
     )
+
+
+def test_what_differs_in_another_way_than_in_length_is_not_called_ragged() -> None:
+    for other in (torch.ones(2, 5).double(), torch.ones(2), 5):
+        with pytest.raises(ValueError, match=r"agrees, got float32\[2, 5\] and \w+") as caught:
+            join([(torch.ones(2, 5), torch.ones(2)), (other, torch.ones(2))])
+        assert "ragged" not in str(caught.value)
+        assert "in number of dimensions and dtype too" in str(caught.value)
 
 
 @pytest.mark.parametrize(

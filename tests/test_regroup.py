@@ -1,4 +1,5 @@
 import itertools
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from autobatch.batches.nest import Nest, join, size_of
-from autobatch.batches.regroup import logical_batches, open_source
+from autobatch.batches.regroup import Source, logical_batches, open_source
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)
 loader_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8)
@@ -97,6 +98,69 @@ class OnePassStream(Stream):
 
     def __next__(self) -> Tensor:
         return next(self._rows)
+
+
+class HeldStream(Stream):
+    """An IterableDataset that hands out one iterator again and again."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.held: Iterator[Tensor] = iter(torch.arange(length))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.held
+
+
+class FreshStream(Stream):
+    """One whose new iterators are no generators, and draw random numbers at once."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(self.length)
+        np.random.rand()
+        random.random()
+        rows: Iterator[Tensor] = iter(order)
+        return rows
+
+
+class Held:
+    """Batches that can be read once, behind what looks like a list."""
+
+    def __init__(self, batches: Iterable[Nest]) -> None:
+        self.held = iter(batches)
+
+    def __iter__(self) -> Iterator[Nest]:
+        return self.held
+
+
+class MapStyle:
+    """A dataset of somebody who did not derive it from torch's."""
+
+    def __init__(self, length: int = 10) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, row: int) -> tuple[Tensor, float]:
+        return torch.tensor(row), float(row)
+
+
+class Refilled(Dataset[Any]):
+    """Ready batches in one array, which is filled anew for each."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.memory = np.zeros(max(sizes), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, row: int) -> Any:
+        if not row < len(self.sizes):
+            raise IndexError(row)
+        start, size = sum(self.sizes[:row]), self.sizes[row]
+        self.memory[:size] = range(start, start + size)
+        return self.memory[:size]
 
 
 class WithoutLength(Dataset[Tensor]):
@@ -180,6 +244,100 @@ def test_a_window_inside_one_batch_is_a_view_of_it() -> None:
     windows = list(logical_batches([batch], 2))
     pointers = [window["x"].untyped_storage().data_ptr() for window in windows]  # type: ignore[index]  # A dict.
     assert pointers == [memory.untyped_storage().data_ptr()] * 3
+
+
+def refilling_arrays(sizes: Sequence[int]) -> Iterator[Nest]:
+    refilled = Refilled(sizes)
+    for row in range(len(sizes)):
+        yield {"x": refilled[row], "inside": [refilled[row][:, None]]}
+
+
+def refilling_tensors(sizes: Sequence[int]) -> Iterator[Nest]:
+    refilled = Refilled(sizes)
+    for row in range(len(sizes)):
+        batch = torch.from_numpy(refilled[row])
+        yield {"x": batch, "inside": [batch[:, None]]}
+
+
+@drawn
+@pytest.mark.parametrize("read", [refilling_arrays, refilling_tensors])
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8), desired=desired_sizes)
+def test_memory_that_is_filled_anew_for_each_batch_is_read_right(
+    read: Callable[[Sequence[int]], Iterator[Nest]], sizes: list[int], desired: int
+) -> None:
+    seen: list[int] = []
+    for window in logical_batches(open_source(read(sizes), batch_size=1).epoch(), desired):
+        assert isinstance(window, dict)
+        assert torch.equal(window["inside"][0][:, 0], window["x"])
+        seen += window["x"].tolist()  # While the window is the latest, as training reads it.
+    assert seen == list(range(sum(sizes)))
+
+
+def test_a_container_that_is_filled_anew_is_read_right() -> None:
+    def read() -> Iterator[Nest]:
+        batch: dict[str, object] = {}
+        for row in range(4):
+            batch["x"] = torch.tensor([row])
+            batch["scale"] = torch.tensor(2.0)
+            yield batch
+
+    windows = logical_batches(open_source(read(), batch_size=1).epoch(), 2)
+    assert [window["x"].tolist() for window in windows] == [[0, 1], [2, 3]]  # type: ignore[index]  # Dicts.
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Refilled([3, 3, 3]), batch_size=None),
+        DataLoader(Refilled([3, 3, 3]), collate_fn=lambda batches: batches[0]),
+    ],
+    ids=["no batching", "no collating"],
+)
+def test_a_loader_that_hands_on_what_the_dataset_made_is_read_right(
+    loader: DataLoader[Any],
+) -> None:
+    windows = logical_batches(open_source(loader, batch_size=1).epoch(), 4)
+    assert [numbers(window) for window in windows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_a_loader_whose_iteration_is_its_own_is_read_right() -> None:
+    class Prefetching(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return refilling_tensors([3, 3])
+
+    windows = logical_batches(open_source(Prefetching(ten()), batch_size=1).epoch(), 2)
+    assert [window["x"].tolist() for window in windows] == [[0, 1], [2, 3], [4, 5]]  # type: ignore[index]  # Dicts.
+
+
+@pytest.mark.parametrize(
+    ("data", "copied"),
+    [
+        (DataLoader(ten(), batch_size=4), False),
+        (DataLoader(ten(), batch_size=4, collate_fn=list, num_workers=1), False),
+        (ten(), False),
+        (MapStyle(), False),
+        (Stream(3), False),
+        ((torch.arange(10),), False),
+        ([torch.arange(10)], True),
+        (Counted([4]), True),
+        (iter([torch.arange(10)]), True),
+        (DataLoader(ten(), batch_size=4, collate_fn=list), True),
+        (DataLoader(ten(), batch_size=None), True),
+    ],
+)
+def test_what_is_held_is_copied_where_its_memory_may_be_filled_anew(
+    data: Any, copied: bool
+) -> None:
+    assert open_source(data, batch_size=2).fresh is not copied
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_nothing_is_copied_that_is_new_memory_anyway(fresh: bool) -> None:
+    rows = torch.arange(3)
+    source = Source(batches=[rows], examples=None, one_pass=False, owner=None, fresh=fresh)
+    (window,) = logical_batches(source.epoch(), 4)
+    assert isinstance(window, Tensor)
+    assert (window.data_ptr() == rows.data_ptr()) is fresh
 
 
 def test_ragged_batches_pass_where_no_window_joins_them() -> None:
@@ -310,33 +468,141 @@ def test_each_epoch_of_data_in_memory_has_another_order() -> None:
 
 
 def test_opening_data_reads_nothing_and_draws_nothing() -> None:
-    before = torch.get_rng_state()
+    def drawn() -> tuple[float, float, float]:
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    def seed() -> None:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+
+    seed()
+    expected = drawn()
+    seed()
     counted = Counted([2])
-    for data in (counted, ten(), Stream(3), DataLoader(ten(), shuffle=True), (torch.arange(3),)):
+    every: list[Any] = [counted, ten(), Stream(3), FreshStream(3), (torch.arange(3),)]
+    for data in (*every, DataLoader(ten(), shuffle=True), DataLoader(FreshStream(3))):
         open_source(data, batch_size=2)
     assert counted.pulled == 0
-    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn() == expected
 
 
 def test_a_list_of_batches_is_read_as_it_is_with_arrays_as_tensors() -> None:
     batches = [(np.arange(3), ["a", "b", "c"]), (np.arange(2), ["d", "e"])]
     source = open_source(batches, batch_size=99)
     assert [numbers(batch) for batch in source.epoch()] == [[0, 1, 2], [0, 1]]
-    assert (source.examples, source.one_pass, source.owner) == (None, False, batches)
+    assert (source.examples, source.one_pass, source.owner) == (5, False, batches)
 
 
-def test_what_can_be_read_only_once_is_known() -> None:
-    assert open_source(iter([torch.ones(2)]), batch_size=1).one_pass
-    assert open_source((batch for batch in [torch.ones(2)]), batch_size=1).one_pass
-    assert open_source(OnePassStream(3), batch_size=1).one_pass
-    assert not open_source([torch.ones(2)], batch_size=1).one_pass
-    assert not open_source(Counted([2]), batch_size=1).one_pass
+@drawn
+@given(sizes=loader_sizes)
+def test_a_list_of_batches_holds_as_many_examples_as_they_have(sizes: list[int]) -> None:
+    if sum(sizes):
+        assert open_source(batches_of(sizes), batch_size=99).examples == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("batches", "text"),
+    [
+        ([torch.ones(3), "text"], "a batch must hold a tensor with a batch dimension, got str; "),
+        ([(torch.ones(3), torch.ones(4))], "the tensors of a batch must agree in length"),
+        ([torch.ones(0), torch.ones(0, 3)], "data is empty: it holds no example"),
+    ],
+)
+def test_a_list_with_a_bad_batch_is_refused_at_once(batches: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(text)}"):
+        open_source(batches, batch_size=2)
+
+
+def test_an_object_with_rows_and_a_length_is_a_dataset() -> None:
+    torch.manual_seed(0)
+    data = MapStyle()
+    source = open_source(data, batch_size=4)
+    first, second = ([numbers(batch) for batch in source.epoch()] for _ in range(2))
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert sorted(flat(first)) == list(range(10))
+    assert first != second
+    assert (source.examples, source.one_pass, source.owner) == (10, False, data)
+
+
+def test_an_object_with_rows_and_an_iteration_of_its_own_is_an_iterable_of_batches() -> None:
+    class Both(MapStyle):
+        def __iter__(self) -> Iterator[Nest]:
+            yield torch.arange(3)
+
+    source = open_source(Both(), batch_size=4)
+    assert [numbers(batch) for batch in source.epoch()] == [[0, 1, 2]]
+    assert source.examples is None
+
+
+ONE_PASS: list[tuple[str, Callable[[], Any], bool]] = [
+    ("iterator", lambda: iter([torch.ones(2)]), True),
+    ("generator", lambda: (batch for batch in [torch.ones(2)]), True),
+    ("holds an iterator", lambda: Held([torch.ones(2)]), True),
+    ("stream that is its own iterator", lambda: OnePassStream(3), True),
+    ("stream that holds an iterator", lambda: HeldStream(3), True),
+    ("loader of an own iterator", lambda: DataLoader(OnePassStream(3), batch_size=2), True),
+    ("loader of a held iterator", lambda: DataLoader(HeldStream(3), batch_size=2), True),
+    ("loader of ready batches", lambda: DataLoader(HeldStream(3), batch_size=None), True),
+    ("loader with an iterator of rows", lambda: DataLoader(ten(), sampler=iter(range(3))), True),
+    (
+        "loader with an iterator of batches",
+        lambda: DataLoader(ten(), batch_sampler=iter([[0], [1]])),
+        True,
+    ),
+    (
+        "workers that stay",
+        lambda: DataLoader(HeldStream(3), num_workers=1, persistent_workers=True),
+        True,
+    ),
+    # Each epoch's workers begin with a copy of what the dataset holds.
+    ("new workers", lambda: DataLoader(HeldStream(3), num_workers=1), False),
+    ("list", lambda: [torch.ones(2)], False),
+    ("generator function", lambda: Counted([2]), False),
+    ("stream", lambda: Stream(3), False),
+    ("stream with new iterators", lambda: FreshStream(3), False),
+    ("loader of a stream", lambda: DataLoader(Stream(3)), False),
+    ("loader of new iterators", lambda: DataLoader(FreshStream(3)), False),
+    ("loader", lambda: DataLoader(ten()), False),
+    ("dataset", ten, False),
+    ("rows", MapStyle, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "one_pass"), [row[1:] for row in ONE_PASS], ids=[row[0] for row in ONE_PASS]
+)
+def test_what_can_be_read_only_once_is_known(make: Callable[[], Any], one_pass: bool) -> None:
+    assert open_source(make(), batch_size=1).one_pass is one_pass
+
+
+@pytest.mark.parametrize("wrap", [lambda stream: stream, DataLoader])
+def test_asking_whether_data_can_be_read_again_consumes_nothing(wrap: Any) -> None:
+    for stream in (OnePassStream(3), HeldStream(3)):
+        source = open_source(wrap(stream), batch_size=1)
+        assert flat(map(numbers, source.epoch())) == [0, 1, 2]
+    held = Held([torch.tensor([0, 1])])
+    assert [numbers(batch) for batch in open_source(held, batch_size=1).epoch()] == [[0, 1]]
+
+
+def test_a_loader_inside_an_iterable_is_not_started_to_ask() -> None:
+    class Wrapped:
+        def __init__(self, loader: DataLoader[Any]) -> None:
+            self.loader = loader
+
+        def __iter__(self) -> Iterator[Nest]:
+            return iter(self.loader)
+
+    loader = DataLoader(ten(), num_workers=1, persistent_workers=True)
+    assert not open_source(Wrapped(loader), batch_size=1).one_pass
+    assert loader._iterator is None
 
 
 EMPTY: list[tuple[Any, str]] = [
     ((torch.ones(0, 3), torch.ones(0)), "data is empty: its tensors have length 0"),
     ({"x": np.ones((0, 3))}, "data is empty: its tensors have length 0"),
     (TensorDataset(torch.ones(0)), "data is empty: TensorDataset has length 0"),
+    (MapStyle(0), "data is empty: MapStyle has length 0"),
     ([], "data is empty: [] holds no batch"),
     (
         DataLoader(TensorDataset(torch.ones(0)), batch_size=4),

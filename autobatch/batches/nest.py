@@ -9,7 +9,10 @@ to the batch as a whole and goes to every part.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import functools
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeGuard
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 _LEAVES: Final = (str, bytes, int, float, complex, bool, type(None))
+_REFUSALS: Final = (TypeError, ValueError, LookupError, AttributeError)  # Of a class, of pairs.
 
 Nest = object  # Any nesting: the structure is the user's, so there is no narrower type.
 
@@ -38,7 +42,10 @@ def size_of(nest: Nest) -> int:
     """
     shapes = [tuple(tensor.shape) for tensor in tensors(nest) if tensor.ndim]
     if not shapes:
-        raise ValueError(f"a batch must hold a tensor with a batch dimension, got {describe(nest)}")
+        raise ValueError(
+            f"a batch must hold a tensor with a batch dimension, got {describe(nest)}; return "
+            "tuples, dicts or dataclasses of tensors from the collate function"
+        )
     if any(shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
             "the tensors of a batch must agree in length along dimension 0, got shapes "
@@ -171,14 +178,41 @@ def _rebuild(nest: Nest, children: list[Nest]) -> Nest:
 
 
 def _rebuild_mapping(nest: Mapping[Any, Nest], pairs: dict[Any, Nest]) -> Nest:
+    """A mapping of the same class where it takes ``pairs``, else a dict; ``nest`` is not changed.
+
+    A copy keeps what the class carries besides its pairs, and not every class is made from pairs (a
+    defaultdict is not). But only dicts are copied apart: what a copy of another class is given may
+    reach the original.
+    """
     if type(nest) is dict:
         return pairs
-    if isinstance(nest, MutableMapping):  # Not every one is made from pairs: a defaultdict is not.
-        same = copy.copy(nest)
-        for key, child in pairs.items():
-            same[key] = child
-        return same
-    return type(nest)(pairs)  # type: ignore[call-arg]  # As torch's default collate does.
+    makers: list[Callable[[dict[Any, Nest]], object]] = [type(nest)]
+    # Where attributes are keys, as in many an AttrDict, those of a copy would be the old ones.
+    if isinstance(nest, dict | UserDict) and getattr(nest, "__dict__", None) is not nest:
+        makers.insert(0, functools.partial(_copy_with, nest))
+    for make in makers:
+        with suppress(*_REFUSALS):
+            made = make(pairs)
+            if _holds(made, pairs):
+                return made
+    return pairs
+
+
+def _copy_with(nest: dict[Any, Nest] | UserDict[Any, Nest], pairs: dict[Any, Nest]) -> object:
+    same = copy.copy(nest)
+    own = getattr(same, "__dict__", {})
+    own |= {name: dict(value) for name, value in own.items() if type(value) is dict}
+    for key, child in pairs.items():
+        same[key] = child
+    return same
+
+
+def _holds(made: object, pairs: dict[Any, Nest]) -> bool:
+    return (
+        isinstance(made, Mapping)
+        and list(made) == list(pairs)
+        and list(map(id, tensors(made))) == list(map(id, tensors(pairs)))
+    )
 
 
 def _is_values(nest: Nest, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
@@ -241,15 +275,18 @@ def _join_tensors(nests: Sequence[Nest]) -> Tensor:
         if not all(torch.equal(tensor, first) for tensor in parts):
             raise ValueError(f"batches that are joined must agree in their scalars, got {parts}")
         return first
-    if len(parts) < len(nests) or any(
-        tensor.ndim != first.ndim
-        or tensor.shape[1:] != first.shape[1:]
-        or tensor.dtype != first.dtype
-        for tensor in parts
-    ):
-        raise ValueError(
-            "batches can be joined only where all but dimension 0 agrees, got "
-            + " and ".join(sorted({describe(nest) for nest in nests}))
-            + "; pad to one length in the collate function"
-        )
+    for nest in nests:
+        if not isinstance(nest, Tensor) or (nest.ndim, nest.dtype) != (first.ndim, first.dtype):
+            raise ValueError(
+                "batches can be joined only where all but dimension 0 agrees, got "
+                f"{describe(first)} and {describe(nest)}; make the collate function give all "
+                "batches tensors that agree in number of dimensions and dtype too"
+            )
+        if nest.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                "batches can be joined only where all but dimension 0 agrees, and these batches "
+                f"are ragged: got {describe(first)} and {describe(nest)}; pad to one length in "
+                "the collate function, or let the loader give batches of `desired` examples, so "
+                "that nothing must be joined"
+            )
     return torch.cat(parts)
