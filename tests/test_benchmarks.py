@@ -34,6 +34,10 @@ def test_pairs_take_turns_at_being_the_first() -> None:
     assert order == ["one", "other", "other", "one", "one", "other"]
 
 
+def test_after_the_deadline_one_pair_is_enough() -> None:
+    assert len(list(alternated(lambda: None, lambda: None, 9, deadline=0.0))) == 1
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "device" / "part.json"
     write_atomically(path, {"value": 1})
@@ -66,7 +70,7 @@ def test_a_figure_comes_with_the_machine_and_the_versions() -> None:
     facts = environment(CPU)
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
-    assert {"device", "driver", "autobatch", "python", "date", "seed"} <= facts.keys()
+    assert {"device", "driver", "autobatch", "commit", "python", "date", "seed"} <= facts.keys()
 
 
 def test_a_table_has_aligned_columns() -> None:

@@ -1,4 +1,5 @@
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -90,6 +91,25 @@ def coupled_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     return contrastive(outputs, targets) * len(outputs), len(outputs)
 
 
+def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """The value of one, and the gradients of both."""
+    return value + (other - other.detach())
+
+
+def hidden_spread(outputs: Tensor, targets: Tensor) -> Tensor:
+    return with_gradient_of(plain_mean(outputs, targets), outputs.std())
+
+
+def hidden_contrast(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    summed, terms = tokens(outputs, targets)
+    return with_gradient_of(summed, terms * contrastive(outputs, targets)), terms
+
+
+def over_itself(outputs: Tensor, targets: Tensor) -> Tensor:
+    value = plain_mean(outputs, targets)
+    return value / value.detach()
+
+
 def noisy(outputs: Tensor, targets: Tensor) -> Tensor:
     return plain_mean(outputs + torch.rand(()), targets)
 
@@ -130,6 +150,207 @@ def test_a_loss_that_breaks_the_law_is_refused(
 def test_the_refusal_names_the_way_out(loss: Callable[..., object], way_out: str) -> None:
     with pytest.raises(InexactStepError, match=way_out):
         check(loss)
+
+
+def hidden_by_hook(outputs: Tensor, targets: Tensor) -> Tensor:
+    same = outputs * 1
+    same.register_hook(lambda gradient: gradient / gradient.norm())
+    return plain_mean(same, targets)
+
+
+@pytest.mark.parametrize(
+    "loss", [hidden_spread, hidden_contrast, hidden_by_hook, over_itself], ids=lambda f: f.__name__
+)
+@drawn
+@any_sizes
+def test_a_loss_whose_gradient_alone_breaks_the_law_is_refused(
+    loss: Callable[..., object], seed: int, sizes: list[int]
+) -> None:
+    outputs, targets = window(seed, [size + 1 for size in sizes])
+    with pytest.raises(InexactStepError, match="splitting changes the gradient of this loss"):
+        check(loss, outputs, targets)
+
+
+def test_values_alone_would_believe_a_hidden_gradient() -> None:
+    outputs, targets = window()
+    assert check(lambda o, t: hidden_spread(o.detach(), t))
+    whole = torch.cat(outputs)
+    values = [loss(whole, torch.cat(targets)) for loss in (hidden_spread, plain_mean)]
+    torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_refusal_of_a_gradient_names_its_size_the_split_and_the_way_out() -> None:
+    outputs, targets = [torch.tensor([[1.0], [3.0]])], [torch.zeros(2, 1)]
+    with pytest.raises(
+        InexactStepError,
+        match=r"over 2 examples its largest element is 2\.5, but from parts of 1 \+ 1 one is off "
+        r"by 1\.75; .* one micro-batch",  # 1/2 + 4/2, and (1 + 1/2) / 2 from the first part.
+    ):
+        check(lambda o, _: with_gradient_of(o.mean(), o.sum().square() / 4), outputs, targets)
+
+
+def straight_through(outputs: Tensor, targets: Tensor) -> Tensor:
+    return plain_mean(outputs + (outputs.round() - outputs).detach(), targets)
+
+
+def focal(outputs: Tensor, targets: Tensor) -> Tensor:
+    each = token_loss(outputs, targets)
+    return ((1 - each.neg().exp()).detach().square() * each).mean()
+
+
+def in_place(outputs: Tensor, targets: Tensor) -> Tensor:
+    outputs -= outputs.detach().round()
+    return plain_mean(outputs.clamp_(-0.4, 0.4), targets)
+
+
+def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+    value = plain_mean(outputs, targets)
+    (slope,) = torch.autograd.grad(value * len(outputs), outputs, create_graph=True)
+    return value + slope.square().mean()
+
+
+def clipped(outputs: Tensor, targets: Tensor) -> Tensor:
+    same = outputs * 1
+    same.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+    return plain_mean(same, targets)
+
+
+@pytest.mark.parametrize("loss", [straight_through, focal, in_place, penalised, clipped])
+@drawn
+@any_sizes
+def test_a_loss_that_makes_its_own_gradient_of_each_example_passes(
+    loss: Callable[[Tensor, Tensor], Tensor], seed: int, sizes: list[int]
+) -> None:
+    outputs, targets = window(seed, sizes)
+    assert check(loss, outputs, targets)
+    with pytest.raises(InexactStepError, match="the gradient"):  # It was this that passed.
+        check(lambda o, t: with_gradient_of(loss(o, t), o.square().sum()), outputs, targets)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.no_grad()(hidden_spread),
+        lambda o, t: hidden_spread(o, t).detach(),
+        lambda o, t: hidden_spread(torch.from_numpy(o.numpy()), t),
+    ],
+    ids=["no_grad", "detach", "numpy"],
+)
+def test_a_loss_without_a_gradient_is_judged_by_its_values(loss: Callable[..., object]) -> None:
+    assert check(loss)
+    with pytest.raises(InexactStepError, match="splitting changes this loss"):
+        check(lambda o, t: loss(o, t) + o.detach().std())
+
+
+def test_outputs_of_integers_are_judged_by_their_values() -> None:
+    outputs = [torch.arange(8).reshape(4, 2), torch.arange(6).reshape(3, 2)]
+    targets = [torch.zeros(4), torch.zeros(3)]
+    seen: list[torch.dtype] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets.dtype)
+        return outputs.double().mean()
+
+    assert check(loss, outputs, targets)
+    assert seen == [torch.float64] * 6
+    learnt = torch.ones((), requires_grad=True)
+    assert check(lambda o, _: learnt * o.double().mean(), outputs, targets)
+    assert learnt.grad is None
+    with pytest.raises(InexactStepError, match="splitting changes this loss"):
+        check(lambda o, _: o.double().std(), outputs, targets)
+
+
+def test_the_gradient_of_every_output_counts_and_one_may_have_none() -> None:
+    outputs, targets = window()
+    nests: list[Nest] = [
+        {
+            "mean": its,
+            "unused": its[:, 0],
+            "scale": torch.tensor(2.0),
+            "row": torch.arange(len(its)),
+        }
+        for its in outputs
+    ]
+    assert check(lambda o, t: o["scale"] * plain_mean(o["mean"], t), nests, targets)
+    with pytest.raises(InexactStepError, match="the gradient"):
+        check(
+            lambda o, t: with_gradient_of(plain_mean(o["mean"], t), o["unused"].std()),
+            nests,
+            targets,
+        )
+    with pytest.raises(InexactStepError, match="the gradient"):
+        check(lambda o, t: hidden_spread(o["mean"], t), nests, targets)
+
+
+def test_a_part_may_have_no_gradient() -> None:
+    def loss(outputs: Tensor, targets: Tensor, scale: float = 0.0) -> tuple[Tensor, Tensor]:
+        summed, terms = tokens(outputs, targets)
+        hidden = with_gradient_of(summed, scale * contrastive(outputs, targets))
+        return hidden if terms else torch.zeros(()), terms
+
+    outputs, targets = window(sizes=[5, 3])
+    targets[1].zero_()
+    assert check(loss, outputs, targets)
+    with pytest.raises(InexactStepError, match="the gradient"):
+        check(partial(loss, scale=9.0), outputs, targets)
+
+
+def confident(outputs: Tensor, targets: Tensor) -> Tensor:
+    """All gradients are the small difference of two large numbers, in float32."""
+    sure = outputs[..., 0].float() + 14 * F.one_hot(targets[:, 0], 5)
+    return -sure.softmax(1).gather(1, targets[:, :1]).log().mean()
+
+
+@drawn
+@any_sizes
+def test_gradients_that_rounding_left_little_of_pass(seed: int, sizes: list[int]) -> None:
+    outputs, targets = window(seed, sizes)
+    assert check(confident, outputs, targets)
+    with pytest.raises(InexactStepError, match="the gradient"):
+        check(lambda o, t: with_gradient_of(confident(o, t), o.square().sum()), outputs, targets)
+
+
+def test_a_gradient_that_differs_a_little_from_call_to_call_passes() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        extra = 1e-4 * torch.rand(()) * outputs.mean()  # As atomic additions do on a GPU.
+        return with_gradient_of(plain_mean(outputs, targets), extra)
+
+    assert check(loss)
+
+
+def test_a_gradient_that_differs_much_from_call_to_call_cannot_tell() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return with_gradient_of(plain_mean(outputs, targets), torch.rand(()) * outputs.sum())
+
+    assert not check(loss)
+
+
+def test_a_gradient_that_is_not_finite_cannot_tell() -> None:
+    assert not check(lambda o, t: plain_mean(o, t) + (0 * o).sqrt().sum())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_that_runs_out_cannot_tell_and_is_let_go(
+    error: type[Exception], backward: bool
+) -> None:
+    failed: list[weakref.ref[Tensor]] = []
+
+    def fail(its: Tensor) -> Tensor:
+        failed.append(weakref.ref(its))
+        raise error("no memory")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        same = outputs * 1
+        if backward:
+            same.register_hook(fail)
+        else:
+            fail(same)
+        return plain_mean(same, targets)
+
+    assert not check(loss)
+    assert len(failed) == 1, "it was tried again"
+    assert failed[0]() is None
 
 
 def test_the_refusal_names_both_numbers_and_the_split() -> None:
@@ -193,9 +414,15 @@ def test_terms_that_are_all_zero_cannot_tell() -> None:
 def test_equal_losses_cannot_tell() -> None:
     outputs, targets = window()
     same = [torch.zeros_like(its) for its in outputs]  # An output layer that begins at zero.
-    assert not check(masked_mean, same, targets)
-    with pytest.raises(InexactStepError, match=r"\(sum, terms\)"):
-        check(masked_mean, outputs, targets)
+    assert not check(tokens, same, targets)
+    assert check(tokens, outputs, targets)
+
+
+def test_the_gradient_may_tell_what_equal_losses_cannot() -> None:
+    outputs, targets = window()
+    same = [torch.zeros_like(its) for its in outputs]
+    with pytest.raises(InexactStepError, match=r"the gradient of this .* return \(sum, terms\) if"):
+        check(masked_mean, same, targets)
 
 
 def test_a_part_without_terms_is_refused_where_it_makes_nan() -> None:
@@ -276,6 +503,8 @@ def test_a_loss_that_refuses_float64_is_judged_by_its_own_precision(
     check(loss, outputs, targets)
     with pytest.raises(InexactStepError, match="looks like a sum"):
         check(lambda o, t: loss(o, t) * len(o), outputs, targets)
+    with pytest.raises(InexactStepError, match="the gradient"):
+        check(lambda o, t: with_gradient_of(loss(o, t), o.square().sum()), outputs, targets)
 
 
 def test_the_check_is_made_without_autocast() -> None:
@@ -376,12 +605,41 @@ def test_what_the_loss_alters_in_its_arguments_is_altered_in_a_copy() -> None:
     assert torch.equal(outputs[0], before)
 
 
-def test_no_graph_is_built() -> None:
-    factor = torch.ones((), requires_grad=True)
+class Learnt(nn.Module):
+    """Has a parameter, a running mean that it forgets to detach, and a memory."""
 
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        value = factor * plain_mean(outputs, targets)
-        assert not value.requires_grad
+    running: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+        self.register_buffer("running", torch.zeros(()))
+        self.alias = nn.Module()
+        self.alias.register_buffer("same", self.running)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        value = self.factor * plain_mean(outputs, targets)
+        self.running.lerp_(value.float(), 0.5)
+        assert self.running is self.alias.same
+        self.last = value
         return value
 
-    assert check(loss)
+
+def test_no_gradient_and_no_graph_is_left_behind() -> None:
+    module = Learnt()
+    outputs, targets = window()
+    assert check(module, outputs, targets)
+    assert module.factor.grad is None
+    assert module.factor.requires_grad
+    assert module.running is module.alias.same
+    assert module.running._version == 0
+    assert not module.running.requires_grad
+    assert not hasattr(module, "last")
+    assert not any(its.requires_grad or its.grad is not None for its in outputs)
+
+
+def test_a_gradient_that_was_there_stays() -> None:
+    module = Learnt()
+    module.factor.grad = torch.full((), 7.0)
+    assert check(module)
+    assert module.factor.grad == 7

@@ -1,19 +1,20 @@
 """The check that a loss which was not recognised may be split.
 
-The outputs of a window are joined, and the law must give their loss again from two different
-splits. The model is not run for this, so that dropout and BatchNorm cannot disturb it.
+The outputs of a window are joined, and the law must give their loss, and its gradient with respect
+to them, again from two different splits. The model is not run for this, so that dropout and
+BatchNorm cannot disturb it.
 """
 
 import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, cut, join, map_tensors, size_of, tensors
 from autobatch.errors import InexactStepError
@@ -22,20 +23,29 @@ from autobatch.training.losses import Loss, UnrecognisedLoss
 
 Value = TypeVar("Value")
 
+_NO_MEMORY: Final = (torch.OutOfMemoryError, MemoryError)
+_NOISE: Final = 10  # Gradients may differ by so many times what they do from call to call.
+
 
 def check_splits(loss: Loss, outputs: Sequence[Nest], targets: Sequence[Nest]) -> bool:
     """Return True if the law holds for ``loss``, False if these outputs cannot tell.
 
     They cannot tell where the loss of the whole is not finite, where there are fewer than two
     examples, or where each part has the loss of the whole, so that any weights would do (an output
-    layer that begins at zero): ask again on the next window.
+    layer that begins at zero): ask again on the next window. The same goes for a gradient that is
+    not finite or differs too much from call to call, and for memory that runs out.
+
+    The gradient is that with respect to floating outputs; a loss without one is judged by its
+    values. Equal values do not do where there is one: ``z + c - c.detach()`` is always ``z``.
 
     In float64 the two must agree to 1e-6, so that the loss may round to float32 inside. One that
     refuses float64 is asked in float32, then in its own type, and must agree to the square root of
-    that type's precision. Costs at most six calls of the loss in each type.
+    that type's precision, gradients as a fraction of the largest. Costs at most six calls of the
+    loss, and as many backward passes, in each type.
 
-    Leaves no trace: the RNG, a loss module's buffers and the attributes that it sets are as before.
-    Only what it alters inside an object of its own, a list say, stays altered.
+    Leaves no trace: the RNG, a loss module's buffers, every ``.grad`` and the attributes that the
+    module sets are as before. Only what it alters inside an object of its own, a list say, stays
+    altered.
 
     Args:
         loss: Recognised or not.
@@ -43,9 +53,16 @@ def check_splits(loss: Loss, outputs: Sequence[Nest], targets: Sequence[Nest]) -
         targets: One nest a micro-batch, where the outputs are.
 
     Raises:
-        InexactStepError: If splitting changes the loss, or nothing can be joined and split.
+        InexactStepError: If splitting changes the loss or its gradient, or nothing can be joined
+            and split.
     """
-    whole = _join(outputs, targets)
+    # What runs out of memory here is the check, not the step, which has been computed.
+    with contextlib.suppress(*_NO_MEMORY):
+        return _judge(loss, _join(outputs, targets))
+    return False
+
+
+def _judge(loss: Loss, whole: Nest) -> bool:
     examples = size_of(whole)
     if examples < 2:
         return False
@@ -63,7 +80,28 @@ def check_splits(loss: Loss, outputs: Sequence[Nest], targets: Sequence[Nest]) -
                 f"{reading.combined:.9g} from parts of {split[0]} + {split[1]}; "
                 + _way_out(repeated, reading)
             )
+    if not _gradients_agree(splits, repeated, readings):
+        return False
     return any(not r.agrees(expected, value) for r in readings for value in r.values)
+
+
+def _gradients_agree(
+    splits: Sequence[tuple[int, int]], repeated: "_Reading", readings: Sequence["_Reading"]
+) -> bool:
+    """True, or False if they cannot tell; what disagrees is raised."""
+    expected, again = (g / t for g, t in zip(repeated.gradients, repeated.terms, strict=True))
+    largest, noise = _largest(expected), _NOISE * _largest(expected - again)
+    if not noise <= largest:  # Nor where one is nan.
+        return False
+    for split, reading in zip(splits, readings, strict=True):
+        difference = _largest(expected - reading.combined_gradient)
+        if not difference <= reading.tolerance * largest + noise:
+            raise InexactStepError(
+                f"splitting changes the gradient of this loss: over {len(expected)} examples its "
+                f"largest element is {largest:.9g}, but from parts of {split[0]} + {split[1]} one "
+                f"is off by {difference:.9g}; " + _advice(reading)
+            )
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +111,14 @@ class _Reading:
     Attributes:
         sums: The summed loss of each part.
         terms: The denominator of each part.
+        gradients: The gradient of each sum with respect to the outputs, ``(examples, features)``.
         counted: Whether the loss itself gave the terms.
         precision: The coarsest type that it answered in.
     """
 
     sums: Sequence[float]
     terms: Sequence[float]
+    gradients: Sequence[Tensor]
     counted: bool
     precision: torch.dtype
 
@@ -92,12 +132,25 @@ class _Reading:
         """What the law makes of the parts."""
         return sum(self.sums) / sum(self.terms) if sum(self.terms) else math.nan
 
+    @property
+    def combined_gradient(self) -> Tensor:
+        """What the law makes of the parts' gradients."""
+        return torch.cat(list(self.gradients)) / sum(self.terms)
+
+    @property
+    def tolerance(self) -> float:
+        """How far two values may be apart, as a fraction of the larger."""
+        eps = torch.finfo(self.precision).eps
+        return 1e-6 if self.precision is torch.float64 else math.sqrt(eps)
+
     def agrees(self, one: float, other: float) -> bool:
         """Whether two values are equal to the precision of the parts; never where one is nan."""
-        eps = torch.finfo(self.precision).eps
-        tolerance = 1e-6 if self.precision is torch.float64 else math.sqrt(eps)
         scale = max(map(abs, (one, *self.values)))
-        return math.isclose(one, other, rel_tol=0.0, abs_tol=tolerance * scale)
+        return math.isclose(one, other, rel_tol=0.0, abs_tol=self.tolerance * scale)
+
+
+def _largest(gradient: Tensor) -> float:
+    return float(gradient.abs().max())
 
 
 def _way_out(repeated: _Reading, reading: _Reading) -> str:
@@ -112,6 +165,10 @@ def _way_out(repeated: _Reading, reading: _Reading) -> str:
             "it looks like a sum over examples: return (sum, number of examples) to step on their "
             'mean, or pass a loss of torch such as nn.MSELoss(reduction="sum") to step on the sum'
         )
+    return _advice(reading)
+
+
+def _advice(reading: _Reading) -> str:
     coupled = (
         "a loss that compares examples with one another is not exact in parts: choose a desired "
         "batch that fits as one micro-batch"
@@ -144,28 +201,65 @@ def _read_in_best_precision(
 ) -> list[_Reading]:
     """The whole twice, then each split."""
     families = [[whole, whole], *(cut(whole, sizes) for sizes in splits)]
-    for precision in (torch.float64, torch.float32):
-        # What is wrong for another reason is wrong again below, and raised there.
-        with contextlib.suppress(Exception):
-            return [_read(loss, parts, precision) for parts in families]
-    return [_read(loss, parts, None) for parts in families]
+    for precision in (torch.float64, torch.float32, None):
+        try:
+            return [_read(loss, parts, precision, _with_leaves) for parts in families]
+        except Exception as error:
+            if isinstance(error, _NO_MEMORY):
+                raise
+    # Outputs that need no gradient in training may be used as such, taken to NumPy say. What is
+    # wrong for another reason is wrong again here, and raised.
+    return [_read(loss, parts, None, lambda outputs: (outputs, [])) for parts in families]
 
 
-def _read(loss: Loss, parts: Sequence[Nest], precision: torch.dtype | None) -> _Reading:
-    sums, denominators, counted, coarsest = [], [], False, torch.float64
+def _read(
+    loss: Loss,
+    parts: Sequence[Nest],
+    precision: torch.dtype | None,
+    prepared: Callable[[Nest], tuple[Nest, list[Tensor]]],
+) -> _Reading:
+    sums, denominators, gradients = [], [], []
+    counted, coarsest = False, torch.float64
     with _no_trace(loss, parts):
         for part in parts:
             pair = _copy(part, precision)
             assert isinstance(pair, tuple), "outputs and targets were joined as pairs"
-            outputs, targets = pair
-            examples = size_of(pair)
-            summed, terms = loss.summed(outputs, targets, examples)
+            targets, examples = pair[1], size_of(pair)
+            with torch.enable_grad():
+                outputs, leaves = prepared(pair[0])
+                summed, terms = loss.summed(outputs, targets, examples)
             counted = terms is not None
             denominator = loss.denominator(targets, examples) if terms is None else float(terms)
             sums.append(float(summed))
             denominators.append(denominator)
+            gradients.append(_gradient(summed, leaves, examples))
             coarsest = max(coarsest, summed.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return _Reading(sums=sums, terms=denominators, counted=counted, precision=coarsest)
+    return _Reading(
+        sums=sums, terms=denominators, gradients=gradients, counted=counted, precision=coarsest
+    )
+
+
+def _with_leaves(outputs: Nest) -> tuple[Nest, list[Tensor]]:
+    """Outputs that have a gradient, and the leaves that it goes to."""
+    leaves = []
+
+    def grown(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not tensor.ndim:
+            return tensor
+        leaves.append(tensor.requires_grad_())
+        return tensor.clone()  # A leaf could not be altered in place.
+
+    return map_tensors(grown, outputs), leaves
+
+
+def _gradient(summed: Tensor, leaves: Sequence[Tensor], examples: int) -> Tensor:
+    """The gradient of a part's sum, one row an example; zero if there is none."""
+    found: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
+    if leaves and summed.requires_grad:
+        # Into no .grad: what else the loss depends on may be learnt.
+        found = torch.autograd.grad(summed, leaves, materialize_grads=True)
+    rows = [g.reshape(examples, g.numel() // examples).to("cpu", torch.float64) for g in found]
+    return torch.cat([torch.zeros(examples, 1, dtype=torch.float64), *rows], 1)
 
 
 def _copy(nest: Nest, precision: torch.dtype | None) -> Nest:
@@ -177,7 +271,7 @@ def _copy(nest: Nest, precision: torch.dtype | None) -> Nest:
 
 @contextlib.contextmanager
 def _no_trace(loss: Loss, parts: Sequence[Nest]) -> Iterator[None]:
-    """Put RNG and the loss's state back at the end; no graph, autocast or warning until then."""
+    """Put RNG and the loss's state back at the end; no autocast or warning until then."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         # A warning may be about these parts, which are not training's.
@@ -202,15 +296,16 @@ def _module_of(loss: Loss) -> nn.Module:
 @contextlib.contextmanager
 def _state_kept(module: nn.Module) -> Iterator[None]:
     parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    # The loss is lent copies, for altering a buffer in place would tie it to the check's graph.
+    copies = {id(buffer): buffer.clone() for buffer in module.buffers()}
     try:
+        for part, _, buffers in parts:
+            part._buffers.update({n: copies[id(b)] for n, b in buffers.items() if b is not None})
         yield
     finally:
         for part, attributes, buffers in parts:
             _refill(vars(part), attributes)
             _refill(part._buffers, buffers)
-        for buffer, value in values:
-            buffer.copy_(value)
 
 
 def _refill(mapping: dict[str, Value], content: dict[str, Value]) -> None:

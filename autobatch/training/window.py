@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
@@ -140,10 +141,14 @@ class LossCheck:
         Raises:
             InexactStepError: If splitting changes the loss.
         """
-        moved = self.recipe.moved
-        return len(self.outputs) > 1 and check_splits(
-            self.recipe.loss, list(map(moved, self.outputs)), list(map(moved, self.targets))
-        )
+        if len(self.outputs) < 2:
+            return False
+        try:
+            outputs = list(map(self.recipe.moved, self.outputs))
+            targets = list(map(self.recipe.moved, self.targets))
+        except (torch.OutOfMemoryError, MemoryError):
+            return False
+        return check_splits(self.recipe.loss, outputs, targets)
 
 
 def _common_length(outputs: Nest, targets: Nest) -> int:
