@@ -1,0 +1,77 @@
+"""What was measured on, and the file that keeps it."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from autobatch.devices import nvml
+from benchmarks.findings import SEED, Fields
+
+
+def slug(name: str) -> str:
+    """Return ``name`` as a folder: ``"Intel(R) Xeon @ 2.0GHz"`` is ``intel-xeon``."""
+    plain = re.sub(r"\((r|tm)\)|@[^,]*", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Return what a figure must not be read without."""
+    return {
+        "device": _name(device),
+        "driver": nvml.survey().driver,
+        "torch": torch.__version__,
+        "autobatch": _version(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # Processes that wanted a core in the last minute.
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": SEED,
+    }
+
+
+def write_atomically(path: Path, fields: Fields) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)  # Else nobody but the owner could read it.
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    told = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = told[1] if told else platform.processor() or platform.machine()
+    return f"CPU {name}, {os.cpu_count()} cores"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("torch-autobatch")
+    except importlib.metadata.PackageNotFoundError:  # A checkout that was not installed.
+        return "(not installed)"
+
+
+def _commit() -> str | None:
+    """The code that was measured; its version number seldom moves."""
+    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # No git, or no repository.
+        return None
