@@ -106,15 +106,27 @@ def attributes_of(holder: nn.Module | Optimizer) -> Restore:
         A function that puts them back.
     """
     attributes = dict(vars(holder))
-    containers = [
-        (value, value.copy())
-        for value in reachable(attributes.values())
-        if isinstance(value, dict | list | deque | set)
-    ]
+    contents = contents_of(reachable(attributes.values()))
 
     def put_back() -> None:
         vars(holder).clear()
         vars(holder).update(attributes)
+        contents()
+
+    return put_back
+
+
+def contents_of(found: Iterable[object]) -> Restore:
+    """Take what is in the containers among what was found.
+
+    Returns:
+        A function that puts it back.
+    """
+    containers = [
+        (value, value.copy()) for value in found if isinstance(value, dict | list | deque | set)
+    ]
+
+    def put_back() -> None:
         for container, content in containers:
             container.clear()
             if isinstance(container, list | deque):

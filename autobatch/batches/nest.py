@@ -10,6 +10,7 @@ to the batch as a whole and goes to every part.
 import copy
 import dataclasses
 import functools
+import itertools
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -94,9 +95,7 @@ def take(nest: Nest, rows: Sequence[int]) -> Nest:
 
 def part(nest: Nest, start: int, stop: int) -> Nest:
     """Return the examples ``start`` to ``stop`` as views of the same memory."""
-    return _select(
-        nest, size_of(nest), lambda tensor: tensor[start:stop], lambda values: values[start:stop]
-    )
+    return _part(nest, size_of(nest), start, stop)
 
 
 def cut(nest: Nest, sizes: Sequence[int]) -> list[Nest]:
@@ -105,13 +104,13 @@ def cut(nest: Nest, sizes: Sequence[int]) -> list[Nest]:
     Raises:
         ValueError: If the sizes do not add up to the nest's own.
     """
-    if sum(sizes) != size_of(nest):
-        raise ValueError(f"cannot cut {size_of(nest)} examples into {tuple(sizes)}")
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(part(nest, start, start + size))
-        start += size
-    return parts
+    length = size_of(nest)
+    if sum(sizes) != length:
+        raise ValueError(f"cannot cut {length} examples into {tuple(sizes)}")
+    if len(sizes) == 1:
+        return [nest]
+    stops = itertools.accumulate(sizes)
+    return [_part(nest, length, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
 
 
 def join(nests: Sequence[Nest]) -> Nest:
@@ -222,6 +221,12 @@ def _is_values(nest: Nest, size: int) -> TypeGuard[list[object] | tuple[object, 
         and not _is_named_tuple(nest)
         and len(nest) == size
         and all(isinstance(value, _LEAVES) for value in nest)
+    )
+
+
+def _part(nest: Nest, length: int, start: int, stop: int) -> Nest:
+    return _select(
+        nest, length, lambda tensor: tensor[start:stop], lambda values: values[start:stop]
     )
 
 

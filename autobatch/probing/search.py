@@ -110,9 +110,12 @@ class _Search:
             inside = bisect.bisect_right(candidates, reach) - 1
             if inside < self.bad:
                 return inside
-        if untried:  # Doubling: a size far too large costs time, and host memory for its batch.
-            return bisect.bisect_right(candidates, 2 * size) - 1
-        return (self.good + self.bad) // 2
+        if self._readings_explain and not untried:
+            return (self.good + self.bad) // 2
+        # Nothing to go by: doubling, then the geometric mean. A size far too large costs time, host
+        # memory for its batch, and a failure.
+        far = 2 * size if untried else math.isqrt(size * candidates[self.bad])
+        return bisect.bisect_right(candidates, far) - 1
 
     def _reach(self) -> int:
         """The size at which the line through the last two passes meets the limit.
