@@ -70,12 +70,7 @@ class Stage:
         try:
             self.device.reset_peak()
             floor_bytes = self.device.read().allocated_bytes
-            limited = self.device.limited_to(self.limit_bytes)
-            with limited if self.device.counts_host else nullcontext():
-                window = self.rehearsal.prepare(sizes)
-                with nullcontext() if self.device.counts_host else limited:
-                    window()
-                    self.device.synchronize()
+            self._rehearse(sizes)
         except Exception as error:
             failure = verdict_of(error)
             if failure not in counted:
@@ -97,6 +92,15 @@ class Stage:
             message=message,
         )
         return trial, self._outcome(trial, floor_bytes, reading.peak_bytes)
+
+    def _rehearse(self, sizes: Sequence[int]) -> None:
+        """Run the window under the limit; its batch, which may count as well, ends with this."""
+        limited = self.device.limited_to(self.limit_bytes)
+        with limited if self.device.counts_host else nullcontext():
+            window = self.rehearsal.prepare(sizes)
+            with nullcontext() if self.device.counts_host else limited:
+                window()
+                self.device.synchronize()
 
     def _outcome(self, trial: Trial, floor_bytes: int, peak_bytes: int) -> Outcome:
         if trial.fits:

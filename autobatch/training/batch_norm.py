@@ -96,11 +96,19 @@ class Pool:
         same examples, and no longer count.
         """
         self._open = False
-        for layer, counts in self._seen.items():
+        pooled: list[_Moments] = []
+        counts: list[int] = []
+        moments: list[tuple[Tensor, Tensor]] = []
+        for layer, own_counts in self._seen.items():
             mean, variance, _ = _statistics(layer)
-            calls = [*self._earlier[layer], (mean, variance)]
-            for call, (count, moments) in enumerate(zip(counts, calls, strict=True)):
-                self._add(layer, call, count, *moments)
+            known = self._moments[layer]
+            while len(known) < len(own_counts):
+                known.append(_Moments(0, torch.zeros_like(mean), torch.zeros_like(variance)))
+            pooled += known[: len(own_counts)]
+            counts += own_counts
+            moments += [*self._earlier[layer], (mean, variance)]
+        if pooled:
+            _add(pooled, counts, moments)
         self._seen.clear()
         self._earlier.clear()
 
@@ -128,22 +136,25 @@ class Pool:
                 running_mean.lerp_(moments.mean, weight)
                 running_variance.lerp_(moments.squares / (moments.count - 1), weight)
 
-    @torch.no_grad()
-    def _add(
-        self, layer: _BatchNorm, call: int, count: int, mean: Tensor, variance: Tensor
-    ) -> None:
-        known = self._moments[layer]
-        squares = variance * (count - 1)
-        if call == len(known):
-            known.append(_Moments(count, mean.clone(), squares))
-            return
-        pooled = known[call]
-        total = pooled.count + count
-        distance = mean - pooled.mean
-        pooled.squares += squares
-        pooled.squares += distance.square() * (pooled.count * count / total)
-        pooled.mean += distance * (count / total)
-        pooled.count = total
+
+@torch.no_grad()
+def _add(
+    pooled: Sequence[_Moments], counts: Sequence[int], moments: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Add the mean and unbiased variance of so many values to each, all layers in one call."""
+    means, variances = ([pair[which] for pair in moments] for which in (0, 1))
+    before = [known.count for known in pooled]
+    after = [known.count + count for known, count in zip(pooled, counts, strict=True)]
+    ratios = [count / total for count, total in zip(counts, after, strict=True)]
+    between = [count * ratio for count, ratio in zip(before, ratios, strict=True)]
+    distances = torch._foreach_sub(means, [known.mean for known in pooled])
+    squares = [known.squares for known in pooled]
+    torch._foreach_add_(squares, torch._foreach_mul(variances, [float(n - 1) for n in counts]))
+    squared = torch._foreach_mul(distances, distances)
+    torch._foreach_add_(squares, torch._foreach_mul(squared, between))
+    torch._foreach_add_([known.mean for known in pooled], torch._foreach_mul(distances, ratios))
+    for known, total in zip(pooled, after, strict=True):
+        known.count = total
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
