@@ -45,7 +45,7 @@ def the_run(outside: int) -> TrainingRun:
         desired=256,
         epochs=4,
         memory_limit=BUDGET_BYTES + outside,
-        seed=0,
+        seed=2,
     )
 
 

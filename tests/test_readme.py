@@ -34,3 +34,10 @@ def test_the_plan_in_the_readme_is_the_plan() -> None:
 def test_every_link_leads_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target
+
+
+def test_what_the_readme_shows_of_the_demo_was_printed_by_it() -> None:
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    shown = (results / "cpu-amd-epyc-2-cores" / "demo.txt").read_text().rstrip()
+    assert shown in README
+    assert "256 = 86 + 85 + 85" in shown
