@@ -117,10 +117,13 @@ def test_the_same_seed_trains_the_same_model(run: Run, tmp_path: Path) -> None:
         assert torch.equal(one[key], two[key])
 
 
-def test_saving_needs_a_folder_before_anything_is_trained(run: Run) -> None:
-    code, _, err = run("train", *TINY, "--save", "nowhere/model.pt")
-    assert code == ExitCode.BAD_ARGUMENTS
-    assert "save must name a file in a folder that exists, got nowhere/model.pt" in err
+def test_saving_needs_a_file_in_a_folder_before_anything_is_trained(
+    run: Run, tmp_path: Path
+) -> None:
+    for name in ("nowhere/model.pt", str(tmp_path)):
+        code, _, err = run("train", *TINY, "--save", name)
+        assert code == ExitCode.BAD_ARGUMENTS
+        assert f"save must name a file in a folder that exists, got {name}" in err
 
 
 def test_finding_prints_the_tolerable_batch_alone_on_the_output(run: Run) -> None:

@@ -133,7 +133,9 @@ class TrainingRun(Setting):
 
     def run(self, watch: Watch) -> TrainingReport:
         """Train, and measure before and after where there is something to measure with."""
-        if self.save is not None and not self.save.absolute().parent.is_dir():
+        if self.save is not None and (
+            self.save.is_dir() or not self.save.absolute().parent.is_dir()
+        ):
             raise ValueError(f"save must name a file in a folder that exists, got {self.save}")
         model, source = self.load(watch)
         before = _measure(model, source, self.device)
