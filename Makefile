@@ -18,7 +18,8 @@ help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: $(VENV)/demo-installed ## Watch the whole job on real data: search, plan, training, a result
-	@$(BIN)/python -m autobatch.demo
+	@# Threads that wait for each other should sleep: spinning, they take minutes on a busy machine.
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m autobatch.demo
 
 test: $(VENV)/dev-installed ## Run the tests (without a GPU)
 	@$(BIN)/python -m pytest -n auto
