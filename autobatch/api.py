@@ -1,6 +1,7 @@
 """The public functions: the only place where probing meets training."""
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -289,6 +290,7 @@ def _train(
                 done,
                 asked=asked,
                 normalises=normalises,
+                checked=job.recipe.loss.checked,
                 moved=sorted(accumulator.moved_buffers),
             )
         ),
@@ -387,6 +389,7 @@ def _notes(
     *,
     asked: int,
     normalises: bool,
+    checked: bool,
     moved: Sequence[str],
 ) -> Iterator[str]:
     """What was not exact, or not as asked, and why."""
@@ -406,6 +409,14 @@ def _notes(
             "these buffers are moved by the forward pass, so once a micro-batch instead of once a "
             f"step: {', '.join(moved)}"
         )
+    if checked and max(planned.accumulation_steps, ended.accumulation_steps) > 1:
+        yield (
+            "the loss is none that autobatch knows: it was seen to be a mean over examples (or its "
+            "sum over its terms) in the windows 1, 2, 4, 8 and so on that were cut"
+        )
+    lost = sum(not math.isfinite(loss) for loss in done.losses)
+    if lost:
+        yield f"{lost} of {len(done.losses)} losses are not finite"
     if done.replays:
         yield (
             f"memory ran out {done.replays} times in training; each window was run again, and "

@@ -17,7 +17,7 @@ from autobatch.state import preserved, training_mode
 from autobatch.training.forward import Forward
 from autobatch.training.losses import resolve_loss
 from autobatch.training.window import Recipe
-from autobatch.units import parse_bytes
+from autobatch.units import format_bytes, parse_bytes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LossLike = Callable[..., object]
@@ -136,6 +136,10 @@ class Job:
             memory_limit_bytes=self.memory_limit_bytes,
             headroom_bytes=self.headroom_bytes,
         )
+        if limit <= 0 < (self.headroom_bytes or 0):
+            raise ValueError(
+                f"headroom of {format_bytes(self.headroom_bytes or 0)} leaves nothing to train in"
+            )
         breakdown = self.breakdown_bytes()
         if limit < breakdown["parameters"] + breakdown["buffers"]:
             raise DoesNotFitError(1, limit, breakdown)

@@ -160,7 +160,7 @@ def test_a_mean_over_anything_but_examples_is_refused_and_nothing_has_moved() ->
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("ragged_window", [2, 4, 8])
+@pytest.mark.parametrize("ragged_window", [2, 4, 8, 16])
 def test_a_mean_over_tokens_is_found_out_when_they_begin_to_differ(ragged_window: int) -> None:
     model = token_model()
     accumulator = Accumulator(model, sgd(model), masked_mean, micro_batch=3)
@@ -170,6 +170,20 @@ def test_a_mean_over_tokens_is_found_out_when_they_begin_to_differ(ragged_window
         accumulator.step(full)
     with pytest.raises(InexactStepError):
         accumulator.step((x, y))
+
+
+def test_a_mean_over_nothing_in_one_micro_batch_is_refused_in_any_window() -> None:
+    model = token_model()
+    accumulator = Accumulator(model, sgd(model), masked_mean, micro_batch=3)
+    x, _ = tokens(8)
+    _, masked = masked_part()
+    full = (x, tokens(8)[1].clamp(min=0))
+    for _ in range(2):
+        accumulator.step(full)
+    before = twin(model)
+    with pytest.raises(InexactStepError, match="not finite for 1 of 3 micro-batches"):
+        accumulator.step((x, masked))
+    torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
 
 
 def test_a_loss_that_couples_examples_is_refused() -> None:

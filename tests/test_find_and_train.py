@@ -333,6 +333,8 @@ def test_an_unknown_loss_is_checked_beside_the_limit_and_changes_no_plan() -> No
         assert known.plan == other.plan
         assert known.plan.accumulation_steps > 1
         assert (known.replays, other.replays) == (0, 0)
+        assert known.notes == ()
+        assert any("the loss is none that autobatch knows" in note for note in other.notes)
 
 
 @pytest.mark.parametrize("desired", [3, 5, 9])
@@ -390,6 +392,12 @@ def test_without_a_limit_the_host_s_own_batches_count_on_the_cpu() -> None:
     assert host.peak_bytes is not None
     assert beside.peak_bytes is not None
     assert host.peak_bytes >= beside.peak_bytes + 64 * 4000 * 8
+
+
+def test_losses_that_are_not_finite_are_noted() -> None:
+    x, y = rows(16)
+    result = train(small_model(), [(x * torch.inf, y), (x, y)], 16)
+    assert any("losses are not finite" in note for note in result.notes)
 
 
 def test_an_inexact_loss_is_refused_and_nothing_has_been_trained() -> None:
@@ -501,6 +509,11 @@ BAD: dict[str, tuple[Callable[[], TrainingResult], type[Exception], str]] = {
         lambda: train(small_model(), rows(8), 4, memory_limit="8GB?"),
         ValueError,
         "8GB",
+    ),
+    "a headroom that leaves nothing": (
+        lambda: train(small_model(), rows(8), 4, memory_limit="64KiB", headroom="1MiB"),
+        ValueError,
+        "headroom of 1.0 MiB leaves nothing",
     ),
     "a headroom that cannot be read": (
         lambda: train(small_model(), rows(8), 4, headroom="much"),

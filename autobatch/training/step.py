@@ -25,7 +25,6 @@ from autobatch.training.replay import smaller_size, window_start
 from autobatch.training.update import take_step
 from autobatch.training.window import NO_GRADIENT, LossCheck, Recipe
 
-_CHECKS: Final = 4
 _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
@@ -255,12 +254,12 @@ class Accumulator:
     def _check_is_due(self, micro_batches: int) -> bool:
         """Whether an unknown loss is to be held to the law in this window.
 
-        In the first window that is cut, and in the 2nd, 4th and 8th: a mean over tokens looks like
-        one over examples as long as all have as many.
+        In the first window that is cut, the 2nd, the 4th, the 8th and so on: a mean over tokens
+        looks like one over examples as long as all have as many.
         """
         if not self._recipe.loss.checked or micro_batches == 1:
             return False
-        return self._split_windows + 1 >= 1 << self._agreed and self._agreed < _CHECKS
+        return self._split_windows + 1 >= 1 << self._agreed
 
     def _limited(self) -> AbstractContextManager[None]:
         if self._limit_bytes is None:

@@ -80,6 +80,7 @@ class Recipe:
             denominator: The logical batch's.
             witness: Is shown each micro-batch's detached outputs and its targets.
         """
+        finite: list[Tensor] = []
 
         def share(micro_batch: Nest) -> tuple[Tensor, Terms]:
             pool.begin()
@@ -89,12 +90,16 @@ class Recipe:
                 witness(outputs, targets)
             examples = size_of(micro_batch)
             loss_sum, terms = self.loss.summed(outputs, targets, examples)
+            if self.loss.checked:
+                finite.append(loss_sum.detach().isfinite())
             if self.forward is not None and terms is None and self.loss.divides:
                 terms = self.loss.denominator(targets, examples)
             return loss_sum, terms
 
         with pooled_statistics(self.model, len(parts)) as pool:
             done = accumulate(map(self.moved, parts), share, denominator=denominator)
+        if finite:
+            _refuse_partly_finite(torch.stack(finite))
         if done.terms is not None:
             terms = float(done.terms)  # An integer tensor would divide in single precision.
             if terms not in (0.0, denominator):
@@ -149,6 +154,15 @@ class LossCheck:
         except (torch.OutOfMemoryError, MemoryError):
             return False
         return check_splits(self.recipe.loss, outputs, targets)
+
+
+def _refuse_partly_finite(finite: Tensor) -> None:
+    """Refuse an unknown loss that is a number for some micro-batches only."""
+    if bool(finite.any()) and not bool(finite.all()):
+        raise InexactStepError(
+            f"the loss is not finite for {int((~finite).sum())} of {len(finite)} micro-batches, as "
+            "a mean over valid terms is where a micro-batch has none; return (sum, terms)"
+        )
 
 
 def _common_length(outputs: Nest, targets: Nest) -> int:
