@@ -1,13 +1,10 @@
 """The public functions: the only place where probing meets training."""
 
 import itertools
-import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Final
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -21,11 +18,13 @@ from autobatch.events import Observer, TrainingStarted
 from autobatch.job import Job, LossLike, OptimizerFactory, Size
 from autobatch.plan import BatchPlan, check_size, useful_sizes
 from autobatch.probing.finder import Finder
+from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, TrainingResult, Trial, Verdict
 from autobatch.state import training_mode
 from autobatch.training.batch_norm import normalises_by_batch
 from autobatch.training.forward import Forward
-from autobatch.training.loop import Progress, train
+from autobatch.training.loop import train
+from autobatch.training.notes import notes
 from autobatch.training.rehearsal import Rehearsal
 from autobatch.training.step import Accumulator
 
@@ -94,7 +93,7 @@ def find_and_train(
     epochs = check_size("epochs", epochs)
     if max_steps is not None:
         max_steps = check_size("max_steps", max_steps)
-    _check_seed(seed)
+    check_seed(seed)
     job = Job.resolve(
         model,
         data,
@@ -108,7 +107,7 @@ def find_and_train(
     )
     if job.source.one_pass and epochs > 1:
         raise ValueError(f"epochs={epochs} needs data that can be read again, got a one-pass one")
-    _seed(seed)
+    seed_all(seed)
     with ExitStack() as stack:
         observer = _observer(progress, stack)
         stream = logical_batches(job.source.epoch(), desired, drop_last=drop_last)
@@ -284,7 +283,7 @@ def _train(
         seconds=done.seconds,
         replays=done.replays,
         notes=tuple(
-            _notes(
+            notes(
                 plan,
                 BatchPlan(desired=desired, tolerable=tolerable),
                 done,
@@ -322,24 +321,6 @@ def _observer(progress: bool | Observer, stack: ExitStack) -> Observer:
     if callable(progress):
         return progress
     return stack.enter_context(Display()) if progress else lambda _: None
-
-
-def _seed(seed: int | None) -> None:
-    if seed is None:
-        return
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def _check_seed(seed: object) -> None:
-    """Refuse what cannot seed all three generators, before one of them is seeded."""
-    if seed is None:
-        return
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer or None, got {seed!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
 
 
 def _refuse_one_pass(job: Job) -> None:
@@ -380,47 +361,3 @@ def _steps(
         return max_steps
     in_epoch = examples // desired if drop_last else -(-examples // desired)
     return min(epochs * in_epoch, max_steps or epochs * in_epoch)
-
-
-def _notes(
-    planned: BatchPlan,
-    ended: BatchPlan,
-    done: Progress,
-    *,
-    asked: int,
-    normalises: bool,
-    checked: bool,
-    moved: Sequence[str],
-) -> Iterator[str]:
-    """What was not exact, or not as asked, and why."""
-    if planned.desired < asked:
-        yield (
-            f"the data holds {planned.desired} examples, fewer than the {asked} desired: a step "
-            f"takes {planned.desired}"
-        )
-    if normalises and max(planned.accumulation_steps, ended.accumulation_steps) > 1:
-        yield (
-            "BatchNorm normalises each micro-batch by its own statistics, so this model's steps "
-            "differ from the undivided batch's in that; its running statistics are pooled over the "
-            "whole batch and moved once a step"
-        )
-    if moved:
-        yield (
-            "these buffers are moved by the forward pass, so once a micro-batch instead of once a "
-            f"step: {', '.join(moved)}"
-        )
-    if checked and max(planned.accumulation_steps, ended.accumulation_steps) > 1:
-        yield (
-            "the loss is none that autobatch knows: it was seen to be a mean over examples (or its "
-            "sum over its terms) in the windows 1, 2, 4, 8 and so on that were cut"
-        )
-    lost = sum(not math.isfinite(loss) for loss in done.losses)
-    if lost:
-        yield f"{lost} of {len(done.losses)} losses are not finite"
-    if done.replays:
-        yield (
-            f"memory ran out {done.replays} times in training; each window was run again, and "
-            f"micro-batches went from {planned.micro_batch} to {ended.micro_batch}"
-        )
-    if done.skipped:
-        yield f"{done.skipped} logical batches held no valid term and were skipped"

@@ -1,4 +1,4 @@
-"""Random number generators: taken, and put back."""
+"""Random number generators: seeded, taken, and put back."""
 
 import copy
 import functools
@@ -22,6 +22,25 @@ _OPAQUE: Final = (
     random.SystemRandom,  # It has no state: getstate raises.
 )
 _KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def seed_all(seed: int | None) -> None:
+    """Seed torch, NumPy and Python; None leaves them alone."""
+    if seed is None:
+        return
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what cannot seed all three generators, before one of them is seeded."""
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
 
 
 def random_state(sources: Iterable[object] = ()) -> Restore:
