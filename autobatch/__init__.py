@@ -1,32 +1,51 @@
 """autobatch: train on the batch that is wanted, on the device that is there."""
 
 from autobatch.api import check, find_and_train, find_batch_size
+from autobatch.batches.marks import Shared
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import (
     AutobatchError,
+    CheckpointError,
     DeviceUnavailableError,
     DoesNotFitError,
     InexactStepError,
+    NonFiniteLossError,
+    ReplayLimitError,
     StepInterruptedError,
 )
 from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Upper, Verdict
+from autobatch.results import (
+    Evaluation,
+    SearchResult,
+    StepResult,
+    TrainingResult,
+    Trial,
+    Upper,
+    Verdict,
+)
 from autobatch.training.step import Accumulator
+from autobatch.training.whole_batch import WholeBatch
 
 __all__ = [
     "Accumulator",
     "AutobatchError",
     "BatchPlan",
+    "CheckpointError",
     "DeviceUnavailableError",
     "DoesNotFitError",
+    "Evaluation",
     "InexactStepError",
+    "NonFiniteLossError",
+    "ReplayLimitError",
     "SearchResult",
+    "Shared",
     "StepInterruptedError",
     "StepResult",
     "TrainingResult",
     "Trial",
     "Upper",
     "Verdict",
+    "WholeBatch",
     "check",
     "find_and_train",
     "find_batch_size",

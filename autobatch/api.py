@@ -1,32 +1,37 @@
 """The public functions: the only place where probing meets training."""
 
-import itertools
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autobatch.batches.nest import Nest, size_of
-from autobatch.batches.regroup import Data, logical_batches
+from autobatch.batches.nest import Nest
+from autobatch.batches.regroup import Data
 from autobatch.batches.sample import read_sample
+from autobatch.course import Course
 from autobatch.display import Display
 from autobatch.errors import DoesNotFitError
-from autobatch.events import Observer, TrainingStarted
-from autobatch.job import Job, LossLike, OptimizerFactory, Size
+from autobatch.events import Observer
+from autobatch.job import Job, OptimizerFactory, Size
 from autobatch.plan import BatchPlan, check_size, useful_sizes
 from autobatch.probing.finder import Finder
 from autobatch.randomness import check_seed, seed_all
-from autobatch.results import SearchResult, TrainingResult, Trial, Verdict
-from autobatch.state import training_mode
-from autobatch.training.batch_norm import normalises_by_batch
+from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
+from autobatch.training.batch_norm import BatchNormMode
+from autobatch.training.evaluation import Inference, Metric
 from autobatch.training.forward import Forward
-from autobatch.training.loop import train
-from autobatch.training.notes import notes
+from autobatch.training.objective import BatchLoss
+from autobatch.training.options import LossLike, NonFinite, StepOptions
+from autobatch.training.precision import PrecisionName
 from autobatch.training.rehearsal import Rehearsal
-from autobatch.training.step import Accumulator
+from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
+from autobatch.training.whole_batch import Whole
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
@@ -39,13 +44,28 @@ def find_and_train(
     *,
     loss: LossLike | None = None,
     forward: Forward | None = None,
+    batch_loss: BatchLoss | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
+    scheduler: Scheduler | SchedulerFactory | None = None,
+    scheduler_interval: Interval = "step",
     epochs: int = 1,
     max_steps: int | None = None,
     drop_last: bool = False,
     device: str | torch.device | None = None,
+    precision: PrecisionName = "fp32",
+    scaler: GradScaler | None = None,
+    gradient_dtype: torch.dtype | None = None,
     memory_limit: Size | None = None,
     headroom: Size | None = None,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    nonfinite: NonFinite = "raise",
+    batch_norm: BatchNormMode = "micro",
+    snapshot_steps: bool = False,
+    eval_data: Data | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    on_step: Callable[[StepResult], object] | None = None,
     seed: int | None = None,
     progress: bool | Observer = True,
 ) -> TrainingResult:
@@ -59,22 +79,44 @@ def find_and_train(
         model: Any module in one place; it trains in training mode and is put back into its own.
         data: A Dataset (shuffled), a DataLoader (its batches are cut and joined to ``desired``),
             a tuple or mapping of tensors or arrays (shuffled), or an iterable of batches. A batch
-            is ``(inputs, ..., target)``, or a mapping with a key ``labels`` or ``target``.
+            is ``(inputs, ..., target)``, or a mapping with a key ``labels`` or ``target``; a tensor
+            in ``Shared(tensor)`` is not cut.
         desired: Examples per optimizer step. The last step of an epoch takes what is left.
-        loss: A loss of torch, its functional or a partial of that; or any callable
-            ``(outputs, targets)`` that returns a mean over examples or ``(sum, terms)``. None is
-            cross-entropy for integer targets and mean squared error for floating ones.
+        loss: A loss of torch, its functional or a partial of that; any callable
+            ``(outputs, targets)`` that returns a mean over examples or ``(sum, terms)``; or
+            ``WholeBatch(loss)`` for one that compares examples with one another. None is the
+            model's own ``.loss`` where it returns one, otherwise cross-entropy for integer targets
+            and mean squared error for floating ones.
         forward: ``(model, batch) -> (outputs, targets)``, for batches of another kind.
+        batch_loss: ``(model, batch) -> (sum, terms)``, in the place of loss and forward.
         optimizer: An instance, or a factory ``params -> Optimizer``; None is AdamW.
+        scheduler: An instance, or a factory ``optimizer -> scheduler``.
+        scheduler_interval: ``"step"``: after each optimizer step that was taken; ``"epoch"``: after
+            each epoch (ReduceLROnPlateau on the evaluation's loss, or the epoch's without one).
         epochs: How often the data is seen.
         max_steps: Stop after so many optimizer steps, even within an epoch.
         drop_last: Leave out a last logical batch that is short.
         device: Where to train; None is where the parameters are, or a GPU if they are on the CPU
             and there is one.
+        precision: As for ``Accumulator``: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        scaler: As for ``Accumulator``.
+        gradient_dtype: As for ``Accumulator``.
         memory_limit: What the whole process may use, in bytes or like ``"24GiB"``: plans for a
             smaller device. None takes what is free.
         headroom: Bytes to keep free; None is 2 % of the device and at least 300 MiB, or nothing
             where a ``memory_limit`` is given.
+        clip_grad_norm: As for ``Accumulator``.
+        clip_grad_value: As for ``Accumulator``.
+        nonfinite: As for ``Accumulator``: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        batch_norm: As for ``Accumulator``: ``"micro"``, ``"frozen"`` or ``"refuse"``.
+        snapshot_steps: As for ``Accumulator``.
+        eval_data: Evaluated after each epoch, at the size that inference tolerates: data of the
+            same kinds; a DataLoader keeps its order. Training goes on as if it had not been.
+        metrics: By name, ``(outputs, targets)`` to a mean over examples or ``(sum, terms)``; None
+            is the accuracy where outputs are scores of classes.
+        checkpoint_dir: Save here after each epoch, and at Ctrl-C or SIGTERM once the step that
+            runs is done; go on from what is here. The same call again trains on, bit for bit.
+        on_step: Called with every ``StepResult``.
         seed: Seeds torch, NumPy and Python first; None leaves them alone.
         progress: True shows trials and a progress bar, False is silent; a callable is told of
             every event instead.
@@ -87,6 +129,9 @@ def find_and_train(
         DoesNotFitError: Not even one example fits; model and optimizer are as they were.
         InexactStepError: Splitting would change this loss. Found in the first windows that are
             cut: at the first, nothing has been trained; that step has moved nothing.
+        NonFiniteLossError: A loss is nan or infinite; that step has moved nothing.
+        CheckpointError: What is in ``checkpoint_dir`` cannot be trained on from.
+        ReplayLimitError: Memory ran out again and again in one window.
         StepInterruptedError: Memory ran out with an optimizer step half done.
     """
     desired = check_size("desired", desired)
@@ -94,44 +139,44 @@ def find_and_train(
     if max_steps is not None:
         max_steps = check_size("max_steps", max_steps)
     check_seed(seed)
-    job = Job.resolve(
-        model,
-        data,
-        batch_size=desired,
+    options = StepOptions(
         loss=loss,
         forward=forward,
-        optimizer=optimizer,
-        device=device,
-        memory_limit=memory_limit,
-        headroom=headroom,
+        batch_loss=batch_loss,
+        precision=precision,
+        scaler=scaler,
+        gradient_dtype=gradient_dtype,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
+        nonfinite=nonfinite,
+        batch_norm=batch_norm,
+        snapshot_steps=snapshot_steps,
     )
-    if job.source.one_pass and epochs > 1:
-        raise ValueError(f"epochs={epochs} needs data that can be read again, got a one-pass one")
-    seed_all(seed)
     with ExitStack() as stack:
-        observer = _observer(progress, stack)
-        stream = logical_batches(job.source.epoch(), desired, drop_last=drop_last)
-        first = _first(stream, job, desired, drop_last=drop_last)
-        window = size_of(first)
-        with job.undisturbed():
-            found = _finder(job, first, observer).largest(
-                useful_sizes(window),
-                windows=lambda size: _rehearsed(BatchPlan(desired=window, tolerable=size)),
-                reason="ceiling" if window == desired else "data",
-            )
-        with_first = itertools.chain([first], stream)
-        del first
-        return _train(
-            job,
-            found,
-            _epochs(job, with_first, desired, epochs, drop_last=drop_last),
-            desired=window,
-            asked=desired,
+        course = Course.resolve(
+            Job.resolve(
+                model,
+                data,
+                batch_size=desired,
+                options=options,
+                optimizer=optimizer,
+                device=device,
+                memory_limit=memory_limit,
+                headroom=headroom,
+            ),
+            desired=desired,
             epochs=epochs,
             max_steps=max_steps,
             drop_last=drop_last,
-            observer=observer,
+            nonfinite=options.nonfinite,
+            eval_data=eval_data,
+            metrics=metrics,
+            checkpoint_dir=checkpoint_dir,
+            on_step=on_step,
+            schedule=(scheduler, scheduler_interval),
         )
+        seed_all(seed)
+        return _train(course, _observer(progress, stack))
 
 
 def find_batch_size(
@@ -141,8 +186,10 @@ def find_batch_size(
     ceiling: int | None = None,
     loss: LossLike | None = None,
     forward: Forward | None = None,
+    batch_loss: BatchLoss | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     device: str | torch.device | None = None,
+    precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
     progress: bool | Observer = False,
@@ -159,8 +206,10 @@ def find_batch_size(
             where it does not say.
         loss: As for ``find_and_train``.
         forward: As for ``find_and_train``.
+        batch_loss: As for ``find_and_train``.
         optimizer: As for ``find_and_train``; an instance is put back too.
         device: As for ``find_and_train``; the model is put back where it was.
+        precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
         progress: As for ``find_and_train``.
@@ -175,8 +224,7 @@ def find_batch_size(
         model,
         data,
         batch_size=_SAMPLE,
-        loss=loss,
-        forward=forward,
+        options=StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision),
         optimizer=optimizer,
         device=device,
         memory_limit=memory_limit,
@@ -202,8 +250,10 @@ def check(
     *,
     loss: LossLike | None = None,
     forward: Forward | None = None,
+    batch_loss: BatchLoss | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     device: str | torch.device | None = None,
+    precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
 ) -> Trial:
@@ -215,8 +265,10 @@ def check(
         size: Examples in each of the rehearsal's two micro-batches.
         loss: As for ``find_and_train``.
         forward: As for ``find_and_train``.
+        batch_loss: As for ``find_and_train``.
         optimizer: As for ``find_and_train``.
         device: As for ``find_and_train``.
+        precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
 
@@ -228,8 +280,7 @@ def check(
         model,
         data,
         batch_size=min(size, _SAMPLE),
-        loss=loss,
-        forward=forward,
+        options=StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision),
         optimizer=optimizer,
         device=device,
         memory_limit=memory_limit,
@@ -244,62 +295,41 @@ def check(
         return finder.rehearse((size, size))
 
 
-def _train(
-    job: Job,
-    found: SearchResult,
-    streams: Iterator[Iterator[Nest]],
-    *,
-    desired: int,
-    asked: int,
-    epochs: int,
-    max_steps: int | None,
-    drop_last: bool,
-    observer: Observer,
-) -> TrainingResult:
-    """Train with the size that was found."""
-    job.move()
-    plan = BatchPlan(desired=desired, tolerable=found.size)
-    # The CPU is metered only where a limit was asked for: the meter costs time, and without one
-    # the search has left the headroom.
-    limited = job.memory_limit_bytes is not None or job.device.torch_device.type != "cpu"
-    accumulator = Accumulator.following(
-        job.recipe,
-        micro_batch=found.size,
-        limit_bytes=found.limit_bytes if limited else None,
-        observer=observer,
-    )
-    steps = _steps(job.source.examples, asked, epochs, max_steps, drop_last=drop_last)
-    observer(TrainingStarted(plan=plan, steps=steps, epochs=epochs))
-    with training_mode(job.recipe.model):
-        normalises = normalises_by_batch(job.recipe.model)
-        done = train(accumulator, streams, desired=desired, max_steps=max_steps, observer=observer)
-    tolerable = min(accumulator.micro_batch or desired, desired)
-    return TrainingResult(
-        plan=BatchPlan(desired=desired, tolerable=tolerable),
-        search=found,
-        losses=tuple(done.losses),
-        epochs=done.epochs,
-        examples=done.examples,
-        seconds=done.seconds,
-        replays=done.replays,
-        notes=tuple(
-            notes(
-                plan,
-                BatchPlan(desired=desired, tolerable=tolerable),
-                done,
-                asked=asked,
-                normalises=normalises,
-                checked=job.recipe.loss.checked,
-                moved=sorted(accumulator.moved_buffers),
+def _train(course: Course, observer: Observer) -> TrainingResult:
+    """Search, then train with what was found."""
+    job = course.job
+    with course.undone_on_error():
+        first = course.open(observer)
+        if course.is_done():
+            return course.done_before()
+        window = course.window(first)
+        with job.undisturbed():
+            sample = read_sample(job.source) if first is None else first
+            found = _finder(job, sample, observer, desired=window).largest(
+                useful_sizes(window),
+                windows=lambda size: _rehearsed(job, BatchPlan(desired=window, tolerable=size)),
+                reason="ceiling" if window == course.desired else "data",
             )
-        ),
+    del first, sample  # The largest that there is: the epochs hold it for as long as it is needed.
+    return course.train(found, window, observer, functools.partial(_size_for_inference, job))
+
+
+def _size_for_inference(job: Job, inference: Inference, candidates: Sequence[int]) -> int:
+    """The largest size that inference really ran at, beside the weights and the optimizer."""
+    finder = Finder(
+        rehearsal=inference,
+        device=job.device,
+        limit_bytes=job.limit_bytes,
+        breakdown_bytes=job.breakdown_bytes,
+        observer=lambda _: None,
     )
+    return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
 
 
-def _finder(job: Job, sample: Nest, observer: Observer) -> Finder:
+def _finder(job: Job, sample: Nest, observer: Observer, *, desired: int | None = None) -> Finder:
     """A search over a job that is undisturbed."""
     return Finder(
-        rehearsal=Rehearsal(job.recipe, sample),
+        rehearsal=Rehearsal(job.recipe, sample, desired),
         device=job.device,
         limit_bytes=job.limit_bytes,
         breakdown_bytes=job.breakdown_bytes,
@@ -307,12 +337,15 @@ def _finder(job: Job, sample: Nest, observer: Observer) -> Finder:
     )
 
 
-def _rehearsed(plan: BatchPlan) -> tuple[int, ...]:
+def _rehearsed(job: Job, plan: BatchPlan) -> tuple[int, ...]:
     """The micro-batches that stand for a window of ``plan``.
 
     Two of the largest: gradients are alive in the second's forward pass. And a single example
-    where the plan has one: BatchNorm may refuse it, and had better do so now.
+    where the plan has one: BatchNorm may refuse it, and had better do so now. Where the loss is
+    that of the whole batch, all of them: their outputs are alive together.
     """
+    if isinstance(job.recipe.objective, Whole):
+        return plan.micro_batch_sizes
     sizes = (plan.micro_batch,) * min(2, plan.accumulation_steps)
     return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes
 
@@ -329,35 +362,3 @@ def _refuse_one_pass(job: Job) -> None:
             "the sample of a one-pass iterable could not be given back; pass a DataLoader, a "
             "Dataset, tensors or a list of batches, or use find_and_train, which trains on it"
         )
-
-
-def _first(stream: Iterator[Nest], job: Job, desired: int, *, drop_last: bool) -> Nest:
-    """The first logical batch. Training goes on with the same iterator behind it."""
-    first = next(stream, None)
-    if first is not None:
-        return first
-    if drop_last and job.source.examples:
-        raise ValueError(
-            f"with drop_last=True nothing is left to train on: data holds {job.source.examples} "
-            f"examples, desired is {desired}"
-        )
-    raise ValueError("data is empty: it holds no example" + " to fill a batch" * drop_last)
-
-
-def _epochs(
-    job: Job, first: Iterator[Nest], desired: int, epochs: int, *, drop_last: bool
-) -> Iterator[Iterator[Nest]]:
-    """The logical batches of each epoch; the first epoch has begun, the others open in turn."""
-    yield first
-    for _ in range(epochs - 1):
-        yield logical_batches(job.source.epoch(), desired, drop_last=drop_last)
-
-
-def _steps(
-    examples: int | None, desired: int, epochs: int, max_steps: int | None, *, drop_last: bool
-) -> int | None:
-    """Optimizer steps to come, where the data says how many examples it holds."""
-    if examples is None:
-        return max_steps
-    in_epoch = examples // desired if drop_last else -(-examples // desired)
-    return min(epochs * in_epoch, max_steps or epochs * in_epoch)

@@ -1,21 +1,28 @@
 """Every deliberate error.
 
     AutobatchError
+    ├── CheckpointError           no checkpoint here can be trained on from
     ├── DeviceUnavailableError    the device asked for is not here
     ├── DoesNotFitError           not even one example fits
     ├── InexactStepError          splitting this step changes its result
-    └── StepInterruptedError      memory ran out with an optimizer step half done
+    ├── NonFiniteLossError        a loss, or its gradient, is nan or infinite
+    ├── ReplayLimitError          memory ran out again and again in one window
+    └── StepInterruptedError      memory ran out in the optimizer's step
 
 ``ValueError`` and ``TypeError`` are for bad arguments; errors of the user's own code pass through.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autobatch.units import format_bytes
 
 
 class AutobatchError(Exception):
     """The root of every error that autobatch raises on purpose, bad arguments apart."""
+
+
+class CheckpointError(AutobatchError):
+    """No checkpoint here can be trained on from: torn, of another kind, or of another training."""
 
 
 class DeviceUnavailableError(AutobatchError):
@@ -61,5 +68,84 @@ class InexactStepError(AutobatchError):
     """Splitting this step changes its result, so autobatch refuses to take it."""
 
 
+class NonFiniteLossError(AutobatchError):
+    """A loss, or its gradient, is nan or infinite; the step was not taken.
+
+    Attributes:
+        step: Which optimizer step it would have been, counted from 1.
+        loss: The logical batch's.
+        terms: The denominator of that loss.
+        micro_batch: The first whose own loss is not finite, counted from 1; None if all are, and
+            it is the gradient that is not.
+        micro_batches: How many the window has.
+    """
+
+    def __init__(
+        self, step: int, loss: float, terms: float, micro_batch: int | None, micro_batches: int
+    ) -> None:
+        super().__init__(step, loss, terms, micro_batch, micro_batches)
+        self.step = step
+        self.loss = loss
+        self.terms = terms
+        self.micro_batch = micro_batch
+        self.micro_batches = micro_batches
+
+    def __str__(self) -> str:
+        what = f"the loss of step {self.step} is {self.loss} over {self.terms:g} terms"
+        where = f"; the first in micro-batch {self.micro_batch} of {self.micro_batches}"
+        if self.micro_batch is None:
+            what = f"the gradient of step {self.step} is not finite, though its loss {self.loss} is"
+            where = ""
+        return (
+            f"{what}{where}. Nothing has moved. Look at that batch, lower the learning rate or "
+            'clip gradients; nonfinite="skip" leaves such steps out, "ignore" takes them'
+        )
+
+
+class ReplayLimitError(AutobatchError):
+    """Memory ran out again and again in one window, however finely it was cut.
+
+    Attributes:
+        batch: The structure and the shapes of the logical batch.
+        failures: One for each attempt: the micro-batch size and what the device's memory was.
+        message: What the last failure said.
+    """
+
+    def __init__(self, batch: str, failures: Sequence[Mapping[str, int]], message: str) -> None:
+        super().__init__(batch, failures, message)
+        self.batch = batch
+        self.failures = tuple(failures)
+        self.message = message
+
+    def __str__(self) -> str:
+        rows = [
+            "  ".join(
+                f"{name} {value if name == 'micro_batch' else format_bytes(value)}"
+                for name, value in failure.items()
+            )
+            for failure in self.failures
+        ]
+        table = "".join(f"\n  {row}" for row in rows)
+        return (
+            f"memory ran out {len(rows)} times in one window of {self.batch}, the last time with: "
+            f"{self.message}\n  after each failure:{table}\nNothing has moved. Give back memory "
+            "that others hold, or raise the limit"
+        )
+
+
 class StepInterruptedError(AutobatchError):
-    """Memory ran out with an optimizer step half done: parameters or its state have moved."""
+    """Memory ran out in the optimizer's step.
+
+    Attributes:
+        message: What is moved and what is not.
+        checkpoint: The last checkpoint, if there is one.
+    """
+
+    def __init__(self, message: str, checkpoint: str | None = None) -> None:
+        super().__init__(message, checkpoint)
+        self.message = message
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        way_out = f"; the last checkpoint is {self.checkpoint}" if self.checkpoint else ""
+        return self.message + way_out

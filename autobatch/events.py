@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult, StepResult, Trial
+from autobatch.results import Evaluation, SearchResult, StepResult, Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,28 @@ class EpochEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """Loss and metrics over data that is not trained on are known."""
+
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Training goes on from a checkpoint.
+
+    Attributes:
+        checkpoint: Its path.
+        steps: Optimizer steps that it has taken.
+        epoch: In which it goes on, counted from 1.
+    """
+
+    checkpoint: str
+    steps: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """Memory ran out in a window, which is run again.
 
@@ -109,6 +131,8 @@ Event = (
     | TrainingStarted
     | StepEnded
     | EpochEnded
+    | Evaluated
+    | Resumed
     | Replayed
 )
 Observer = Callable[[Event], None]

@@ -14,13 +14,11 @@ from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.state import preserved, training_mode
-from autobatch.training.forward import Forward
-from autobatch.training.losses import resolve_loss
+from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
 from autobatch.units import format_bytes, parse_bytes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-LossLike = Callable[..., object]
 Size = int | str
 
 
@@ -49,8 +47,7 @@ class Job:
         data: Data,
         *,
         batch_size: int,
-        loss: LossLike | None,
-        forward: Forward | None,
+        options: StepOptions,
         optimizer: Optimizer | OptimizerFactory | None,
         device: str | torch.device | None,
         memory_limit: Size | None,
@@ -64,9 +61,7 @@ class Job:
         """
         check_one_process()
         check_model(model)
-        if forward is not None and not callable(forward):
-            raise TypeError(f"forward must be callable, got {forward!r}")
-        resolved = resolve_loss(loss)
+        options.objective()  # Refused before data is opened and an optimizer made.
         memory_limit_bytes = (
             None if memory_limit is None else parse_bytes(memory_limit, name="memory_limit")
         )
@@ -77,22 +72,17 @@ class Job:
         present = next(model.parameters()).device
         chosen = choose_device(device, present)
         own_optimizer = _optimizer(optimizer, model)
-        modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
+        loss = options.loss_module
+        modules = [model] if loss is None else [model, loss]
         memory = open_device(
             chosen,
             lambda: _residents(modules, own_optimizer),
             counts_host=memory_limit_bytes is None,
         )
         return cls(
-            recipe=Recipe(
-                model=model,
-                optimizer=own_optimizer,
-                loss=resolved,
-                forward=forward,
-                device=memory,
-            ),
+            recipe=options.recipe(model, own_optimizer, memory),
             source=source,
-            loss_module=loss if isinstance(loss, nn.Module) else None,
+            loss_module=loss,
             memory_limit_bytes=memory_limit_bytes,
             headroom_bytes=headroom_bytes,
         )

@@ -99,7 +99,7 @@ def uninterrupted() -> Iterator[None]:
         outer(signal.SIGINT, held[0])
 
 
-def attributes_of(holder: nn.Module | Optimizer) -> Restore:
+def attributes_of(holder: object) -> Restore:
     """Take which attributes the holder has, and what is in the containers among them.
 
     Returns:

@@ -1,7 +1,11 @@
-"""What a step of autobatch costs beside the plain loop that a person writes."""
+"""What a step of autobatch costs beside the plain loop that a person writes, and beside others."""
 
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from reference import twin
@@ -10,13 +14,20 @@ from torch.optim import SGD, Optimizer
 
 from autobatch import Accumulator
 from autobatch.commands.vision import import_torchvision
-from benchmarks.findings import SEED, Findings
-from benchmarks.samples import Samples, alternated
+from benchmarks import peers
+from benchmarks.findings import SEED, Fields, Findings
+from benchmarks.peers import LEARNING_RATE, NOTHING, Pair, Window
+from benchmarks.samples import Samples
 
 _TITLE: Final = (
-    "engine: Accumulator.step against the plain loop, same micro-batches and weights, in turns; "
-    "median [minimum, maximum]"
+    "engine: a window of micro-batches by everyone in turns, same values and data; "
+    "median (quartiles) [minimum, maximum]"
 )
+_VERDICTS: Final = "engine: autobatch against what is wanted of it, by the median"
+_RATIO_WANTED: Final = 0.99
+_PLAIN: Final = "plain"
+_OURS: Final = "autobatch"
+_AGAIN: Final = "plain again"  # The control: what the clock makes of the same work.
 
 
 class Case(NamedTuple):
@@ -27,11 +38,26 @@ class Case(NamedTuple):
     micro_batch: int
     micro_batches: int
     steps: int  # Optimizer steps in one sample.
-    pairs: int
+    rounds: int
+    most_us: float | None  # Wanted: on top of plain, a micro-batch. None wants the ratio.
+
+
+class Spread(Samples):
+    """Samples with their quartiles, for of hundreds the extremes are accidents."""
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The middles of the lower and of the upper half."""
+        low, high = np.percentile(self, (25, 75))
+        return float(low), float(high)
+
+    def __str__(self) -> str:
+        told = [_short(value) for value in (self.median, *self.quartiles, min(self), max(self))]
+        return "{} ({} to {}) [{}, {}]".format(*told)
 
 
 def run(findings: Findings) -> None:
-    """Measure both in pairs."""
+    """Measure everyone in turns."""
     for name, case in findings.in_time(_cases(findings)):
         _measure(name, case, findings)
 
@@ -53,42 +79,151 @@ def plain_step(
     return total.item()
 
 
+def turn(names: Sequence[str], place: int) -> list[str]:
+    """Return the order of round ``place``: a step further every other round, and backwards between.
+
+    So everyone has each place equally often, and nobody always follows the same one.
+    """
+    first = place // 2 % len(names)
+    forwards = [*names[first:], *names[:first]]
+    return forwards[::-1] if place % 2 else forwards
+
+
 def _measure(name: str, case: Case, findings: Findings) -> None:
     generator = torch.Generator().manual_seed(SEED)
     inputs = torch.randn(case.micro_batch * case.micro_batches, *case.shape, generator=generator)
     targets = torch.randint(0, 10, (len(inputs),), generator=generator)
-    ours, plain = twin(case.model), twin(case.model)
-    optimizer = SGD(plain.parameters(), lr=0.01)
+    models = {by: twin(case.model) for by in (_PLAIN, _OURS, *peers.installed(), _AGAIN)}
+    windows, drive = _windows(models, case, (inputs, targets), findings.device)
+    seconds: dict[str, list[float]] = {by: [] for by in windows}
+    differences: dict[str, float] = {}
+
+    def work() -> Iterator[Pair]:
+        yield from _rounds(windows, case.steps, 1, findings, {by: [] for by in windows})  # Warm.
+        for by in models:
+            differences[by] = _difference(models[by], models[_PLAIN], case.model)
+        yield from _rounds(windows, case.steps, case.rounds, findings, seconds)
+
+    drive(work())
+    _report(name, case, seconds, differences, findings)
+
+
+def _windows(
+    models: Mapping[str, nn.Module], case: Case, batch: Pair, device: torch.device
+) -> tuple[dict[str, Window], Callable[[Iterator[Pair]], object]]:
+    """Return everyone's window, and what goes through work that is made of them."""
     accumulator = Accumulator(
-        ours, SGD(ours.parameters(), lr=0.01), nn.CrossEntropyLoss(), micro_batch=case.micro_batch
+        models[_OURS],
+        SGD(models[_OURS].parameters(), lr=LEARNING_RATE),
+        nn.CrossEntropyLoss(),
+        micro_batch=case.micro_batch,
     )
 
-    def autobatch_steps() -> None:
-        for _ in range(case.steps):
-            accumulator.step((inputs, targets))
-        _synchronize(findings.device)
+    def ours() -> Iterable[Pair]:
+        accumulator.step(batch)
+        return NOTHING
 
-    def plain_steps() -> None:
-        for _ in range(case.steps):
-            plain_step(plain, optimizer, inputs, targets, case.micro_batch)
-        _synchronize(findings.device)
+    def plain(model: nn.Module) -> Window:
+        optimizer = SGD(model.parameters(), lr=LEARNING_RATE)
 
-    autobatch_steps()  # Warm.
-    plain_steps()
-    difference = _difference(ours, plain)
-    until = findings.deadline
-    pairs = list(alternated(autobatch_steps, plain_steps, case.pairs, deadline=until))
-    control = list(alternated(plain_steps, plain_steps, case.pairs, deadline=until))
+        def window() -> Iterable[Pair]:
+            plain_step(model, optimizer, *batch, case.micro_batch)
+            return NOTHING
+
+        return window
+
+    windows = {_PLAIN: plain(models[_PLAIN]), _OURS: ours, _AGAIN: plain(models[_AGAIN])}
+    x, y = (part.split(case.micro_batch) for part in batch)
+    micro_batches = list(zip(x, y, strict=True))  # Cut beforehand for others, in their favour.
+    if (model := models.get(peers.ACCELERATE)) is not None:
+        windows[peers.ACCELERATE] = peers.accelerate_window(model, micro_batches, device)
+    if (model := models.get(peers.LIGHTNING)) is not None:
+        fit = peers.Fit(model, micro_batches, device)
+        windows[peers.LIGHTNING] = fit.window
+        return windows, fit.drive
+    return windows, deque[Pair](maxlen=0).extend  # Nothing is yielded.
+
+
+def _rounds(
+    windows: Mapping[str, Window],
+    steps: int,
+    rounds: int,
+    findings: Findings,
+    seconds: Mapping[str, list[float]],
+) -> Iterator[Pair]:
+    """Time a sample of everyone's in each round; after the deadline none begins but the first.
+
+    A machine that slows down for a while slows all of a round, so their ratios stay.
+    """
+    for place in range(rounds):
+        if place and time.monotonic() > findings.deadline:
+            return
+        for by in turn(list(windows), place):
+            started = time.perf_counter()
+            for _ in range(steps):
+                yield from windows[by]()
+            _synchronize(findings.device)
+            seconds[by].append(time.perf_counter() - started)
+
+
+def _report(
+    name: str,
+    case: Case,
+    seconds: Mapping[str, list[float]],
+    differences: Mapping[str, float],
+    findings: Findings,
+) -> None:
     per_us = case.steps * case.micro_batches / 1e6
-    row = {
+    plain = seconds[_PLAIN]
+    for by in (_PLAIN, _OURS, *peers.ALL, _AGAIN):
+        if by not in seconds:
+            findings.add(_TITLE, _row(name, by, "not installed"))
+            continue
+        taken = Spread(own / per_us for own in seconds[by])
+        pairs = list(zip(plain, seconds[by], strict=True))
+        ratio = Spread(one / own for one, own in pairs)
+        on_top = Spread((own - one) / per_us for one, own in pairs)
+        row = _row(
+            name, by, f"{len(pairs)} of {case.rounds}", taken, ratio, on_top, differences[by]
+        )
+        quartiles = {key: cell.quartiles for key, cell in row.items() if isinstance(cell, Spread)}
+        findings.add(_TITLE, row, quartiles=quartiles)
+        if by == _OURS:
+            findings.add(_VERDICTS, {"model": name, **_verdict(case.most_us, ratio, on_top)})
+
+
+def _row(
+    name: str,
+    by: str,
+    rounds: str,
+    taken: object = "-",
+    ratio: object = "-",
+    on_top: object = "-",
+    difference: object = "-",
+) -> Fields:
+    return {
         "model": name,
-        "pairs": f"{len(pairs)} of {case.pairs}",
-        "ratio": Samples(one / other for one, other in pairs),
-        "plain to itself": Samples(one / other for one, other in control),
-        "plain, us per micro-batch": Samples(other / per_us for _, other in pairs),
-        "on top, us per micro-batch": Samples((one - other) / per_us for one, other in pairs),
+        "by": by,
+        "rounds": rounds,
+        "us per micro-batch": taken,
+        "plain / it": ratio,
+        "on top of plain, us per micro-batch": on_top,
+        "update differs by": difference,
     }
-    findings.add(_TITLE, row, parameters_differ_by=difference)
+
+
+def _verdict(most_us: float | None, ratio: Samples, on_top: Samples) -> Fields:
+    if most_us is None:
+        wanted, found = f"plain / autobatch >= {_RATIO_WANTED}", ratio.median
+        held = found >= _RATIO_WANTED
+    else:
+        wanted, found = f"on top, us per micro-batch <= {most_us:g}", on_top.median
+        held = found <= most_us
+    return {"wanted": wanted, "measured": f"{found:.4g}", "verdict": "held" if held else "NOT held"}
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _synchronize(device: torch.device) -> None:
@@ -96,22 +231,28 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _difference(one: nn.Module, other: nn.Module) -> float:
-    """Relative, after the same steps on the same batch: that both did the same work."""
-    first, second = (nn.utils.parameters_to_vector(m.parameters()) for m in (one, other))
-    return float((first - second).detach().norm() / second.detach().norm())
+def _difference(one: nn.Module, other: nn.Module, start: nn.Module) -> float:
+    """Relative to how far ``other`` has come since ``start``: that both did the same work."""
+    vectors = (nn.utils.parameters_to_vector(m.parameters()).detach() for m in (one, other, start))
+    first, second, before = vectors
+    return float((first - second).norm() / (second - before).norm())
 
 
 def _cases(findings: Findings) -> dict[str, Case]:
     torch.manual_seed(SEED)
     quick, device = findings.quick, findings.device
     mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
-    pairs = 6 if quick else 200
+    rounds = 6 if quick else 200
     cases = {
-        f"MLP 32-64-10, {count} x 32": Case(mlp, (32,), 32, count, steps=32 // count, pairs=pairs)
-        for count in (8, 1)
+        f"MLP 32-64-10, {count} x 32": Case(
+            mlp, (32,), 32, count, steps=32 // count, rounds=rounds, most_us=most_us
+        )
+        for count, most_us in ((8, 10), (1, 100))
     }
     if not quick:
         resnet = import_torchvision().models.resnet18(num_classes=10).to(device)
-        cases["resnet18 at 32 px, 4 x 16"] = Case(resnet, (3, 32, 32), 16, 4, steps=1, pairs=15)
+        size, pixels = (16, 32) if device.type == "cpu" else (64, 224)
+        cases[f"resnet18 at {pixels} px, 4 x {size}"] = Case(
+            resnet, (3, pixels, pixels), size, 4, steps=1, rounds=80, most_us=None
+        )
     return cases

@@ -1,6 +1,7 @@
-"""Running statistics over a window that is cut: those of the whole batch, moved once."""
+"""Running statistics over a window that is cut: moved once as by the whole batch, or frozen."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,12 +9,19 @@ from black_box import BlackBox
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_exact, sgd, twin
-from states import fingerprint
+from states import fingerprint, identities
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from autobatch import Accumulator, StepResult
-from autobatch.training.batch_norm import pooled_statistics
+from autobatch.training.batch_norm import (
+    check_batch_norm,
+    frozen_statistics,
+    moving_layers,
+    normalises_by_batch,
+    pooled_statistics,
+)
 
 
 def rows(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -46,7 +54,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [
         tensor.clone()
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, _BatchNorm)
         for tensor in (module.running_mean, module.running_var, module.num_batches_tracked)
         if tensor is not None
     ]
@@ -170,3 +178,329 @@ def test_gradients_are_those_of_micro_batches_normalised_by_themselves() -> None
         nn.functional.cross_entropy(slow(part), target, reduction="sum").div(11).backward()
     sgd(slow).step()
     assert_exact(list(ours.parameters()), list(slow.parameters()))
+
+
+def pool(model: nn.Module, parts: Sequence[Tensor], borrowed: Sequence[int] = ()) -> list[Tensor]:
+    """The statistics after one window of forward passes; the last ones may borrow examples."""
+    every = [0] * (len(parts) - len(borrowed)) + list(borrowed)
+    with pooled_statistics(model, len(parts)) as pooled:
+        for part, count in zip(parts, every, strict=True):
+            pooled.begin(borrowed=count)
+            model(part)
+            pooled.end()
+    return statistics(model)
+
+
+def undivided(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model(x)
+    return statistics(model)
+
+
+def drifting(examples: int, shape: tuple[int, ...]) -> Tensor:
+    x = torch.randn(examples, *shape, generator=torch.Generator().manual_seed(0)).double()
+    return x + torch.linspace(-3, 3, examples).double().view(-1, *[1] * len(shape))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d, (4,)),
+        (nn.BatchNorm1d, (4, 3)),
+        (nn.BatchNorm2d, (4, 3, 2)),
+        (nn.BatchNorm3d, (4, 3, 2, 2)),
+    ],
+)
+def test_borrowed_examples_are_not_counted(
+    layer: Callable[[int], nn.Module], shape: tuple[int, ...]
+) -> None:
+    x = drifting(5, shape)
+    parts = [x[:2], x[2:4], x[3:5]]  # The last one's neighbour comes with it.
+    whole = undivided(layer(4).double(), x)
+    assert_exact(pool(layer(4).double(), parts, borrowed=[1]), whole)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_exact(pool(layer(4).double(), parts), whole)
+
+
+def test_borrowed_examples_are_not_counted_in_any_call_nor_where_an_example_has_several_rows() -> (
+    None
+):
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> None:
+            for call in (1, 2, 3):
+                self.norm((x * call).reshape(-1, 4))
+
+    x = drifting(5, (3, 4))
+    parts = [x[:2], x[2:4], x[3:5]]
+    assert_exact(pool(Rows(), parts, borrowed=[1]), undivided(Rows(), x))
+
+
+def test_a_window_that_saw_one_value_moves_the_mean_and_leaves_the_variance() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1, momentum=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.norm(x) if x.sum() > 10 else x
+            return result
+
+    parts = [torch.tensor([[0.0], [1.0]]), torch.tensor([[9.0], [4.0]])]
+    mean, variance, batches = pool(Last(), parts, borrowed=[1])
+    assert (mean.item(), variance.item(), batches.item()) == (2.0, 1.0, 1)
+
+
+def test_a_call_on_no_values_adds_none_but_is_a_batch_as_torch_has_it() -> None:
+    def model() -> nn.Module:
+        layer = nn.BatchNorm1d(4).double()
+        assert layer.running_mean is not None
+        layer.running_mean.fill_(5)
+        return layer
+
+    x = drifting(5, (4,))
+    assert_exact(pool(model(), [x[:0], x[:2], x[:0], x[2:]]), undivided(model(), x))
+    assert_exact(pool(model(), [x[:0], x[:0]]), undivided(model(), x[:0]))
+
+
+def test_calls_that_some_micro_batches_do_not_make_are_pooled_over_those_that_do() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+            self.after = nn.BatchNorm1d(4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> None:
+            self.after(self.norm(x) * 0 + x)
+            if x.mean() > -1:
+                self.norm(x * 2)
+
+    x = drifting(9, (4,))
+    model, reference = Twice(), Twice()
+    assert float(x[:3].mean()) < -1 < float(x[3:6].mean())
+    pool(model, x.split(3))
+    reference.norm(x)
+    reference.norm(x[3:] * 2)
+    reference.after(x)
+    assert_exact(statistics(model), statistics(reference))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_that_counts_no_batches_moves_as_torch_moves_it(
+    momentum: float | None, affine: bool
+) -> None:
+    def model() -> nn.Module:
+        layer = nn.BatchNorm1d(4, momentum=momentum, affine=affine, dtype=torch.float64)
+        layer.num_batches_tracked = None
+        return layer
+
+    x = drifting(5, (4,))
+    assert_exact(pool(model(), x.split(2)[:2]), undivided(model(), x[:4]))
+
+
+def test_a_call_in_evaluation_mode_uses_the_layer_s_own_statistics_and_does_not_count() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> None:
+            self.norm.eval()
+            self.seen.append(self.norm(x))
+            self.norm.train()
+            self.norm(x)
+            self.norm.track_running_stats = False  # As virtual adversarial training does.
+            self.norm(x * 7)
+            self.norm.track_running_stats = True
+
+    x = drifting(6, (4,))
+    model, whole = Both(), Both()
+    assert_exact(pool(model, x.split(2)), undivided(whole, x))
+    assert_exact([torch.cat(model.seen)], whole.seen)
+
+
+def test_a_layer_that_no_longer_tracks_keeps_its_statistics() -> None:
+    layer = nn.BatchNorm1d(4, dtype=torch.float64)
+    layer.track_running_stats = False
+    before = statistics(layer)
+    assert_exact(pool(layer, drifting(6, (4,)).split(2)), before)
+    assert moving_layers(layer) == []
+    assert normalises_by_batch(layer)
+
+
+def test_a_layer_may_be_given_its_input_by_name_and_hooks_may_change_it() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> None:
+            self.norm(input=x)
+
+    x = drifting(5, (4,))
+    parts = [x[:2], x[2:4], x[3:5]]
+    assert_exact(pool(Named(), parts, borrowed=[1]), undivided(Named(), x))
+
+    def changed() -> nn.Module:
+        layer = nn.BatchNorm1d(4, dtype=torch.float64)
+        layer.register_forward_pre_hook(
+            lambda _, inputs: torch.cat([inputs[0] + 1, inputs[0]], 1).view(-1, 4)
+        )
+        return layer
+
+    assert_exact(pool(changed(), parts, borrowed=[1]), undivided(changed(), x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_in_16_bits_are_pooled_in_32(dtype: torch.dtype) -> None:
+    x = (drifting(16, (4, 64, 64)) * 4).to(dtype)  # The sum of squares is beyond float16.
+    pooled = pool(nn.BatchNorm2d(4, dtype=dtype), x.split(3))
+    whole = undivided(nn.BatchNorm2d(4, dtype=dtype), x)
+    torch.testing.assert_close(pooled, whole, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
+
+
+def test_buffers_that_a_subclass_adds_are_not_touched() -> None:
+    class Scaled(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(4, dtype=torch.float64)
+            self.register_buffer("scale", torch.tensor(3.0, dtype=torch.float64))
+
+        def forward(self, input: Tensor) -> Tensor:
+            assert isinstance(self.scale, Tensor)
+            result: Tensor = super().forward(input) * self.scale
+            assert result.abs().max() > 2  # Scaled by what is its own.
+            return result
+
+    x = drifting(5, (4,))
+    assert_exact(pool(Scaled(), x.split(3)), undivided(Scaled(), x))
+
+
+def test_after_an_error_the_layers_are_what_they_were_with_the_same_tensors() -> None:
+    model = First()
+    before, objects = fingerprint(model), identities(model)
+
+    def fail() -> None:
+        with pooled_statistics(model, 3) as pooled:
+            pooled.begin()
+            model(rows(4)[0])
+            pooled.end()
+            model.norm.eval()  # And left so: the mode is the caller's.
+            model(rows(4)[0])
+            model.norm.train()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert fingerprint(model) == before
+    assert identities(model) == objects
+
+
+class Deep(nn.Module):
+    """One layer of each kind, one of them on what another gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.BatchNorm2d(4)
+        self.second = nn.BatchNorm1d(4)
+        self.third = nn.BatchNorm3d(2)
+        self.fourth = nn.SyncBatchNorm(4)
+        self.head = nn.Linear(4, 3)
+        self.double()
+        for layer in (self.first, self.second, self.third, self.fourth):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.third(x.view(-1, 2, 2, 3, 3)).view(-1, 4, 9)
+        scores: Tensor = self.head(self.fourth(self.second(x)).tanh().sum(2))
+        return scores
+
+
+@given(micro_batch=st.integers(1, 11), seed=st.integers(0, 9))
+def test_with_frozen_statistics_any_split_is_the_undivided_step(
+    micro_batch: int, seed: int
+) -> None:
+    ours, whole = Deep(), Deep()
+    before = statistics(ours)
+    x, y = rows(11, seed)
+    with frozen_statistics(ours):
+        result = Accumulator(ours, sgd(ours), micro_batch=micro_batch).step((x, y))
+    for layer in (whole.first, whole.second, whole.third, whole.fourth):
+        layer.eval()
+    loss = nn.functional.cross_entropy(whole(x), y)
+    loss.backward()
+    optimizer = sgd(whole)
+    optimizer.step()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert_exact(list(ours.parameters()), list(whole.parameters()))
+    torch.testing.assert_close(statistics(ours), before, rtol=0, atol=0)
+    assert not torch.equal(ours.first.weight, torch.ones(4).double()), "the weights train"
+
+
+def test_without_freezing_a_split_is_another_step() -> None:
+    ours, whole = First(), First()
+    step(ours, 4)
+    step(whole, None)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_exact(list(ours.parameters()), list(whole.parameters()))
+
+
+def test_freezing_leaves_no_trace_whatever_happens() -> None:
+    class Nested(nn.BatchNorm2d):
+        """Like timm's, with layers of its own."""
+
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.inside = nn.Dropout()
+
+    norm = Nested()
+    model = nn.ModuleList([norm, nn.BatchNorm2d(4).eval(), nn.InstanceNorm2d(4, affine=True)])
+    before, objects = fingerprint(model), identities(model)
+
+    def fail() -> None:
+        with frozen_statistics(model):
+            assert [module.training for module in model.modules()] == [
+                True,
+                False,
+                True,
+                False,
+                True,
+            ]
+            assert not normalises_by_batch(model)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert fingerprint(model) == before
+    assert identities(model) == objects
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_without_statistics_cannot_be_frozen_and_is_named(training: bool) -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False).train(training)
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(norm))
+    before = fingerprint(model)
+    message = r"BatchNorm2d '1\.0' .*track_running_stats"
+    with pytest.raises(ValueError, match=message), frozen_statistics(model):
+        pass
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("mode", ["micro", "frozen", "refuse"])
+def test_the_three_modes_are_taken(mode: str) -> None:
+    assert check_batch_norm(mode) == mode
+
+
+@pytest.mark.parametrize("mode", ["Frozen", "", None, True, 3])
+def test_another_mode_is_named_with_the_choices(mode: object) -> None:
+    with pytest.raises(ValueError, match="'micro', 'frozen', 'refuse'") as refused:
+        check_batch_norm(mode)
+    assert repr(mode) in str(refused.value)

@@ -12,10 +12,14 @@ from states import fingerprint, identities
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autobatch import Accumulator, DoesNotFitError, Verdict, check, find_batch_size
+from autobatch import DoesNotFitError, Verdict, check, find_batch_size
 from autobatch.commands.vision import import_torchvision
 from autobatch.devices.metered import MeteredDevice
 from autobatch.job import Job
+from autobatch.training.driver import Driver
+from autobatch.training.options import StepOptions
+from autobatch.training.replay import MicroBatchSize
+from autobatch.training.schedule import Schedule
 
 
 def images(examples: int, pixels: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -157,8 +161,7 @@ def training_peaks(
         model,
         batch,
         batch_size=size,
-        loss=None,
-        forward=None,
+        options=StepOptions(),
         optimizer=optimizer,
         device="cpu",
         memory_limit="2GiB",
@@ -166,13 +169,17 @@ def training_peaks(
     )
     device = job.device
     assert isinstance(device, MeteredDevice)
-    accumulator = Accumulator.following(
-        job.recipe, micro_batch=size, limit_bytes=job.limit_bytes(), observer=None
+    driver = Driver(
+        recipe=job.recipe,
+        size=MicroBatchSize(size),
+        nonfinite="raise",
+        schedule=Schedule(),
+        limit_bytes=job.limit_bytes(),
     )
     peaks = []
     for _ in range(5):
         device.reset_peak()
-        accumulator.step(batch)
+        driver.step(batch)
         peaks.append(device.read().peak_bytes)
     return peaks
 

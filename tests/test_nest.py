@@ -1,4 +1,5 @@
 import itertools
+import pickle
 import types
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -13,16 +14,21 @@ from hypothesis import strategies as st
 from states import bits
 from torch import Tensor
 
+from autobatch.batches.marks import Examples, Pieces, Shared
 from autobatch.batches.nest import (
+    RaggedError,
+    counted,
     cut,
     describe,
     from_numpy,
     join,
     map_tensors,
     part,
+    plain_size,
     size_of,
     take,
     tensors,
+    unwrapped,
 )
 
 drawn = settings(deadline=None, max_examples=40, derandomize=True)
@@ -153,7 +159,19 @@ def leaves(rows: int) -> st.SearchStrategy[object]:
     whole: list[object] = [None, "whole", 3, 2.5, True, b"raw", torch.tensor(7), torch.float16]
     arrays = st.builds(tensor_of, st.just(rows), st.integers(0, 3), st.integers(0, 99))
     texts = st.just([f"text {row}" for row in range(rows)])
-    return st.one_of(arrays, st.sampled_from(whole), texts, texts.map(tuple))
+    # Each item is as wide as its row's number, so that no two could be stacked.
+    ragged = st.just([{"boxes": tensor_of(1, row, row), "name": str(row)} for row in range(rows)])
+    any_length = st.builds(tensor_of, st.integers(0, 5), st.integers(0, 2), st.integers(0, 99))
+    shared = st.one_of(any_length, texts, ragged).map(Shared)
+    return st.one_of(
+        arrays,
+        st.sampled_from(whole),
+        texts,
+        texts.map(tuple),
+        ragged.map(Examples),
+        texts.map(Examples),
+        shared,
+    )
 
 
 def around(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
@@ -204,7 +222,14 @@ def same(one: object, other: object) -> bool:
 
 
 def storage(nest: object) -> list[int]:
-    return [tensor.untyped_storage().data_ptr() for tensor in tensors(nest) if tensor.ndim]
+    """Where the rows of the batch lie; a list of examples has one place an item."""
+    rows = [item for item in counted(nest) if isinstance(item, Tensor)]
+    return [tensor.untyped_storage().data_ptr() for tensor in rows]
+
+
+def item_storage(nest: object) -> list[int]:
+    lists = [item for item in counted(nest) if isinstance(item, Examples)]
+    return [t.untyped_storage().data_ptr() for item in lists for t in tensors(item) if t.numel()]
 
 
 cuttings = st.lists(st.integers(1, 4), min_size=1, max_size=4)
@@ -229,7 +254,10 @@ def test_parts_are_views_and_rows_that_are_taken_are_copies(
     nest = data.draw(nests(sum(sizes)))
     for piece in cut(nest, sizes):
         assert storage(piece) == storage(nest)
-    assert set(storage(take(nest, range(sum(sizes))))).isdisjoint(storage(nest))
+        assert set(item_storage(piece)) <= set(item_storage(nest))
+    taken = take(nest, range(sum(sizes)))
+    assert set(storage(taken)).isdisjoint(storage(nest))
+    assert set(item_storage(taken)).isdisjoint(item_storage(nest))
 
 
 @drawn
@@ -239,6 +267,14 @@ def test_rows_are_taken_in_any_order_and_more_than_once(rows: int, data: st.Data
     wanted = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=8))
     one_by_one = [part(nest, row, row + 1) for row in wanted]
     assert same(take(nest, wanted), join(one_by_one))
+
+
+@drawn
+@given(rows=st.integers(1, 6), data=st.data())
+def test_a_cut_gives_the_parts_one_by_one(rows: int, data: st.DataObject) -> None:
+    nest = data.draw(nests(rows))
+    at = data.draw(st.integers(0, rows))
+    assert same(cut(nest, [at, rows - at]), [part(nest, 0, at), part(nest, at, rows)])
 
 
 @drawn
@@ -581,6 +617,15 @@ def test_every_tensor_is_found_depth_first() -> None:
         (["x"] * 8, "(" + ", ".join(["str"] * 8) + ")"),
         (Graph(torch.ones(2), 1), "(float32[2], int, str)"),
         (Pair("a", 1), "(str, int)"),
+        (Shared(torch.ones(5, 5)), "Shared(float32[5, 5])"),
+        (Shared([torch.ones(5), 1]), "Shared((float32[5], int))"),
+        (Examples([torch.ones(5), "x"]), "Examples(float32[5], str)"),
+        (Examples(["x"] * 9), "Examples of 9"),
+        (
+            Pieces(((torch.ones(2, 5), 1), (torch.ones(3, 7), 1))),
+            "Pieces((float32[2, 5], int), (float32[3, 7], int))",
+        ),
+        (Pieces((torch.ones(2),) * 9), "Pieces of 9"),
         (3.5, "float"),
     ],
 )
@@ -593,3 +638,173 @@ def test_parts_of_all_sizes_follow_one_another_without_gap_or_overlap() -> None:
     for sizes in itertools.product(range(6), repeat=3):
         if sum(sizes) == 5:
             assert torch.cat(map_to_tensors(cut(rows, sizes))).tolist() == [0, 1, 2, 3, 4]
+
+
+@drawn
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=2, max_size=5),
+    widths=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    kind=st.sampled_from([tuple, list]),
+)
+def test_the_short_way_of_plain_tensors_gives_what_slices_give(
+    sizes: list[int], widths: list[int], kind: Any
+) -> None:
+    rows = [tensor_of(sum(sizes), width, 10 * width) for width in widths]
+    batch = kind(rows)
+    assert plain_size(batch) == size_of(batch) == sum(sizes)
+    assert from_numpy(batch) is batch
+    assert unwrapped(batch) is batch
+    assert same(map_tensors(torch.neg, batch), kind(-tensor for tensor in rows))
+    stops = list(itertools.accumulate(sizes, initial=0))
+    expected = [kind(t[start:stop] for t in rows) for start, stop in itertools.pairwise(stops)]
+    assert same(cut(batch, sizes), expected)
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        torch.ones(2),
+        (),
+        (torch.ones(2), torch.tensor(1.0)),
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2), "text"),
+        (torch.ones(2), [torch.ones(2)]),
+        (torch.ones(2), Shared(torch.ones(2))),
+        (torch.ones(2), torch.nn.Parameter(torch.ones(2))),
+        Pair(torch.ones(2), torch.ones(2)),
+        Examples([torch.ones(2), torch.ones(2)]),
+        {"x": torch.ones(2)},
+    ],
+    ids=describe,
+)
+def test_only_plain_tuples_and_lists_of_bare_tensors_take_the_short_way(nest: object) -> None:
+    assert plain_size(nest) is None
+
+
+def test_what_is_shared_goes_whole_to_every_part_and_is_not_counted() -> None:
+    for value in (torch.eye(5), torch.arange(3), torch.tensor(1), ["a", "b", "c"], {"x": [1]}):
+        shared = Shared(value)
+        batch = {"x": torch.arange(3), "inside": [shared, {}]}
+        assert size_of(batch) == 3
+        uses = [*cut(batch, [1, 2]), part(batch, 1, 2), take(batch, [2, 2])]
+        assert all(use["inside"][0] is shared for use in uses)  # type: ignore[index]  # Dicts.
+
+
+def test_tensors_inside_what_is_shared_are_mapped_and_the_mark_stays() -> None:
+    batch = (torch.arange(3), Shared({"a": np.arange(2), "b": [torch.arange(5)]}))
+    mapped = map_tensors(lambda tensor: tensor + 1, from_numpy(batch))
+    expected = (
+        torch.arange(1, 4),
+        Shared({"a": torch.arange(1, 3), "b": [torch.arange(1, 6)]}),
+    )
+    assert same(mapped, expected)
+    assert len(list(tensors(mapped))) == 3
+
+
+def test_batches_are_joined_where_what_they_share_is_equal() -> None:
+    value = {"edges": torch.eye(4), "names": ["a", "b"], "scale": 2.0}
+    one = (torch.arange(2), Shared(value))
+    other = (torch.arange(3), Shared(map_tensors(Tensor.clone, value)))
+    assert same(join([one, other]), (torch.tensor([0, 1, 0, 1, 2]), one[1]))
+    unequal_to_itself = Shared(torch.tensor([float("nan")]))
+    again = [(torch.arange(1), unequal_to_itself), (torch.arange(1), unequal_to_itself)]
+    assert same(join(again)[1], unequal_to_itself) is False  # type: ignore[index]  # The comparison's nan.
+    assert join(again)[1] is unequal_to_itself  # type: ignore[index]  # A tuple.
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.eye(3), torch.eye(3) + 1),
+        (torch.eye(3), torch.eye(4)),
+        (torch.eye(3), torch.eye(3).double()),
+        (torch.eye(3), [torch.eye(3)]),
+        ([torch.eye(3)], (torch.eye(3),)),
+        ([torch.eye(3)], [torch.eye(3), torch.eye(3)]),
+        ({"a": torch.eye(3)}, {"b": torch.eye(3)}),
+        ({"a": torch.eye(3), "n": 1}, {"a": torch.eye(3), "n": 2}),
+    ],
+)
+def test_batches_that_share_different_values_cannot_be_joined(one: object, other: object) -> None:
+    batches = [(torch.ones(2), Shared(one)), (torch.ones(2), Shared(other))]
+    with pytest.raises(ValueError, match=r"must hold equal Shared values, got Shared.* and Shared"):
+        join([batches[0], batches[0], batches[1]])
+
+
+def test_marked_and_unmarked_cannot_be_joined() -> None:
+    images = [torch.ones(2), torch.ones(2)]
+    members = [Shared(torch.ones(2)), Shared(images), Examples(images), images, tuple(images), "a"]
+    for one, other in itertools.permutations(members, 2):
+        if not isinstance(one, Shared | Examples) and not isinstance(other, Shared | Examples):
+            continue
+        if isinstance(one, Shared) and isinstance(other, Shared):
+            continue
+        with pytest.raises(ValueError, match="must have one structure"):
+            join([(torch.ones(2), one), (torch.ones(2), other)])
+    for one, other in itertools.permutations([torch.ones(2), Shared(torch.ones(2))]):
+        with pytest.raises(ValueError, match=r"batches (that are joined must|can be joined only)"):
+            join([(torch.ones(2), one), (torch.ones(2), other)])
+
+
+def test_a_batch_of_nothing_but_shared_values_has_no_size() -> None:
+    with pytest.raises(ValueError, match=r"dimension, got \(Shared\(float32\[5, 5\]\)\); return"):
+        size_of((Shared(torch.ones(5, 5)),))
+
+
+def test_what_is_shared_is_unwrapped_at_any_depth() -> None:
+    value = torch.eye(2)
+    batch = Graph({"a": [Shared(value)]}, Pair(torch.ones(3), Shared(Shared((value, "text")))))
+    found = unwrapped(batch)
+    assert same(found, Graph({"a": [value]}, Pair(torch.ones(3), (value, "text"))))
+    assert isinstance(batch.edges, Pair), "the batch itself stays"
+    assert isinstance(batch.edges.label, Shared)
+    assert unwrapped(Shared(value)) is value
+
+
+@drawn
+@given(rows=st.integers(1, 4), data=st.data())
+def test_a_nest_without_anything_shared_is_its_own_unwrapping(
+    rows: int, data: st.DataObject
+) -> None:
+    nest = data.draw(nests(rows))
+    once = unwrapped(nest)
+    assert "Shared" not in describe(once)
+    assert unwrapped(once) is once
+    if "Shared" not in describe(nest):
+        assert once is nest
+
+
+def test_marks_survive_the_way_from_a_worker() -> None:
+    batch = (Shared(torch.eye(2)), Examples([torch.ones(1), "text"]), Pieces((torch.ones(2),)))
+    assert same(pickle.loads(pickle.dumps(batch)), batch)
+
+
+def test_examples_count_and_must_agree_with_the_tensors() -> None:
+    items = Examples([torch.ones(3, 4), torch.ones(3, 7)])
+    assert size_of(items) == 2
+    assert size_of({"images": items, "labels": torch.ones(2)}) == 2
+    with pytest.raises(ValueError, match=r"0, got shapes 2 examples, \(3,\)$"):
+        size_of((items, torch.ones(3)))
+    with pytest.raises(ValueError, match=r"0, got shapes 2 examples, 1 examples$"):
+        size_of((items, Examples(["text"])))
+
+
+def test_ragged_is_said_only_where_nothing_else_is_wrong() -> None:
+    narrow, wide = torch.ones(2, 5), torch.ones(2, 7)
+    with pytest.raises(RaggedError):
+        join([{"x": narrow, "y": narrow}, {"x": wide, "y": narrow}])
+    for other in (wide.double(), torch.ones(2), "text"):
+        for first, second in itertools.permutations([(narrow, wide), (narrow, other)]):
+            batches = [tuple(column) for column in zip(first, second, strict=True)]
+            with pytest.raises(ValueError, match=r"agree") as caught:
+                join(batches)
+            assert type(caught.value) is ValueError
+        with pytest.raises(ValueError, match=r"agree") as caught:
+            join([(narrow, narrow), (wide, narrow), (other, narrow)])
+        assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize("use", [lambda b: part(b, 0, 1), lambda b: cut(b, [1, 3])])
+def test_pieces_are_no_batch_that_can_be_cut(use: Callable[[object], object]) -> None:
+    with pytest.raises(AssertionError, match="one by one"):
+        use(Pieces((torch.ones(2, 5), torch.ones(2, 7))))

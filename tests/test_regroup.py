@@ -23,7 +23,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from autobatch.batches.nest import Nest, join, size_of
+from autobatch.batches.nest import Nest, describe, join, size_of
+from autobatch.batches.pieces import pieces_of
 from autobatch.batches.regroup import Source, logical_batches, open_source
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)
@@ -340,11 +341,52 @@ def test_nothing_is_copied_that_is_new_memory_anyway(fresh: bool) -> None:
     assert (window.data_ptr() == rows.data_ptr()) is fresh
 
 
-def test_ragged_batches_pass_where_no_window_joins_them() -> None:
+def test_ragged_batches_are_kept_in_pieces_where_a_window_would_join_them() -> None:
     ragged = [torch.zeros(4, 5), torch.zeros(4, 7)]
-    assert [size_of(window) for window in logical_batches(ragged, 2)] == [2] * 4
-    with pytest.raises(ValueError, match="pad to one length in the collate function"):
-        list(logical_batches(ragged, 3))
+    assert (
+        list(map(describe, logical_batches(ragged, 2)))
+        == ["float32[2, 5]"] * 2 + ["float32[2, 7]"] * 2
+    )
+    assert list(map(describe, logical_batches(ragged, 3))) == [
+        "float32[3, 5]",
+        "Pieces(float32[1, 5], float32[2, 7])",
+        "float32[2, 7]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (torch.zeros(4, 7).double(), "agree in number of dimensions and dtype too"),
+        (torch.zeros(4), "agree in number of dimensions and dtype too"),
+        ((torch.zeros(4, 7),), "agree in number of dimensions and dtype too"),
+    ],
+)
+def test_batches_that_differ_in_kind_are_no_pieces(other: Nest, text: str) -> None:
+    for batches in ([torch.zeros(2, 5), other], [torch.zeros(2, 5), torch.zeros(1, 6), other]):
+        with pytest.raises(ValueError, match=text):
+            list(logical_batches(batches, 4))
+
+
+def refilling_ragged(lengths: Sequence[int]) -> Iterator[Nest]:
+    """Batches of two, each as wide as it says, all of them in the same memory."""
+    memory = torch.zeros(2 * max(lengths))
+    for number, length in enumerate(lengths):
+        batch = memory[: 2 * length].view(2, length)
+        batch.copy_(torch.tensor([[2.0 * number], [2.0 * number + 1]]).expand(2, length))
+        yield batch
+
+
+@drawn
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=8), desired=desired_sizes)
+def test_ragged_memory_that_is_filled_anew_is_read_right(lengths: list[int], desired: int) -> None:
+    seen: list[float] = []
+    batches = open_source(refilling_ragged(lengths), batch_size=1).epoch()
+    for window in logical_batches(batches, desired):
+        for piece in pieces_of(window):
+            assert isinstance(piece, Tensor)
+            seen += [number for (number,) in map(set, piece.tolist())]
+    assert seen == list(range(2 * len(lengths)))
 
 
 def test_a_loaders_own_drop_last_stays() -> None:

@@ -22,7 +22,7 @@ from autobatch import (
 )
 from autobatch.devices.metered import MeteredDevice
 from autobatch.training.replay import smaller_size
-from autobatch.training.update import take_step
+from autobatch.training.update import Update
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -377,7 +377,7 @@ def test_a_step_that_runs_out_twice_is_an_error() -> None:
     model = small_model()
     optimizer = Step(model, ["at once", "at once"]).optimizer()
     with pytest.raises(StepInterruptedError, match="twice"):
-        take_step(optimizer, MeteredDevice())
+        Update(optimizer=optimizer, device=MeteredDevice()).take()
 
 
 def test_another_error_in_the_step_passes_through() -> None:
@@ -385,4 +385,4 @@ def test_another_error_in_the_step_passes_through() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("mine")))
     with pytest.raises(KeyError, match="mine"):
-        take_step(optimizer, MeteredDevice())
+        Update(optimizer=optimizer, device=MeteredDevice()).take()

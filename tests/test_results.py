@@ -7,9 +7,12 @@ import pytest
 from autobatch import errors
 from autobatch.errors import (
     AutobatchError,
+    CheckpointError,
     DeviceUnavailableError,
     DoesNotFitError,
     InexactStepError,
+    NonFiniteLossError,
+    ReplayLimitError,
     StepInterruptedError,
 )
 from autobatch.plan import BatchPlan
@@ -45,6 +48,15 @@ ERRORS = [
     DoesNotFitError(1, None),
     InexactStepError("splitting changes it"),
     StepInterruptedError("half done"),
+    StepInterruptedError("half done", "runs/step-00000012.pt"),
+    CheckpointError("torn"),
+    NonFiniteLossError(7, math.inf, 32.0, 2, 4),
+    NonFiniteLossError(7, 0.5, 32.0, None, 4),
+    ReplayLimitError(
+        "(float32[8, 3])",
+        [{"micro_batch": 8, "allocated": 2**20, "reserved": 2**21, "free": 2**22}],
+        "out of memory",
+    ),
 ]
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from autobatch.batches.nest import Nest, size_of
+from autobatch.batches.marks import Examples, Pieces
+from autobatch.batches.nest import Nest, describe, size_of
 from autobatch.batches.regroup import open_source
 from autobatch.batches.sample import read_sample, repeated
 from autobatch.randomness import random_state
@@ -39,6 +40,10 @@ def persistent(seed: int = 0) -> DataLoader[Tensor]:
     )
 
 
+def as_lists(examples: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+    return examples, [float(example[0]) for example in examples]
+
+
 def as_tensor(nest: Nest) -> Tensor:
     assert isinstance(nest, Tensor)
     return nest
@@ -62,6 +67,34 @@ def test_a_repeated_sample_is_a_copy(size: int) -> None:
     sample = torch.zeros(3, 2)
     as_tensor(repeated(sample, size)).fill_(1)
     assert sample.sum() == 0
+
+
+def test_of_a_sample_in_pieces_the_one_with_the_largest_examples_is_repeated() -> None:
+    narrow, wide = torch.zeros(5, 2), torch.arange(6.0).reshape(2, 3)
+    batch = as_tensor(repeated(Pieces((narrow, wide, narrow)), 3))
+    assert batch.tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+
+
+def test_a_repeated_list_of_examples_is_a_copy_too() -> None:
+    image = torch.zeros(3, 2)
+    batch = repeated((Examples([image, "text"]), torch.arange(2)), 3)
+    assert isinstance(batch, tuple)
+    assert list(map(describe, batch)) == ["Examples(float32[3, 2], str, float32[3, 2])", "int64[3]"]
+    as_tensor(batch[0][0]).fill_(1)
+    assert image.sum() == batch[0][2].sum() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_holds_lists_of_examples_as_training_does(workers: int) -> None:
+    loader = DataLoader(
+        Noisy(),
+        batch_size=2,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=as_lists,
+    )
+    sample = read_sample(open_source(loader, batch_size=1))
+    assert describe(sample) == "(Examples(float32[3], float32[3]), Examples(float, float))"
 
 
 def test_the_sample_is_the_first_batch_that_holds_an_example() -> None:

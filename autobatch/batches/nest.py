@@ -4,82 +4,130 @@ A nest is a tensor or any nesting of tuples, named tuples, lists, mappings and d
 holds some. Its size is the length of its tensors along dimension 0. A list or tuple of plain
 values (strings, numbers) as long as that holds one value an example, as torch's default collate
 makes of text, and is cut along; every other plain value, and a tensor without dimensions, belongs
-to the batch as a whole and goes to every part.
+to the batch as a whole and goes to every part. So does what is marked as ``Shared``, whatever its
+length; and a list that is marked as ``Examples`` holds one item an example, of any shapes.
 """
 
-import copy
-import dataclasses
-import functools
-import itertools
-from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Final, TypeGuard
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_LEAVES: Final = (str, bytes, int, float, complex, bool, type(None))
-_REFUSALS: Final = (TypeError, ValueError, LookupError, AttributeError)  # Of a class, of pairs.
+from autobatch.batches.containers import PLAIN, children_of, is_named_tuple, rebuilt
+from autobatch.batches.containers import Nest as Nest  # With all that can be done with one.
+from autobatch.batches.containers import tensors as tensors
+from autobatch.batches.marks import MARKS, Examples, Pieces, Shared
 
-Nest = object  # Any nesting: the structure is the user's, so there is no narrower type.
 
-
-def tensors(nest: Nest) -> Iterator[Tensor]:
-    """Yield every tensor, depth first."""
-    if isinstance(nest, Tensor):
-        yield nest
-        return
-    for child in _children(nest) or ():
-        yield from tensors(child)
+class RaggedError(ValueError):
+    """Batches differ only in shape beyond dimension 0, so they cannot be joined."""
 
 
 def size_of(nest: Nest) -> int:
     """Return the number of examples: the common length of all tensors along dimension 0.
 
     Raises:
-        ValueError: If no tensor has a dimension, or two disagree in length.
+        ValueError: If nothing says how many, or two disagree.
     """
-    shapes = [tuple(tensor.shape) for tensor in tensors(nest) if tensor.ndim]
-    if not shapes:
+    size = plain_size(nest)
+    if size is not None:
+        return size
+    if isinstance(nest, Pieces):
+        return sum(map(size_of, nest.pieces))
+    found = list(counted(nest))
+    if not found:
         raise ValueError(
             f"a batch must hold a tensor with a batch dimension, got {describe(nest)}; return "
             "tuples, dicts or dataclasses of tensors from the collate function"
         )
-    if any(shape[0] != shapes[0][0] for shape in shapes):
+    size = len(found[0])
+    if any(len(item) != size for item in found):
+        shapes = [
+            str(tuple(item.shape)) if isinstance(item, Tensor) else f"{len(item)} examples"
+            for item in found
+        ]
         raise ValueError(
             "the tensors of a batch must agree in length along dimension 0, got shapes "
-            + ", ".join(map(str, shapes))
+            + ", ".join(shapes)
         )
-    return shapes[0][0]
+    return size
+
+
+def plain_size(nest: Nest) -> int | None:
+    """Return the size of a plain tuple or list of bare tensors; None for any other nest.
+
+    So are most batches, and they take short ways, for a small model's step lasts microseconds.
+    """
+    if type(nest) is not tuple and type(nest) is not list:
+        return None
+    size = None
+    for member in nest:
+        if type(member) is not Tensor or not member.ndim:
+            return None
+        length = member.shape[0]
+        if size is None:
+            size = length
+        elif size != length:
+            return None
+    return size
+
+
+def counted(nest: Nest) -> Iterator[Tensor | Examples]:
+    """Yield all that is as long as the batch has examples, except lists of plain values."""
+    if isinstance(nest, Tensor):
+        if nest.ndim:
+            yield nest
+    elif isinstance(nest, Examples):
+        yield nest
+    elif not isinstance(nest, Shared):
+        for child in children_of(nest) or ():
+            yield from counted(child)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
     """Return the same nest with ``function`` applied to every tensor."""
     if isinstance(nest, Tensor):
         return function(nest)
-    children = _children(nest)
+    if type(nest) is tuple or type(nest) is list:  # The same as below, in half the time.
+        return type(nest)([map_tensors(function, child) for child in nest])
+    children = children_of(nest)
     if children is None:
         return nest
-    return _rebuild(nest, [map_tensors(function, child) for child in children])
+    return rebuilt(nest, [map_tensors(function, child) for child in children])
 
 
 def from_numpy(nest: Nest) -> Nest:
     """Return the nest with every NumPy array as a tensor over the same memory.
 
     A read-only or reversed array is copied, for torch has no such tensors; one of text or objects
-    becomes a list.
+    becomes a list. A plain tuple or list of bare tensors is returned as it is.
     """
     if isinstance(nest, np.ndarray):
         if nest.dtype.kind not in "biufc":
             return nest.tolist()
         shareable = nest.flags.writeable and min(nest.strides, default=0) >= 0
         return torch.from_numpy(nest if shareable else nest.copy())
-    children = _children(nest)
-    if children is None or isinstance(nest, Tensor):
+    if plain_size(nest) is not None:
         return nest
-    return _rebuild(nest, [from_numpy(child) for child in children])
+    children = children_of(nest)
+    if children is None:
+        return nest
+    return rebuilt(nest, [from_numpy(child) for child in children])
+
+
+def unwrapped(nest: Nest) -> Nest:
+    """Return the nest with the values of ``Shared`` in its place, or itself if there is none."""
+    if isinstance(nest, Shared):
+        return unwrapped(nest.value)
+    children = children_of(nest)
+    if children is None or plain_size(nest) is not None:
+        return nest
+    inside = [unwrapped(child) for child in children]
+    return nest if all(map(operator.is_, inside, children)) else rebuilt(nest, inside)
 
 
 def take(nest: Nest, rows: Sequence[int]) -> Nest:
@@ -89,13 +137,15 @@ def take(nest: Nest, rows: Sequence[int]) -> Nest:
         nest,
         size_of(nest),
         lambda tensor: tensor.index_select(0, index.to(tensor.device)),
-        lambda values: [values[row] for row in rows],
+        lambda values: [map_tensors(Tensor.clone, values[row]) for row in rows],
     )
 
 
 def part(nest: Nest, start: int, stop: int) -> Nest:
     """Return the examples ``start`` to ``stop`` as views of the same memory."""
-    return _part(nest, size_of(nest), start, stop)
+    return _select(
+        nest, size_of(nest), lambda tensor: tensor[start:stop], lambda values: values[start:stop]
+    )
 
 
 def cut(nest: Nest, sizes: Sequence[int]) -> list[Nest]:
@@ -107,17 +157,15 @@ def cut(nest: Nest, sizes: Sequence[int]) -> list[Nest]:
     length = size_of(nest)
     if sum(sizes) != length:
         raise ValueError(f"cannot cut {length} examples into {tuple(sizes)}")
-    if len(sizes) == 1:
-        return [nest]
-    stops = itertools.accumulate(sizes)
-    return [_part(nest, length, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    return [nest] if len(sizes) == 1 else list(_cut(nest, length, tuple(sizes)))
 
 
 def join(nests: Sequence[Nest]) -> Nest:
     """Return one nest with the examples of all, in order; a single one is returned as it is.
 
     Raises:
-        ValueError: If shapes, types or structures differ, or a value of the batch as a whole does.
+        RaggedError: If shapes differ beyond dimension 0, and nothing else does.
+        ValueError: If types or structures differ, or a value of the batch as a whole does.
     """
     if len(nests) == 1:
         return nests[0]
@@ -128,105 +176,29 @@ def describe(nest: Nest) -> str:
     """Return the structure as short text: ``"(float32[8, 3, 32, 32], int64[8])"``."""
     if isinstance(nest, Tensor):
         return f"{str(nest.dtype).removeprefix('torch.')}{list(nest.shape)}"
-    children = _children(nest)
+    children = children_of(nest)
     if children is None:
         return type(nest).__name__
     if isinstance(nest, Mapping):
         inside = (f"{key}: {describe(child)}" for key, child in nest.items())
         return "{" + ", ".join(inside) + "}"
+    if isinstance(nest, Pieces):
+        children = nest.pieces
     if len(children) > 8:
         return f"{type(nest).__name__} of {len(children)}"
-    return "(" + ", ".join(map(describe, children)) + ")"
-
-
-def _is_named_tuple(nest: object) -> bool:
-    return isinstance(nest, tuple) and hasattr(nest, "_fields")
-
-
-def _children(nest: Nest) -> list[Nest] | None:
-    """The values directly inside a container; None for a leaf."""
-    if isinstance(nest, (Tensor, *_LEAVES)):
-        return None
-    if isinstance(nest, Mapping):
-        return list(nest.values())
-    if isinstance(nest, list | tuple):
-        return list(nest)
-    if _is_dataclass(nest):
-        return [getattr(nest, name) for name in _fields(nest)]
-    return None
-
-
-def _is_dataclass(nest: Nest) -> bool:
-    return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
-
-
-def _fields(nest: Nest) -> list[str]:
-    """The fields that its constructor takes; what it derives from them it derives again."""
-    return [field.name for field in dataclasses.fields(nest) if field.init]  # type: ignore[arg-type]  # An instance.
-
-
-def _rebuild(nest: Nest, children: list[Nest]) -> Nest:
-    """A container like ``nest`` around other children."""
-    if isinstance(nest, Mapping):
-        return _rebuild_mapping(nest, dict(zip(nest, children, strict=True)))
-    if _is_named_tuple(nest):
-        return type(nest)(*children)
-    if isinstance(nest, list | tuple):
-        return type(nest)(children)
-    return dataclasses.replace(nest, **dict(zip(_fields(nest), children, strict=True)))  # type: ignore[type-var]  # Only dataclasses are left.
-
-
-def _rebuild_mapping(nest: Mapping[Any, Nest], pairs: dict[Any, Nest]) -> Nest:
-    """A mapping of the same class where it takes ``pairs``, else a dict; ``nest`` is not changed.
-
-    A copy keeps what the class carries besides its pairs, and not every class is made from pairs (a
-    defaultdict is not). But only dicts are copied apart: what a copy of another class is given may
-    reach the original.
-    """
-    if type(nest) is dict:
-        return pairs
-    makers: list[Callable[[dict[Any, Nest]], object]] = [type(nest)]
-    # Where attributes are keys, as in many an AttrDict, those of a copy would be the old ones.
-    if isinstance(nest, dict | UserDict) and getattr(nest, "__dict__", None) is not nest:
-        makers.insert(0, functools.partial(_copy_with, nest))
-    for make in makers:
-        with suppress(*_REFUSALS):
-            made = make(pairs)
-            if _holds(made, pairs):
-                return made
-    return pairs
-
-
-def _copy_with(nest: dict[Any, Nest] | UserDict[Any, Nest], pairs: dict[Any, Nest]) -> object:
-    same = copy.copy(nest)
-    own = getattr(same, "__dict__", {})
-    own |= {name: dict(value) for name, value in own.items() if type(value) is dict}
-    for key, child in pairs.items():
-        same[key] = child
-    return same
-
-
-def _holds(made: object, pairs: dict[Any, Nest]) -> bool:
-    return (
-        isinstance(made, Mapping)
-        and list(made) == list(pairs)
-        and list(map(id, tensors(made))) == list(map(id, tensors(pairs)))
-    )
+    name = type(nest).__name__ if isinstance(nest, MARKS) else ""
+    return f"{name}(" + ", ".join(map(describe, children)) + ")"
 
 
 def _is_values(nest: Nest, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
-    """Whether this is one plain value an example."""
+    """Whether this is one item an example: examples, or plain values."""
+    if isinstance(nest, Examples):
+        return True
     return (
-        isinstance(nest, list | tuple)
-        and not _is_named_tuple(nest)
+        isinstance(nest, (list, tuple))
+        and not is_named_tuple(nest)
         and len(nest) == size
-        and all(isinstance(value, _LEAVES) for value in nest)
-    )
-
-
-def _part(nest: Nest, length: int, start: int, stop: int) -> Nest:
-    return _select(
-        nest, length, lambda tensor: tensor[start:stop], lambda values: values[start:stop]
+        and all(isinstance(value, PLAIN) for value in nest)
     )
 
 
@@ -238,32 +210,71 @@ def _select(
 ) -> Nest:
     if isinstance(nest, Tensor):
         return rows(nest) if nest.ndim else nest
+    assert not isinstance(nest, Pieces), "pieces are cut one by one"
     if _is_values(nest, size):
         return type(nest)(values(nest))
-    children = _children(nest)
-    if children is None:
+    children = children_of(nest)
+    if children is None or isinstance(nest, Shared):
         return nest
-    return _rebuild(nest, [_select(child, size, rows, values) for child in children])
+    return rebuilt(nest, [_select(child, size, rows, values) for child in children])
+
+
+def _cut(nest: Nest, length: int, sizes: tuple[int, ...]) -> Sequence[Nest]:
+    """One part for each of two or more sizes, or of none."""
+    if isinstance(nest, Tensor):
+        return nest.split_with_sizes(sizes) if nest.ndim else [nest] * len(sizes)
+    assert not isinstance(nest, Pieces), "pieces are cut one by one"
+    if _is_values(nest, length):
+        items = iter(nest)
+        return [type(nest)(islice(items, size)) for size in sizes]
+    children = children_of(nest)
+    if children is None or isinstance(nest, Shared):
+        return [nest] * len(sizes)
+    columns = [_cut(child, length, sizes) for child in children]
+    rows = zip(*columns, strict=True) if columns else [()] * len(sizes)
+    return [rebuilt(nest, row) for row in rows]
 
 
 def _join(nests: Sequence[Nest], sizes: Sequence[int]) -> Nest:
     first = nests[0]
     if isinstance(first, Tensor):
         return _join_tensors(nests)
+    kinds = set(map(type, nests))
+    if len(kinds) > 1 and not kinds.isdisjoint(MARKS):
+        raise _structures_differ(nests)
+    if isinstance(first, Shared):
+        return _join_shared(nests)
     if all(_is_values(nest, size) for nest, size in zip(nests, sizes, strict=True)):
-        return type(first)(value for nest in nests for value in nest)  # type: ignore[attr-defined, call-arg]  # Lists or tuples.
-    families = [_children(nest) for nest in nests]
+        return type(first)(chain.from_iterable(nests))  # type: ignore[call-arg, arg-type]  # Lists or tuples.
+    families = [children_of(nest) for nest in nests]
     if families[0] is None:
         if any(nest is not first and nest != first for nest in nests):
             raise ValueError(f"batches that are joined must agree in {first!r}, got {nests!r}")
         return first
     if any(f is None or len(f) != len(families[0]) for f in families) or _keys_differ(nests):
-        raise ValueError(
-            "batches that are joined must have one structure, got "
-            + " and ".join(sorted({describe(nest) for nest in nests}))
-        )
+        raise _structures_differ(nests)
     columns = zip(*(family for family in families if family is not None), strict=True)
-    return _rebuild(first, [_join(column, sizes) for column in columns])
+    return rebuilt(first, _join_each(columns, sizes))
+
+
+def _join_each(columns: Iterable[Sequence[Nest]], sizes: Sequence[int]) -> list[Nest]:
+    """Every column joined; what is wrong in another way than ragged is what is raised."""
+    joined, ragged = [], None
+    for column in columns:
+        try:
+            joined.append(_join(column, sizes))
+        except RaggedError as error:
+            ragged = ragged or error
+    if ragged is not None:
+        raise ragged from None
+    return joined
+
+
+def _structures_differ(nests: Sequence[Nest]) -> ValueError:
+    return ValueError(
+        "batches that are joined must have one structure, got "
+        + " and ".join(sorted({describe(nest) for nest in nests}))
+    )
 
 
 def _keys_differ(nests: Sequence[Nest]) -> bool:
@@ -271,6 +282,31 @@ def _keys_differ(nests: Sequence[Nest]) -> bool:
     return isinstance(first, Mapping) and any(
         not isinstance(nest, Mapping) or list(nest) != list(first) for nest in nests
     )
+
+
+def _join_shared(nests: Sequence[Nest]) -> Nest:
+    for nest in nests:
+        if not _is_same(nest, nests[0]):
+            raise ValueError(
+                "batches that are joined must hold equal Shared values, got "
+                f"{describe(nests[0])} and {describe(nest)}, which differ; let the loader give "
+                "batches of `desired` examples, so that nothing must be joined"
+            )
+    return nests[0]
+
+
+def _is_same(one: Nest, other: Nest) -> bool:
+    """Whether two nests are of the same classes and hold the same values."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    children, others = children_of(one), children_of(other)
+    if children is None or others is None:
+        return bool(one == other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping) and list(one) != list(other):
+        return False
+    return len(children) == len(others) and all(map(_is_same, children, others))
 
 
 def _join_tensors(nests: Sequence[Nest]) -> Tensor:
@@ -287,10 +323,11 @@ def _join_tensors(nests: Sequence[Nest]) -> Tensor:
                 f"{describe(first)} and {describe(nest)}; make the collate function give all "
                 "batches tensors that agree in number of dimensions and dtype too"
             )
-        if nest.shape[1:] != first.shape[1:]:
-            raise ValueError(
+    for tensor in parts:
+        if tensor.shape[1:] != first.shape[1:]:
+            raise RaggedError(
                 "batches can be joined only where all but dimension 0 agrees, and these batches "
-                f"are ragged: got {describe(first)} and {describe(nest)}; pad to one length in "
+                f"are ragged: got {describe(first)} and {describe(tensor)}; pad to one length in "
                 "the collate function, or let the loader give batches of `desired` examples, so "
                 "that nothing must be joined"
             )

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
-from autobatch.batches.nest import Nest, from_numpy, join, map_tensors, part, size_of, take
+from autobatch.batches.nest import Nest, from_numpy, map_tensors, part, size_of, take
+from autobatch.batches.pieces import put_together
+from autobatch.batches.reading import as_batch
 
 
 class MapStyle(Protocol):
@@ -57,8 +59,8 @@ class Source:
     fresh: bool
 
     def epoch(self) -> Iterator[Nest]:
-        """Begin an epoch: batches as tensors."""
-        batches = map(from_numpy, self.batches)
+        """Begin an epoch: batches of tensors, their lists of examples marked."""
+        batches = map(as_batch, self.batches)
         return _Fresh(batches) if self.fresh else batches
 
 
@@ -93,7 +95,7 @@ def open_source(data: Data, *, batch_size: int) -> Source:
         raise TypeError(f"{_WHAT_DATA_IS}, got {type(data).__name__}")
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError(f"data is empty: {data!r} holds no batch")
-    examples = sum(size_of(from_numpy(batch)) for batch in data) if isinstance(data, list) else None
+    examples = sum(size_of(as_batch(batch)) for batch in data) if isinstance(data, list) else None
     if examples == 0:
         raise ValueError("data is empty: it holds no example")
     return Source(
@@ -107,7 +109,8 @@ def logical_batches(
     """Cut and join ``batches`` of any sizes to ``desired`` examples each, in order.
 
     Reads no batch before it is needed, so random augmentations are drawn when a plain loop over
-    undivided batches would draw them. The last one may be shorter, unless ``drop_last``.
+    undivided batches would draw them. The last one may be shorter, unless ``drop_last``. Where
+    batches are ragged, so that they cannot be joined, a logical batch is one in ``Pieces``.
 
     A part that waits for the next batch is copied, for an iterable may fill the same memory anew;
     only where ``batches`` is an epoch of a source that is known to be fresh, it is not.
@@ -120,14 +123,14 @@ def logical_batches(
         while size - start >= missing:
             held.append(part(batch, start, start + missing) if missing < size else batch)
             start += missing
-            yield join(held)
+            yield put_together(held)
             held, missing = [], desired
         if start < size:
             rest = part(batch, start, size) if start else batch
             held.append(rest if fresh else map_tensors(Tensor.clone, rest))
             missing -= size - start
     if held and not drop_last:
-        yield join(held)
+        yield put_together(held)
 
 
 class _InMemory:

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from autobatch.batches.nest import Nest, from_numpy, size_of, take
+from autobatch.batches.nest import Nest, size_of, take
+from autobatch.batches.pieces import largest_piece
+from autobatch.batches.reading import as_batch
 from autobatch.batches.regroup import Source
 
 
@@ -25,9 +27,13 @@ def read_sample(source: Source) -> Nest:
 
 
 def repeated(sample: Nest, size: int) -> Nest:
-    """Return ``size`` examples: the sample's, over and over, copied."""
-    length = size_of(sample)
-    return take(sample, [row % length for row in range(size)])
+    """Return ``size`` examples: the sample's, over and over, copied.
+
+    Of a sample in pieces only the one with the most bytes an example is repeated.
+    """
+    piece = largest_piece(sample)
+    length = size_of(piece)
+    return take(piece, [row % length for row in range(size)])
 
 
 def _begin(source: Source) -> Iterator[Nest]:
@@ -36,5 +42,5 @@ def _begin(source: Source) -> Iterator[Nest]:
         # iter() would start, or reset, the workers that the user's own iteration goes on with.
         # This is the method that iter() calls without persistent_workers.
         own: Iterator[Any] = loader._get_iterator()
-        return map(from_numpy, own)
+        return map(as_batch, own)
     return source.epoch()

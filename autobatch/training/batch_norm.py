@@ -1,28 +1,76 @@
-"""BatchNorm's running statistics over a window that is cut: those of the whole batch, moved once.
+"""BatchNorm in a window that is cut: its running statistics pooled over it, or frozen through it.
 
 Left alone, a layer would move its running statistics once a micro-batch, with its full momentum
-each time. Here its momentum is 1 while the window runs, so that each forward pass hands out the
-mean and the unbiased variance of what it saw. They are pooled (Chan et al., 1979: the variance
-between micro-batches belongs to it), and applied once with the layer's own momentum. For a layer
-whose inputs are the undivided batch's that is what the undivided batch would have done.
+each time. Here its momentum is 1 while the window runs, and it moves other buffers than its own:
+each forward pass leaves there the mean and the unbiased variance of what it saw. They are pooled
+(Chan et al., 1979: the variance between micro-batches belongs to it), and move the layer's own
+once, with its own momentum. For a layer whose inputs are the undivided batch's that is what the
+undivided batch would have done.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+_NAMES: Final = ("running_mean", "running_var", "num_batches_tracked")
+BatchNormMode = Literal["micro", "frozen", "refuse"]
+_MODES: Final[tuple[BatchNormMode, ...]] = ("micro", "frozen", "refuse")
+
+
+def check_batch_norm(mode: object) -> BatchNormMode:
+    """Return the mode, or refuse it.
+
+    Raises:
+        ValueError: If it is none of the three.
+    """
+    for known in _MODES:
+        if mode == known:
+            return known
+    raise ValueError(f"batch_norm must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Normalise by the running statistics inside, which do not move; weights and biases train.
+
+    Then no example sees another, and any split is exact. InstanceNorm is left alone: it normalises
+    each example by itself, so frozen it would only compute something else.
+
+    Args:
+        model: In the mode in which it trains.
+
+    Raises:
+        ValueError: If a layer keeps no running statistics. Nothing was touched.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            kind = type(module).__name__
+            raise ValueError(
+                f"{kind} {name!r} keeps no running statistics (track_running_stats=False), so it "
+                "always normalises by the batch and cannot be frozen; build it with "
+                "track_running_stats=True"
+            )
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    try:
+        for layer in layers:  # Not eval(), which would reach layers that others put inside it.
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 @contextmanager
 def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
     """Pool the running statistics of every BatchNorm in training inside; apply them at the end.
 
-    After an error nothing is applied: momentum is put back, the statistics are the caller's to
-    restore. A window of one micro-batch is left to the layers themselves.
+    After an error the layers are as they were. A window of one micro-batch is left to the layers
+    themselves.
 
     Args:
         model: In the mode in which it trains.
@@ -31,7 +79,10 @@ def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
     layers = moving_layers(model) if micro_batches > 1 else []
     pool = Pool(layers)
     momenta = [layer.momentum for layer in layers]
-    hooks = [layer.register_forward_pre_hook(pool.about_to_run, prepend=True) for layer in layers]
+    # Last among the hooks that a layer has: it is to see what the layer sees.
+    hooks = [
+        layer.register_forward_pre_hook(pool.about_to_run, with_kwargs=True) for layer in layers
+    ]
     try:
         for layer in layers:
             layer.momentum = 1.0
@@ -41,6 +92,7 @@ def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
             hook.remove()
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+        pool.put_back()
     pool.apply()
 
 
@@ -55,39 +107,89 @@ def normalises_by_batch(model: nn.Module) -> bool:
 def moving_layers(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers whose running statistics a forward pass moves."""
     return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+        module for module in model.modules() if isinstance(module, _BatchNorm) and _moves(module)
     ]
+
+
+def _moves(layer: _BatchNorm) -> bool:
+    # track_running_stats may have been set to False later: the buffers are there, and stay.
+    return layer.training and layer.track_running_stats and layer.running_mean is not None
+
+
+@dataclass(slots=True)
+class _Track:
+    """One layer in a window.
+
+    Attributes:
+        own: Its running mean, running variance and number of batches.
+        lent: What it moves instead meanwhile.
+        calls: How often it was called in the forward pass that called it most.
+        counts: Values of a channel in each of its calls in this forward pass.
+        left: The mean and the unbiased variance that those calls left. The last one's may still
+            be in ``lent``.
+    """
+
+    own: dict[str, Tensor | None]
+    lent: dict[str, Tensor | None]
+    calls: int = 0
+    counts: list[int] = field(default_factory=list)
+    left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def call(self, place: int) -> tuple[int, Tensor, Tensor]:
+        """Return the count, mean and variance of a call; the count is 0 if there was none."""
+        count = self.counts[place] if place < len(self.counts) else 0
+        mean, variance = self.left[place] if place < len(self.left) else _statistics(self.lent)
+        return count, mean, variance
 
 
 @dataclass(slots=True)
 class _Moments:
-    """Of one call of one layer, over the micro-batches so far."""
+    """Of the layers' n-th calls, over the micro-batches so far.
 
-    count: int
+    Attributes:
+        counts: Values of a channel, for each layer.
+        mean: All layers' channels in a row, as in the next: shape ``(channels,)``.
+        squares: The sum of squared distances from the mean.
+    """
+
+    counts: Sequence[int]
     mean: Tensor
-    squares: Tensor  # The sum of squared distances from the mean.
+    squares: Tensor
 
 
 class Pool:
     """What the layers' calls have seen, pooled over micro-batches. The n-th calls belong together.
 
+    A micro-batch that makes fewer calls than others has no part in the later ones.
+
     Args:
-        layers: In training, with running statistics.
+        layers: In training, with running statistics, on one device. They are lent other buffers.
     """
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
-        self._layers = layers
-        self._before = [[tensor.clone() for tensor in _statistics(layer)] for layer in layers]
         self._open = False
-        self._moments: dict[_BatchNorm, list[_Moments]] = defaultdict(list)
-        self._seen: dict[_BatchNorm, list[int]] = defaultdict(list)
-        self._earlier: dict[_BatchNorm, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._borrowed = self._examples = 0
+        self._pooled: list[_Moments] = []
+        self._tracks: dict[_BatchNorm, _Track] = {}
+        for layer in layers:
+            own = {name: layer._buffers[name] for name in _NAMES}
+            lent = {name: None if t is None else torch.zeros_like(t) for name, t in own.items()}
+            self._tracks[layer] = _Track(own, lent)
+            layer._buffers.update(lent)
+        self._channels = [layer.num_features for layer in layers]
+        self._repeats = torch.tensor(self._channels)
 
-    def begin(self) -> None:
-        """Say that a micro-batch's forward pass begins: calls count from here."""
-        self._open = bool(self._layers)
+    def begin(self, borrowed: int = 0, own: int = 1) -> None:
+        """Say that a micro-batch's forward pass begins: calls count from here.
+
+        Args:
+            borrowed: So many examples, the first of this forward pass, are a neighbour's and
+                already counted. Where a layer sees several rows an example, they must come
+                example by example.
+            own: Examples after them. Of no interest where none is borrowed.
+        """
+        self._open = True
+        self._borrowed, self._examples = borrowed, borrowed + own
 
     def end(self) -> None:
         """Say that it has ended, and pool what it left.
@@ -96,71 +198,122 @@ class Pool:
         same examples, and no longer count.
         """
         self._open = False
-        pooled: list[_Moments] = []
-        counts: list[int] = []
-        moments: list[tuple[Tensor, Tensor]] = []
-        for layer, own_counts in self._seen.items():
-            mean, variance, _ = _statistics(layer)
-            known = self._moments[layer]
-            while len(known) < len(own_counts):
-                known.append(_Moments(0, torch.zeros_like(mean), torch.zeros_like(variance)))
-            pooled += known[: len(own_counts)]
-            counts += own_counts
-            moments += [*self._earlier[layer], (mean, variance)]
-        if pooled:
-            _add(pooled, counts, moments)
-        self._seen.clear()
-        self._earlier.clear()
+        tracks = self._tracks.values()
+        for place in range(max((len(track.counts) for track in tracks), default=0)):
+            self._add(place, [track.call(place) for track in tracks])
+        for track in tracks:
+            track.calls = max(track.calls, len(track.counts))
+            track.counts.clear()
+            track.left.clear()
 
-    def about_to_run(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def about_to_run(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]
+    ) -> None:
         """Note a call; a hook of the layer."""
+        assert isinstance(layer, _BatchNorm)
+        track = self._tracks[layer]
+        if not (layer.training and layer.track_running_stats):
+            layer._buffers.update(track.own)  # For this call, which moves nothing.
+            return
+        layer._buffers.update(track.lent)
         if not self._open:
             return
-        assert isinstance(layer, _BatchNorm)
-        if self._seen[layer]:  # Called again: what the call before left would be overwritten.
-            mean, variance, _ = _statistics(layer)
-            self._earlier[layer].append((mean.clone(), variance.clone()))
-        self._seen[layer].append(inputs[0].numel() // layer.num_features)
+        values = inputs[0] if inputs else named["input"]
+        if self._borrowed:
+            values = values[len(values) * self._borrowed // self._examples :]
+            track.left.append(_moments_of(values))
+        elif track.counts:  # Called again: what the call before left would be overwritten.
+            mean, variance = _statistics(track.lent)
+            track.left.append((mean.clone(), variance.clone()))
+        track.counts.append(values.numel() // layer.num_features)
+
+    @torch.no_grad()
+    def _add(self, place: int, seen: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+        """Add what the layers' calls at this place have seen, all layers at once."""
+        counts, means, variances = zip(*seen, strict=True)
+        mean, variance = _joined(means), _joined(variances)
+        if place == len(self._pooled):
+            zeros = torch.zeros_like(mean)
+            self._pooled.append(_Moments([0] * len(seen), zeros, zeros.clone()))
+        pooled = self._pooled[place]
+        totals = [before + count for before, count in zip(pooled.counts, counts, strict=True)]
+        ratios = [count / max(total, 1) for count, total in zip(counts, totals, strict=True)]
+        weights = (
+            ratios,
+            [max(count - 1, 0) for count in counts],
+            [before * ratio for before, ratio in zip(pooled.counts, ratios, strict=True)],
+        )
+        ratio, within, between = self._for_channels(weights, mean)
+        distance = mean - pooled.mean
+        pooled.mean.addcmul_(distance, ratio)
+        pooled.squares.addcmul_(variance, within).addcmul_(distance.square_(), between)
+        pooled.counts = totals
+
+    def _for_channels(self, weights: Sequence[Sequence[float]], like: Tensor) -> Sequence[Tensor]:
+        """Return each list, one number a layer, as one number a channel, without waiting."""
+        numbers = torch.tensor(weights, dtype=like.dtype).to(like.device, non_blocking=True)
+        repeats = self._repeats = self._repeats.to(like.device)
+        return numbers.repeat_interleave(repeats, dim=1, output_size=len(like)).unbind()
+
+    def put_back(self) -> None:
+        """Give the layers their own buffers back."""
+        for layer, track in self._tracks.items():
+            layer._buffers.update(track.own)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Move every layer's statistics once for each of its calls, from where they were."""
-        for layer, before in zip(self._layers, self._before, strict=True):
-            statistics = _statistics(layer)
-            for tensor, value in zip(statistics, before, strict=True):
-                tensor.copy_(value)
-            running_mean, running_variance, batches = statistics
-            for moments in self._moments.get(layer, []):
-                batches += 1
-                weight = 1 / float(batches) if layer.momentum is None else layer.momentum
-                running_mean.lerp_(moments.mean, weight)
-                running_variance.lerp_(moments.squares / (moments.count - 1), weight)
+        """Move every layer's own statistics once for each of its calls."""
+        for place, pooled in enumerate(self._pooled):
+            momenta = [
+                _next_momentum(layer) if place < track.calls else 0.0
+                for layer, track in self._tracks.items()
+            ]
+            # One value has no unbiased variance. Undivided, torch would refuse it.
+            weights = (
+                [m if n > 0 else 0.0 for m, n in zip(momenta, pooled.counts, strict=True)],
+                [m if n > 1 else 0.0 for m, n in zip(momenta, pooled.counts, strict=True)],
+                [max(n - 1, 1) for n in pooled.counts],
+            )
+            for_mean, for_variance, degrees = self._for_channels(weights, pooled.mean)
+            own = [_statistics(track.own) for track in self._tracks.values()]
+            self._move([mean for mean, _ in own], pooled.mean, for_mean)
+            self._move([variance for _, variance in own], pooled.squares / degrees, for_variance)
+
+    def _move(self, own: list[Tensor], pooled: Tensor, weights: Tensor) -> None:
+        moved = _joined(own).lerp_(pooled, weights)
+        torch._foreach_copy_(own, moved.split(self._channels))
+
+
+def _next_momentum(layer: _BatchNorm) -> float:
+    """Count one more batch, and return the momentum with which torch would add it."""
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    if layer.momentum is not None:
+        return layer.momentum
+    # The average over batches. Where none are counted, torch moves nothing.
+    return 0.0 if layer.num_batches_tracked is None else 1 / float(layer.num_batches_tracked)
 
 
 @torch.no_grad()
-def _add(
-    pooled: Sequence[_Moments], counts: Sequence[int], moments: Sequence[tuple[Tensor, Tensor]]
-) -> None:
-    """Add the mean and unbiased variance of so many values to each, all layers in one call."""
-    means, variances = ([pair[which] for pair in moments] for which in (0, 1))
-    before = [known.count for known in pooled]
-    after = [known.count + count for known, count in zip(pooled, counts, strict=True)]
-    ratios = [count / total for count, total in zip(counts, after, strict=True)]
-    between = [count * ratio for count, ratio in zip(before, ratios, strict=True)]
-    distances = torch._foreach_sub(means, [known.mean for known in pooled])
-    squares = [known.squares for known in pooled]
-    torch._foreach_add_(squares, torch._foreach_mul(variances, [float(n - 1) for n in counts]))
-    squared = torch._foreach_mul(distances, distances)
-    torch._foreach_add_(squares, torch._foreach_mul(squared, between))
-    torch._foreach_add_([known.mean for known in pooled], torch._foreach_mul(distances, ratios))
-    for known, total in zip(pooled, after, strict=True):
-        known.count = total
+def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and unbiased variance; of a single value 0, of none anything."""
+    dimensions = [0, *range(2, values.dim())]
+    several = values.numel() > values.shape[1]
+    variance, mean = torch.var_mean(_widened(values), dimensions, correction=int(several))
+    return mean, variance
 
 
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Running mean, running variance, number of batches: tensors that exist where they move."""
-    mean, variance, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return _widened(torch.cat(list(tensors)))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In 16 bits the squares of 70,000 values are infinite."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
+def _statistics(buffers: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    mean, variance = buffers["running_mean"], buffers["running_var"]
     assert mean is not None
     assert variance is not None
-    assert batches is not None
-    return mean, variance, batches
+    return mean, variance

@@ -1,95 +1,130 @@
 """Epochs of logical batches, one optimizer step each."""
 
-import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 
 from autobatch.batches.nest import Nest
-from autobatch.events import EpochEnded, Observer, StepEnded
+from autobatch.errors import StepInterruptedError
+from autobatch.events import EpochEnded, Evaluated, Observer, StepEnded
 from autobatch.plan import BatchPlan
-from autobatch.results import StepResult
-from autobatch.training.step import Accumulator
+from autobatch.results import Evaluation, StepResult
+from autobatch.training.driver import Driver
+from autobatch.training.keeper import Keeper
+from autobatch.training.progress import Place, Progress
+from autobatch.training.stopping import held_back
 
 
-@dataclass(slots=True, kw_only=True)
-class Progress:
-    """What a training has done so far.
-
-    Attributes:
-        losses: One per optimizer step.
-        examples: That entered a step.
-        epochs: Begun.
-        replays: Windows run again.
-        skipped: Logical batches without a valid term.
-        seconds: Since the first window.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    examples: int = 0
-    epochs: int = 0
-    replays: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-
-    def count(self, step: StepResult) -> None:
-        """Add one step, or one that was skipped."""
-        self.replays += step.replays
-        if step.skipped:
-            self.skipped += 1
-            return
-        self.losses.append(step.loss)
-        self.examples += step.examples
-
-
-def train(
-    accumulator: Accumulator,
-    epochs: Iterable[Iterator[Nest]],
-    *,
-    desired: int,
-    max_steps: int | None,
-    observer: Observer,
-) -> Progress:
-    """Step through ``epochs`` of logical batches, and return what was done.
+class Loop:
+    """Trains, and tells, evaluates, schedules and saves at the right moments.
 
     Args:
-        accumulator: Takes the steps.
-        epochs: Each yields the logical batches of one epoch. None is opened before its turn.
+        driver: Takes the steps.
+        progress: What has been done before; it is added to.
         desired: Examples in a full logical batch.
-        max_steps: Stop after so many optimizer steps; None goes on to the end.
+        max_steps: Stop after so many optimizer steps in all; None goes on to the end.
         observer: Is told of every step and epoch.
+        on_step: Is told of every step's result.
+        evaluate: Evaluates after an epoch.
+        keeper: Saves checkpoints.
     """
-    progress = Progress()
-    started = time.perf_counter()
-    for epoch, logical_batches in enumerate(epochs, start=1):
-        progress.epochs = epoch
-        before, epoch_started = len(progress.losses), time.perf_counter()
-        sizes: list[int] = []
-        for batch in logical_batches:
-            step = accumulator.step(batch)
-            progress.count(step)
-            if not step.skipped:
-                sizes.append(step.examples)
-            tolerable = accumulator.micro_batch or desired
-            plan = BatchPlan(desired=desired, tolerable=min(tolerable, desired))
-            observer(StepEnded(step=step, epoch=epoch, plan=plan))
-            if len(progress.losses) == max_steps:
-                break
-        progress.seconds = time.perf_counter() - started
-        elapsed = time.perf_counter() - epoch_started
-        observer(
+
+    def __init__(
+        self,
+        driver: Driver,
+        progress: Progress,
+        *,
+        desired: int,
+        max_steps: int | None,
+        observer: Observer,
+        on_step: Callable[[StepResult], object] | None = None,
+        evaluate: Callable[[int], Evaluation] | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
+        self._driver = driver
+        self._progress = progress
+        self._desired = desired
+        self._max_steps = max_steps
+        self._observer = observer
+        self._on_step = on_step
+        self._evaluate = evaluate
+        self._keeper = keeper
+
+    def run(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
+        """Step through the epochs that are left.
+
+        Args:
+            epochs: The place where each begins, which is moved along, and the logical batches from
+                there. None is opened before its turn.
+        """
+        if self._keeper is None:
+            self._epochs(epochs)
+            return
+        with held_back() as stop:
+            self._keeper.stop = stop
+            try:
+                self._epochs(epochs)
+            except StepInterruptedError as error:
+                error.checkpoint = None if self._keeper.path is None else str(self._keeper.path)
+                raise
+
+    def _epochs(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
+        before, started = self._progress.seconds, time.perf_counter()
+        for place, batches in epochs:
+            if self._is_done():
+                return
+            epoch_started = time.perf_counter()
+            steps_before = self._progress.steps
+            whole = self._epoch(place, batches)
+            now = time.perf_counter()
+            self._progress.seconds = before + now - started
+            self._end_epoch(place, now - epoch_started, steps_before, whole=whole)
+
+    def _epoch(self, place: Place, batches: Iterator[Nest]) -> bool:
+        """Step through the rest of one epoch; return whether it came to its end."""
+        for batch in batches:
+            step = self._driver.step(batch)
+            place.windows += 1
+            self._progress.count(step)
+            plan = BatchPlan(desired=self._desired, tolerable=self._tolerable())
+            self._observer(StepEnded(step=step, epoch=place.epoch, plan=plan))
+            if self._on_step is not None:
+                self._on_step(step)
+            if self._keeper is not None and self._keeper.stop.signal is not None:
+                self._keeper.save(self._driver, self._progress, place)
+                self._keeper.stop.go()
+            if self._is_done():
+                return False
+        return True
+
+    def _end_epoch(self, place: Place, seconds: float, steps_before: int, *, whole: bool) -> None:
+        """Evaluate, tell, schedule and save. An epoch that max_steps ended may go on later."""
+        progress = self._progress
+        loss = progress.epoch_loss()
+        evaluation = None
+        if self._evaluate is not None:
+            evaluation = self._evaluate(place.epoch)
+            progress.evaluations.append(evaluation)
+        examples = sum(progress.sizes[steps_before:])
+        self._observer(
             EpochEnded(
-                epoch=epoch,
-                loss=_weighted_mean(progress.losses[before:], sizes),
-                examples_per_second=sum(sizes) / elapsed if elapsed else 0.0,
+                epoch=place.epoch,
+                loss=loss,
+                examples_per_second=examples / seconds if seconds else 0.0,
             )
         )
-        if len(progress.losses) == max_steps:
-            break
-    return progress
+        if evaluation is not None:
+            self._observer(Evaluated(evaluation=evaluation))
+        if whole:
+            self._driver.schedule.after_epoch(loss if evaluation is None else evaluation.loss)
+            place.next_epoch()
+            progress.epoch_begins = progress.steps
+        if self._keeper is not None:
+            self._keeper.save(self._driver, progress, place)
+            if self._keeper.stop.signal is not None:
+                self._keeper.stop.go()
 
+    def _is_done(self) -> bool:
+        return self._max_steps is not None and self._progress.steps >= self._max_steps
 
-def _weighted_mean(losses: list[float], sizes: list[int]) -> float:
-    if not sizes:
-        return math.nan
-    return math.fsum(map(float.__mul__, losses, map(float, sizes))) / sum(sizes)
+    def _tolerable(self) -> int:
+        return min(self._driver.size.size or self._desired, self._desired)

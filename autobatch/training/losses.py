@@ -103,7 +103,7 @@ class UnrecognisedLoss:
         result = self.function(outputs, targets)
         if isinstance(result, tuple):
             self._remember("(sum, terms)")
-            return _read_pair(result)
+            return read_pair(result)
         self._remember("a mean")
         return _widened(_scalar("the loss", result)) * examples, None
 
@@ -294,13 +294,34 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype is torch.float16 else tensor
 
 
-def _read_pair(pair: tuple[object, ...]) -> tuple[Tensor, Tensor | float]:
+def read_pair(pair: tuple[object, ...]) -> tuple[Tensor, Tensor | float]:
+    """Return ``(sum, terms)`` as a loss may give it: scalars, terms without graph.
+
+    Raises:
+        TypeError, ValueError: If it is no such pair.
+    """
     if len(pair) != 2:
         raise TypeError(f"the loss must return a mean or (sum, terms), got {describe(pair)}")
     summed, terms = _scalar("the sum", pair[0]), pair[1]
     if isinstance(terms, numbers.Real):
         return summed, float(terms)
     return summed, _scalar("the terms", terms).detach()
+
+
+def read_mean(value: object, examples: int) -> tuple[Tensor, float]:
+    """Return sum and terms of a metric that gives a mean over examples, or ``(sum, terms)``.
+
+    Raises:
+        TypeError, ValueError: If it gives neither.
+    """
+    if isinstance(value, tuple):
+        total, terms = value if len(value) == 2 else (None, None)
+        if isinstance(total, numbers.Real):
+            total = torch.tensor(float(total))
+        summed, count = read_pair((total, terms))
+        return summed.double(), float(count)
+    mean = torch.tensor(float(value)) if isinstance(value, numbers.Real) else value
+    return _scalar("the metric", mean).double() * examples, float(examples)
 
 
 def _scalar(name: str, value: object) -> Tensor:

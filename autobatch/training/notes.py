@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from autobatch.plan import BatchPlan
-from autobatch.training.loop import Progress
+from autobatch.training.objective import Compared, Custom
+from autobatch.training.progress import Progress
+from autobatch.training.window import Recipe
 
 
 def notes(
@@ -14,7 +16,7 @@ def notes(
     *,
     asked: int,
     normalises: bool,
-    checked: bool,
+    recipe: Recipe,
     moved: Sequence[str],
 ) -> Iterator[str]:
     """Yield a sentence for each thing that the user should know of.
@@ -25,7 +27,7 @@ def notes(
         done: What the training did.
         asked: The desired batch, which the data may not fill.
         normalises: Whether a layer normalises with the statistics of the batch that it sees.
-        checked: Whether the loss was not recognised.
+        recipe: What a step was made of.
         moved: Names of buffers that a forward pass moves, BatchNorm's apart.
     """
     if planned.desired < asked:
@@ -33,22 +35,8 @@ def notes(
             f"the data holds {planned.desired} examples, fewer than the {asked} desired: a step "
             f"takes {planned.desired}"
         )
-    if normalises and max(planned.accumulation_steps, ended.accumulation_steps) > 1:
-        yield (
-            "BatchNorm normalises each micro-batch by its own statistics, so this model's steps "
-            "differ from the undivided batch's in that; its running statistics are pooled over the "
-            "whole batch and moved once a step"
-        )
-    if moved:
-        yield (
-            "these buffers are moved by the forward pass, so once a micro-batch instead of once a "
-            f"step: {', '.join(moved)}"
-        )
-    if checked and max(planned.accumulation_steps, ended.accumulation_steps) > 1:
-        yield (
-            "the loss is none that autobatch knows: it was seen to be a mean over examples (or its "
-            "sum over its terms) in the windows 1, 2, 4, 8 and so on that were cut"
-        )
+    if max(planned.accumulation_steps, ended.accumulation_steps) > 1:
+        yield from _of_cutting(recipe, moved, normalises=normalises)
     lost = sum(not math.isfinite(loss) for loss in done.losses)
     if lost:
         yield f"{lost} of {len(done.losses)} losses are not finite"
@@ -57,5 +45,38 @@ def notes(
             f"memory ran out {done.replays} times in training; each window was run again, and "
             f"micro-batches went from {planned.micro_batch} to {ended.micro_batch}"
         )
-    if done.skipped:
-        yield f"{done.skipped} logical batches held no valid term and were skipped"
+    for reason, count in done.skipped.items():
+        yield f"{count} logical batches {_SKIPPED.get(reason, reason)}"
+
+
+_SKIPPED = {
+    "no valid term": "held no valid term and were skipped",
+    "not finite": "had a loss or gradient that is not finite and were skipped",
+    "overflow": "overflowed in fp16 and were skipped while the scale came down",
+}
+
+
+def _of_cutting(recipe: Recipe, moved: Sequence[str], *, normalises: bool) -> Iterator[str]:
+    """What differs from the undivided batch, or was not proved."""
+    if normalises and recipe.batch_norm == "micro":
+        yield (
+            "BatchNorm normalises each micro-batch by its own statistics, so this model's steps "
+            "differ from the undivided batch's in that; its running statistics are pooled over the "
+            "whole batch and moved once a step"
+        )
+    if normalises and recipe.batch_norm == "frozen":
+        yield "BatchNorm was frozen: it normalises by its running statistics, which do not move"
+    if moved:
+        yield (
+            "these buffers are moved by the forward pass, so once a micro-batch instead of once a "
+            f"step: {', '.join(moved)}"
+        )
+    if isinstance(recipe.objective, Compared) and recipe.objective.loss.checked:
+        yield (
+            "the loss is none that autobatch knows: it was seen to be a mean over examples (or its "
+            "sum over its terms) in the windows 1, 2, 4, 8 and so on that were cut"
+        )
+    if isinstance(recipe.objective, Custom):
+        yield (
+            "batch_loss is taken at its word: its sums and its terms must each add up over examples"
+        )

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 
 from autobatch.batches.nest import Nest
 from autobatch.batches.sample import repeated
-from autobatch.randomness import generators_in
-from autobatch.training.replay import window_start
-from autobatch.training.window import NO_GRADIENT, Recipe
+from autobatch.state import attributes_of
+from autobatch.training.window import Recipe
 
 
 class Rehearsal:
@@ -15,12 +14,16 @@ class Rehearsal:
     Args:
         recipe: What a training step is made of.
         sample: Real examples; they are repeated to any size.
+        desired: Examples in a whole window, of which a trial may run the first parts only; None
+            where windows go on.
     """
 
-    def __init__(self, recipe: Recipe, sample: Nest) -> None:
+    def __init__(self, recipe: Recipe, sample: Nest, desired: int | None = None) -> None:
         self._recipe = recipe
         self._sample = sample
-        self._generators = list(generators_in(recipe.model))
+        self._desired = desired
+        scaler = recipe.update.scaler
+        self._put_scaler_back = attributes_of(scaler) if scaler is not None else lambda: None
 
     def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
         """Return a window of micro-batches of ``sizes`` and its optimizer step, not yet run.
@@ -30,21 +33,21 @@ class Rehearsal:
         recipe = self._recipe
         batches = {size: repeated(self._sample, size) for size in set(sizes)}
         micro_batches = [batches[size] for size in sizes]
-        denominator = sum(map(recipe.denominator, micro_batches)) or 1
+        denominator = sum(recipe.prepared(nest, cut=False) for nest in micro_batches) or 1
+        more_follow = self._desired is None or sum(sizes) < self._desired
 
         def window() -> None:
             recipe.clear()
-            put_back = window_start(recipe.model, self._generators)  # Held as training holds it.
-            done = recipe.accumulate(micro_batches, denominator)
-            del put_back
-            if next(recipe.gradients(), None) is None:
-                raise ValueError(NO_GRADIENT)
-            recipe.optimizer.step()
-            del done
+            start = recipe.start()  # Held as training holds it.
+            ledger = recipe.accumulate(micro_batches, denominator, more_follow=more_follow)
+            recipe.check_gradient()
+            recipe.update.rehearse()
+            del start, ledger
             recipe.clear()
 
         return window
 
     def clear(self) -> None:
-        """Let go of the gradients of a window that failed."""
+        """Let go of gradients, and of what a scaler notes about them."""
         self._recipe.clear()
+        self._put_scaler_back()

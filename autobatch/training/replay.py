@@ -1,21 +1,50 @@
 """Running a window again, from its beginning, with smaller micro-batches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from autobatch.randomness import Restore, random_state
-from autobatch.state import contents_of, reachable
+from autobatch.state import attributes_of, contents_of, reachable
+
+PATIENCE: Final = 16  # Windows without a failure before a larger size is tried again,
+LONGEST_PATIENCE: Final = 1024  # and at most so many.
+_KEPT: Final = ("size", "_wished", "_largest", "_quiet", "_patience", "_grown_from")
 
 # What every module has; of these a forward pass moves only buffers.
 _STANDARD: Final = frozenset(vars(nn.Module()))
 _FIXED: Final = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype})
 
 
-def window_start(model: nn.Module, generators: Iterable[object] = ()) -> Restore:
-    """Take what a forward pass may move: buffers, plain attributes and random generators.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a window may move, as it was before: each function puts its part back.
+
+    Attributes:
+        model: Buffers and plain attributes.
+        scaler: What a GradScaler notes about gradients that it has unscaled.
+        random: Generators.
+    """
+
+    model: Restore
+    scaler: Restore
+    random: Restore
+
+    def put_back(self) -> None:
+        """Put everything back."""
+        self.model()
+        self.scaler()
+        self.random()
+
+
+def window_start(
+    model: nn.Module, generators: Iterable[object] = (), scaler: GradScaler | None = None
+) -> Start:
+    """Take what a window may move: buffers, plain attributes, random generators, a scaler's stage.
 
     The copies lie beside the originals, on the device. A window starts often: for a layer of torch
     this costs a look at its attributes.
@@ -23,23 +52,21 @@ def window_start(model: nn.Module, generators: Iterable[object] = ()) -> Restore
     Args:
         model: Parameters are left out: only the optimizer moves them, after the window.
         generators: The model's own ones.
-
-    Returns:
-        A function that puts everything back.
+        scaler: Notes what it has unscaled.
     """
     attributes = []
     containers: list[object] = []
-    for module in model.modules():
+    for module in _modules(model):
         own = vars(module)
-        attributes.append((own, dict(own)))
-        if own.get("_buffers"):
+        attributes.append((own, own.copy()))
+        if own["_buffers"]:
             containers.append(own["_buffers"])
         containers += [
             value
             for name, value in own.items()
             if type(value) not in _FIXED and name not in _STANDARD
         ]
-    moving = reachable(containers)
+    moving = reachable(containers) if containers else []
     put_contents_back = contents_of(moving)
     tensors = [
         found
@@ -47,19 +74,33 @@ def window_start(model: nn.Module, generators: Iterable[object] = ()) -> Restore
         if isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
     ]
     values = _copies(tensors)
-    put_generators_back = random_state(generators)
 
     @torch.no_grad()
-    def put_back() -> None:
+    def put_model_back() -> None:
         for own, before in attributes:
             own.clear()
             own.update(before)
         put_contents_back()
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
-        put_generators_back()
 
-    return put_back
+    return Start(
+        model=put_model_back,
+        scaler=attributes_of(scaler) if scaler is not None else lambda: None,
+        random=random_state(generators),
+    )
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Every module once. Module.modules() makes names on the way, and takes five times as long."""
+    found = {id(model): model}
+    unseen = [model]
+    while unseen:
+        for child in vars(unseen.pop())["_modules"].values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                unseen.append(child)
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -71,11 +112,81 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return [next(copied) if id(t) in chosen else t.detach().clone() for t in tensors]
 
 
-def smaller_size(examples: int, size: int, failures: int) -> int:
-    """Return the size to try after ``size`` did not fit: a smaller one, or 1 again after 1.
+class MicroBatchSize:
+    """The largest micro-batch: smaller when memory runs out, and larger again after a while.
 
     The first failure in a window adds one micro-batch to it, the next two, then four: the step is
     small where memory is just short, and a size far too large still comes down in a few replays.
+    After some windows without a failure one micro-batch fewer is tried, up to what was wished. If
+    that fails, twice as many windows pass before the next attempt.
+
+    Attributes:
+        size: In use; None is the whole batch, until memory runs out.
+    """
+
+    def __init__(self, wished: int | None) -> None:
+        self.size = wished
+        self._wished = wished
+        self._largest = 0  # Logical batch so far: a short last one says nothing of the others.
+        self._quiet = 0  # Windows since the last failure or attempt.
+        self._patience = PATIENCE
+        self._grown_from: int | None = None
+
+    def for_window(self, examples: int) -> int:
+        """Return the size for a window of so many examples, which now begins."""
+        self._largest = max(self._largest, examples)
+        if self.size is not None and self._quiet >= self._patience and examples >= self._largest:
+            self._grow(examples)
+        return min(self.size or examples, examples)
+
+    def ran(self) -> None:
+        """Say that a window ran."""
+        if self._grown_from is not None or self._is_smaller():
+            self._quiet += 1
+        if self._quiet >= self._patience:  # What was tried has held for long enough.
+            self._grown_from = None
+
+    def failed(self, examples: int, size: int, failures: int) -> int:
+        """Say that memory ran out; return the size to try next.
+
+        Args:
+            examples: In the logical batch.
+            size: The largest micro-batch of the window that failed.
+            failures: In this window, this one counted.
+        """
+        self._quiet = 0
+        smaller = smaller_size(examples, size, failures)
+        if self._grown_from is not None:
+            self._patience = min(2 * self._patience, LONGEST_PATIENCE)
+            smaller = self._grown_from if self._grown_from < size else smaller
+            self._grown_from = None
+        if examples >= (self.size or self._largest):
+            self.size = smaller
+        return smaller
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Return what ``load_state_dict`` takes: plain numbers."""
+        return {name: vars(self)[name] for name in _KEPT}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """Go on from there."""
+        vars(self).update({name: state[name] for name in _KEPT})
+
+    def _is_smaller(self) -> bool:
+        return self.size is not None and self.size < (self._wished or self._largest)
+
+    def _grow(self, examples: int) -> None:
+        self._quiet = 0
+        wished = min(self._wished or self._largest, examples)
+        assert self.size is not None
+        if self.size < wished:
+            steps = -(-examples // self.size)
+            self._grown_from = self.size
+            self.size = min(-(-examples // max(steps - 1, 1)), wished)
+
+
+def smaller_size(examples: int, size: int, failures: int) -> int:
+    """Return the size to try after ``size`` did not fit: a smaller one, or 1 again after 1.
 
     Args:
         examples: In the logical batch.

@@ -1,28 +1,33 @@
 """One window: the gradient of one logical batch, from its micro-batches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
 
-from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
+from autobatch.batches.nest import Nest, join, part, size_of
 from autobatch.devices.base import MemoryDevice
-from autobatch.errors import InexactStepError
-from autobatch.training.accumulate import Accumulated, Terms, accumulate, rescale
-from autobatch.training.batch_norm import pooled_statistics
-from autobatch.training.forward import Forward, standard_forward, targets_of
-from autobatch.training.loss_check import check_splits
-from autobatch.training.losses import Loss
-
-NO_GRADIENT: Final = "no parameter received a gradient: the loss does not depend on the model"
-CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
-LARGEST_ROW_BYTES: Final = 2**29  # and one example of the first two micro-batches if not larger.
-
-Witness = Callable[[Nest, Nest], None]
+from autobatch.randomness import random_state
+from autobatch.training.accumulate import Terms, accumulate, rescale
+from autobatch.training.batch_norm import (
+    BatchNormMode,
+    Pool,
+    frozen_statistics,
+    normalises_by_batch,
+    pooled_statistics,
+)
+from autobatch.training.feed import Feed
+from autobatch.training.ledger import Ledger
+from autobatch.training.objective import Compared, Objective, Witness
+from autobatch.training.precision import Precision
+from autobatch.training.replay import Start, window_start
+from autobatch.training.update import Update
+from autobatch.training.whole_batch import Whole, accumulate_whole
+from autobatch.training.wide import WideSums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,151 +36,230 @@ class Recipe:
 
     Attributes:
         model: In training mode.
-        optimizer: Over some or all of the model's parameters.
-        loss: Resolved.
-        forward: The user's, or None for the standard one.
-        device: Where the model is.
+        objective: What is made smaller.
+        update: How the gradient becomes a step.
+        precision: What forward passes compute in.
+        batch_norm: What BatchNorm does with a micro-batch.
+        gradient_dtype: What 16-bit gradients are summed in; None is their own.
+        feed: Brings micro-batches to the device.
+        generators: The model's own random number generators.
     """
 
     model: nn.Module
-    optimizer: Optimizer
-    loss: Loss
-    forward: Forward | None
-    device: MemoryDevice
+    objective: Objective
+    update: Update
+    precision: Precision
+    batch_norm: BatchNormMode
+    gradient_dtype: torch.dtype | None
+    feed: Feed
+    generators: Sequence[object]
 
-    def denominator(self, batch: Nest) -> float:
-        """Return what the logical batch's summed loss is divided by before the backward passes.
+    @property
+    def device(self) -> MemoryDevice:
+        """Where the model is."""
+        return self.update.device
 
-        Zero means that no term is valid. Where a ``forward`` makes the targets they are not known
-        yet, and it is the examples: the gradient is rescaled at the end.
+    @property
+    def optimizer(self) -> Optimizer:
+        """Over some or all of the model's parameters."""
+        return self.update.optimizer
+
+    def prepared(self, batch: Nest, *, cut: bool) -> float:
+        """Learn what has to be known of a logical batch, and return its denominator.
+
+        Zero means that no term is valid.
+
+        Args:
+            batch: On the host, or wherever it is.
+            cut: Whether it is to be cut, so that the law matters.
         """
-        examples = size_of(batch)
-        if self.forward is not None:
-            return examples if self.loss.divides else 1
-        return self.loss.denominator(targets_of(batch), examples)
+        self.objective.settle(self.model, batch, self.feed.move, cut=cut)
+        return self.objective.denominator(batch)
 
     def parameters(self) -> list[Tensor]:
         """Return every tensor whose ``.grad`` a step owns."""
-        held = list(self.model.parameters())
-        for group in self.optimizer.param_groups:
-            held += group["params"]
-        return list({id(parameter): parameter for parameter in held}.values())
+        held: list[Tensor] = self.update.parameters()
+        known = {id(parameter) for parameter in held}
+        for parameter in self.model.parameters():
+            if id(parameter) not in known:
+                known.add(id(parameter))
+                held.append(parameter)
+        return held
 
-    def gradients(self) -> Iterator[Tensor]:
-        """Yield every gradient there is."""
-        return (p.grad for p in self.parameters() if p.grad is not None)
+    def start(self) -> Start:
+        """Take what a window may move."""
+        return window_start(self.model, self.generators, self.update.scaler)
+
+    def accumulate(
+        self,
+        parts: Sequence[Nest],
+        denominator: float,
+        *,
+        witness: Witness | None = None,
+        more_follow: bool = False,
+    ) -> Ledger:
+        """Leave the logical batch's finished gradient in ``.grad``, which must be empty.
+
+        Finished: rescaled, unscaled and clipped. Nothing here waits for the device.
+
+        Args:
+            parts: The micro-batches, on the host.
+            denominator: The logical batch's.
+            witness: Is shown each micro-batch's outputs and its targets.
+            more_follow: Whether they stand for a window of more.
+        """
+        ledger = Ledger(len(parts), self.device.torch_device)
+        parameters = self.parameters()
+        wide = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
+        with ExitStack() as stack:
+            stack.enter_context(self.precision.window())
+            pool = stack.enter_context(self._statistics(len(parts)))
+            run = _Run(self, pool, ledger, wide, more_follow)
+            if isinstance(self.objective, Whole) and len(parts) > 1:
+                run.whole(parts, self.objective)
+            else:
+                run.shares(parts, denominator, witness)
+        sums = [p.grad for p in parameters if p.grad is not None]
+        if wide is not None:
+            sums += wide.sums
+        _rescale(sums, denominator, ledger.terms)
+        if wide is not None:
+            wide.give_back()
+        norm = self.update.finish_gradient()
+        if norm is not None:
+            ledger.note_norm(norm)
+        return ledger
+
+    def check_gradient(self) -> None:
+        """Refuse a step on nothing.
+
+        Raises:
+            ValueError: If no parameter received a gradient.
+        """
+        if all(parameter.grad is None for parameter in self.parameters()):
+            raise ValueError(
+                "no parameter received a gradient: the loss does not depend on the model"
+            )
 
     def clear(self) -> None:
         """Let go of every gradient."""
         for parameter in self.parameters():
             parameter.grad = None
 
-    def accumulate(
-        self, parts: Sequence[Nest], denominator: float, witness: Witness | None = None
-    ) -> Accumulated:
-        """Leave the logical batch's gradient in ``.grad``, which must be empty.
-
-        Args:
-            parts: The micro-batches, on the host.
-            denominator: The logical batch's.
-            witness: Is shown each micro-batch's detached outputs and its targets.
-        """
-        finite: list[Tensor] = []
-
-        def share(micro_batch: Nest) -> tuple[Tensor, Terms]:
-            pool.begin()
-            outputs, targets = (self.forward or standard_forward)(self.model, micro_batch)
-            pool.end()
-            if witness is not None:
-                witness(outputs, targets)
-            examples = size_of(micro_batch)
-            loss_sum, terms = self.loss.summed(outputs, targets, examples)
-            if self.loss.checked:
-                finite.append(loss_sum.detach().isfinite())
-            if self.forward is not None and terms is None and self.loss.divides:
-                terms = self.loss.denominator(targets, examples)
-            return loss_sum, terms
-
-        with pooled_statistics(self.model, len(parts)) as pool:
-            done = accumulate(map(self.moved, parts), share, denominator=denominator)
-        if finite:
-            _refuse_partly_finite(torch.stack(finite))
-        if done.terms is not None:
-            terms = float(done.terms)  # An integer tensor would divide in single precision.
-            if terms not in (0.0, denominator):
-                rescale(list(self.gradients()), denominator / terms)
-        return done
-
-    def moved(self, nest: Nest) -> Nest:
-        """Return a copy on the device: a model that works in place must not reach the original."""
-        device = self.device.torch_device
-        return map_tensors(lambda t: t.to(device, non_blocking=True, copy=True), nest)
+    def _statistics(self, micro_batches: int) -> AbstractContextManager[Pool | None]:
+        if self.batch_norm == "frozen":
+            return frozen_statistics(self.model)
+        return pooled_statistics(self.model, micro_batches)
 
 
-@dataclass(slots=True)
-class LossCheck:
-    """Gathers a window's outputs, a bounded part of them, and holds the loss to the law.
+def _rescale(sums: Sequence[Tensor], denominator: float, terms: Tensor | float | None) -> None:
+    """Divide by the terms that only the loss could count, in place of the examples.
 
-    Attributes:
-        recipe: Whose loss it is.
-        micro_batches: How many the window has.
+    On a device other than the CPU they are not looked at: where there are none, no step is taken.
     """
+    if terms is None or (not isinstance(terms, Tensor) and terms in (0.0, denominator)):
+        return
+    rescale(sums, denominator / terms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The passes of one window."""
 
     recipe: Recipe
-    micro_batches: int
-    outputs: list[Nest] = field(default_factory=list)
-    targets: list[Nest] = field(default_factory=list)
+    pool: Pool | None
+    ledger: Ledger
+    wide: WideSums | None
+    more_follow: bool
 
-    def witness(self, outputs: Nest, targets: Nest) -> None:
-        """Keep the first rows of one micro-batch on the host, and off the device's meter."""
-        examples = _common_length(outputs, targets)
-        row_bytes = sum(t.nbytes for t in (*tensors(outputs), *tensors(targets))) / examples
-        rows = int(CHECKED_BYTES / self.micro_batches / max(row_bytes, 1))
-        if len(self.outputs) < 2 and row_bytes <= LARGEST_ROW_BYTES:
-            rows = max(rows, 1)
-        if rows:
-            with _disable_current_modes():
-                self.outputs.append(_on_host(part(outputs, 0, min(rows, examples))))
-                self.targets.append(_on_host(part(targets, 0, min(rows, examples))))
+    def shares(self, parts: Sequence[Nest], denominator: float, witness: Witness | None) -> None:
+        """Forward and backward, micro-batch by micro-batch."""
+        recipe, pool = self.recipe, self.pool
+        forward = recipe.precision.forward
 
-    def settled(self) -> bool:
-        """Return whether the loss was shown to be exact; False if it could not be judged.
+        def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
+            nest, host, borrowed = micro_batch
+            if pool is not None:
+                pool.begin(borrowed)
+            with forward():
+                result = recipe.objective.share(
+                    recipe.model, nest, host=host, borrowed=borrowed, witness=witness
+                )
+            if pool is not None:
+                pool.end()
+            return result
 
-        Called when the activations are gone and no limit holds: no search has rehearsed it.
+        accumulate(
+            self._fed(parts),
+            share,
+            denominator=denominator,
+            ledger=self.ledger,
+            scaled=recipe.update.scaled(),
+            after_backward=self.wide.absorb if self.wide is not None else None,
+        )
 
-        Raises:
-            InexactStepError: If splitting changes the loss.
-        """
-        if len(self.outputs) < 2:
-            return False
-        try:
-            outputs = list(map(self.recipe.moved, self.outputs))
-            targets = list(map(self.recipe.moved, self.targets))
-        except (torch.OutOfMemoryError, MemoryError):
-            return False
-        return check_splits(self.recipe.loss, outputs, targets)
+    def whole(self, parts: Sequence[Nest], objective: Whole) -> None:
+        """All outputs, the loss of all, and each micro-batch once more."""
+        recipe, pool = self.recipe, self.pool
+        counts = False
 
+        def encode(nest: Nest, borrowed: int) -> tuple[Nest, Nest]:
+            if pool is not None and counts:
+                pool.begin(borrowed)
+            with recipe.precision.forward():
+                result = objective.encode(recipe.model, nest, borrowed)
+            if pool is not None and counts:
+                pool.end()
+            return result
 
-def _refuse_partly_finite(finite: Tensor) -> None:
-    """Refuse an unknown loss that is a number for some micro-batches only."""
-    if bool(finite.any()) and not bool(finite.all()):
-        raise InexactStepError(
-            f"the loss is not finite for {int((~finite).sum())} of {len(finite)} micro-batches, as "
-            "a mean over valid terms is where a micro-batch has none; return (sum, terms)"
+        def begin_counting() -> None:
+            nonlocal counts
+            counts = True
+
+        accumulate_whole(
+            lambda: ((nest, borrowed) for nest, _, borrowed in self._fed(parts)),
+            encode,
+            objective.loss,
+            start=recipe.start,
+            random=functools.partial(random_state, recipe.generators),
+            ledger=self.ledger,
+            scaled=recipe.update.scaled(),
+            after_backward=self.wide.absorb if self.wide is not None else None,
+            second_pass=begin_counting,
+        )
+
+    def _fed(self, parts: Sequence[Nest]) -> Iterator[tuple[Nest, Nest, int]]:
+        """The micro-batches, on the device and as they came, with what each of them borrows."""
+        recipe = self.recipe
+        borrowed = [0] * len(parts)
+        if self._may_borrow() and any(size_of(nest) == 1 for nest in parts):
+            parts, borrowed = _with_neighbours(parts)
+        moved = recipe.feed(parts, more_follow=self.more_follow)
+        for host, count in zip(parts, borrowed, strict=True):
+            yield next(moved), host, count
+
+    def _may_borrow(self) -> bool:
+        recipe = self.recipe
+        return (
+            recipe.batch_norm == "micro"
+            and isinstance(recipe.objective, Compared | Whole)
+            and normalises_by_batch(recipe.model)
         )
 
 
-def _common_length(outputs: Nest, targets: Nest) -> int:
-    try:
-        return size_of((outputs, targets))
-    except ValueError:
-        raise InexactStepError(
-            "a loss that autobatch does not know can be split only where outputs and targets hold "
-            "one row an example along dimension 0, got outputs "
-            f"{describe(outputs)} and targets {describe(targets)}; return such outputs from the "
-            "model or from forward=, or use a loss of torch"
-        ) from None
+def _with_neighbours(parts: Sequence[Nest]) -> tuple[list[Nest], list[int]]:
+    """Put the last example of the part before in front of a part that has only one.
 
-
-def _on_host(nest: Nest) -> Nest:
-    return map_tensors(lambda t: t.detach().to("cpu", copy=True), nest)
+    BatchNorm can do nothing with a single example. Where all have one, it is what fits.
+    """
+    found, borrowed = list(parts), [0] * len(parts)
+    sizes = [size_of(nest) for nest in parts]
+    for place, size in enumerate(sizes):
+        neighbour = place - 1 if place else 1
+        if len(sizes) > 1 and size == 1 < sizes[neighbour]:
+            last = part(parts[neighbour], sizes[neighbour] - 1, sizes[neighbour])
+            try:
+                found[place], borrowed[place] = join([last, parts[place]]), 1
+            except ValueError:  # Of another shape: it stays alone.
+                continue
+    return found, borrowed

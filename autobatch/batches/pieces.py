@@ -1,0 +1,63 @@
+"""Logical batches, of one piece or several: put together, cut into micro-batches."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from torch import Tensor
+
+from autobatch.batches.marks import Pieces
+from autobatch.batches.nest import Nest, RaggedError, counted, cut, join, size_of, tensors
+from autobatch.plan import BatchPlan
+
+
+def put_together(batches: Sequence[Nest]) -> Nest:
+    """Return one logical batch of all examples, in order, in as few pieces as can be.
+
+    Ragged batches stay apart, and only they; a single piece is an ordinary batch.
+
+    Raises:
+        ValueError: If they differ in another way than in shape beyond dimension 0.
+    """
+    try:
+        return join(batches)
+    except RaggedError:
+        pass
+    return Pieces(tuple(join(list(alike)) for _, alike in groupby(batches, _row_shapes)))
+
+
+def pieces_of(batch: Nest) -> Sequence[Nest]:
+    """Return the pieces of a logical batch; of an ordinary one that is itself."""
+    return batch.pieces if isinstance(batch, Pieces) else (batch,)
+
+
+def cut_to(batch: Nest, tolerable: int) -> tuple[list[Nest], tuple[int, ...]]:
+    """Return the micro-batches of a logical batch, and their sizes.
+
+    Each piece is cut evenly into as few as can be, so ragged pieces need more than one batch does.
+
+    Args:
+        batch: At least one example, on the host or wherever it is; the parts are views.
+        tolerable: The most examples of a micro-batch.
+    """
+    micro_batches: list[Nest] = []
+    sizes: tuple[int, ...] = ()
+    for piece in pieces_of(batch):
+        plan = BatchPlan(desired=size_of(piece), tolerable=tolerable)
+        micro_batches += cut(piece, plan.micro_batch_sizes)
+        sizes += plan.micro_batch_sizes
+    return micro_batches, sizes
+
+
+def largest_piece(batch: Nest) -> Nest:
+    """Return the piece with the most bytes an example: what a trial repeats."""
+    return max(pieces_of(batch), key=_example_bytes)
+
+
+def _row_shapes(batch: Nest) -> list[tuple[int, ...]]:
+    return [tuple(item.shape[1:]) for item in counted(batch) if isinstance(item, Tensor)]
+
+
+def _example_bytes(batch: Nest) -> float:
+    """What is shared is left out: it is the same in all pieces, however few examples they hold."""
+    held = sum(tensor.nbytes for item in counted(batch) for tensor in tensors(item))
+    return held / size_of(batch)

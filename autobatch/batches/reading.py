@@ -1,0 +1,83 @@
+"""The entrance of a batch: arrays become tensors, and lists of examples are marked."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TypeGuard
+
+from torch import Tensor
+
+from autobatch.batches.containers import children_of, is_dataclass, rebuilt
+from autobatch.batches.marks import MARKS, Examples, Pieces, Shared
+from autobatch.batches.nest import Nest, counted, from_numpy, plain_size, size_of
+
+
+def as_batch(nest: Nest) -> Nest:
+    """Return the batch with arrays as tensors, and each list of examples marked as ``Examples``.
+
+    A list in a batch can mean two things. ``([x1, x2], y)`` holds two inputs, each with one row an
+    example. ``([image, image, ...], [{"boxes": ..., "labels": ...}, ...])``, as detectors take it,
+    holds one item an example. The batch is read in the second way if all its members are plain
+    lists or tuples of one length of at least 1, or tensors of that length along dimension 0; if at
+    least one is such a list; and if
+
+    * an item of such a list is a mapping or a dataclass, or
+    * no member is a tensor, and one list holds nothing with a dimension: captions, labels, or
+    * the first way fails: not all tensors agree in length along dimension 0.
+
+    A member that is ``Shared``, a string, a number, ``None``, an object without tensors or a tensor
+    without dimensions does not count. Where it is nothing else, a batch is read in the first way.
+
+    The limit: a list of images beside a tensor of labels cannot be told from several inputs where
+    the batch has just as many examples as the images have channels. It is read in the first way
+    then. Labels in a list, or in a mapping an example, are always told. Nor can it be told that a
+    list of class names, as long as the batch, is meant for the batch as a whole: say ``Shared``.
+
+    To be read once, as the loader or the caller made it: what is cut from a batch may look like
+    another kind. A plain tuple of tensors is returned at once, and so are ``Pieces``.
+    """
+    if plain_size(nest) is not None or isinstance(nest, Pieces):
+        return nest
+    nest = from_numpy(nest)
+    members = children_of(nest)
+    if members is None or isinstance(nest, MARKS) or not _hold_examples(members, nest):
+        return nest
+    return rebuilt(nest, [Examples(m) if _is_plain_list(m) else m for m in members])
+
+
+def _hold_examples(members: Sequence[Nest], nest: Nest) -> bool:
+    """Whether the lists among the members of ``nest`` hold one item an example."""
+    told = [member for member in members if not _is_whole(member)]
+    lists = list(filter(_is_plain_list, told))
+    arrays = [member for member in told if isinstance(member, Tensor)]
+    lengths = set(map(len, [*lists, *arrays]))
+    if not lists or len(lists) + len(arrays) != len(told) or len(lengths) != 1 or 0 in lengths:
+        return False
+    items = list(chain.from_iterable(lists))
+    if any(isinstance(item, Shared) for item in items):
+        return False  # What is shared is not one example's.
+    if any(isinstance(item, Mapping) or is_dataclass(item) for item in items):
+        return True
+    return not (arrays or all(map(_has_dimension, lists))) or not _has_size(nest)
+
+
+def _is_plain_list(nest: Nest) -> TypeGuard[list[object] | tuple[object, ...]]:
+    return type(nest) is list or type(nest) is tuple
+
+
+def _is_whole(nest: Nest) -> bool:
+    """Whether this says nothing of how the batch is to be read."""
+    if isinstance(nest, Tensor):
+        return not nest.ndim
+    return isinstance(nest, Shared) or children_of(nest) is None
+
+
+def _has_dimension(nest: Nest) -> bool:
+    return any(True for _ in counted(nest))
+
+
+def _has_size(nest: Nest) -> bool:
+    try:
+        size_of(nest)
+    except ValueError:
+        return False
+    return True

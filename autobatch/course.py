@@ -1,0 +1,349 @@
+"""A whole training, from its arguments to its result: everything but the search."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autobatch.batches.nest import Nest, size_of
+from autobatch.batches.regroup import Data, Source, open_source
+from autobatch.events import Observer, Resumed, TrainingStarted
+from autobatch.job import Job
+from autobatch.plan import BatchPlan
+from autobatch.randomness import Restore
+from autobatch.results import SearchResult, StepResult, TrainingResult, Upper
+from autobatch.state import attributes_of, training_mode
+from autobatch.training.batch_norm import normalises_by_batch
+from autobatch.training.checkpoint import CheckpointStore
+from autobatch.training.driver import Driver
+from autobatch.training.epochs import Epochs
+from autobatch.training.evaluation import Evaluator, Inference, Metric
+from autobatch.training.keeper import Fields, Keeper
+from autobatch.training.loop import Loop
+from autobatch.training.notes import notes
+from autobatch.training.options import NonFinite
+from autobatch.training.progress import Place, Progress
+from autobatch.training.replay import MicroBatchSize
+from autobatch.training.schedule import Schedule, resolve_schedule
+
+FindForInference = Callable[[Inference, Sequence[int]], int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Course:
+    """A training that has been asked for, and where it stands.
+
+    Attributes:
+        job: The step and the data.
+        schedule: The learning rate's.
+        desired: Examples in a logical batch, as asked for.
+        max_steps: The most optimizer steps, or None.
+        nonfinite: What happens to a step that is not finite.
+        eval_source: What is evaluated, or None.
+        metrics: Of the evaluation.
+        on_step: Is told of every step's result.
+        keeper: Of the checkpoints, or None.
+        epochs: The data, from where training stands.
+        progress: What has been done.
+        undo: Takes back what a scheduler's factory has done to the optimizer.
+        saved: The checkpoint that training goes on from, or None.
+    """
+
+    job: Job
+    schedule: Schedule
+    desired: int
+    max_steps: int | None
+    nonfinite: NonFinite
+    eval_source: Source | None
+    metrics: Mapping[str, Metric] | None
+    on_step: Callable[[StepResult], object] | None
+    keeper: Keeper | None
+    epochs: Epochs
+    progress: Progress
+    undo: Restore
+    saved: Fields | None = None
+
+    @classmethod
+    def resolve(
+        cls,
+        job: Job,
+        *,
+        schedule: tuple[object, object],
+        desired: int,
+        epochs: int,
+        max_steps: int | None,
+        drop_last: bool,
+        nonfinite: NonFinite,
+        eval_data: Data | None,
+        metrics: Mapping[str, Metric] | None,
+        checkpoint_dir: str | os.PathLike[str] | None,
+        on_step: Callable[[StepResult], object] | None,
+    ) -> "Course":
+        """Check every argument. Only a scheduler's factory touches anything: the optimizer.
+
+        Raises:
+            TypeError, ValueError: With the value that came and the way out.
+        """
+        if job.source.one_pass and epochs > 1:
+            raise ValueError(
+                f"epochs={epochs} needs data that can be read again, got a one-pass one"
+            )
+        if on_step is not None and not callable(on_step):
+            raise TypeError(f"on_step must be callable, got {on_step!r}")
+        eval_source = None if eval_data is None else _evaluated(eval_data, desired)
+        _check_metrics(metrics)
+        keeper = None
+        if checkpoint_dir is not None:
+            keeper = Keeper(
+                store=CheckpointStore(checkpoint_dir),
+                sources=[job.source.owner, job.recipe.model],
+                desired=desired,
+                loss_module=job.loss_module,
+            )
+        undo = attributes_of(job.recipe.optimizer)
+        return cls(
+            job=job,
+            undo=undo,
+            schedule=resolve_schedule(schedule[0], job.recipe.optimizer, schedule[1]),
+            desired=desired,
+            max_steps=max_steps,
+            nonfinite=nonfinite,
+            eval_source=eval_source,
+            metrics=metrics,
+            on_step=on_step,
+            keeper=keeper,
+            epochs=Epochs(
+                source=job.source,
+                desired=desired,
+                drop_last=drop_last,
+                last=epochs,
+                place=Place(),
+                note=None if keeper is None else keeper.random_state,
+            ),
+            progress=Progress(),
+        )
+
+    def open(self, observer: Observer) -> Nest | None:
+        """Go on from the last checkpoint, if there is one, and read the next logical batch.
+
+        Returns:
+            None where the epoch that was begun holds no more.
+
+        Raises:
+            CheckpointError: If there is one that cannot be trained on from.
+            ValueError: If there is nothing to train on.
+        """
+        keeper, epochs = self.keeper, self.epochs
+        saved = None if keeper is None else keeper.latest()
+        if saved is None or keeper is None:
+            first = epochs.open()
+            if first is None:
+                raise ValueError(_nothing(epochs))
+            return first
+        keeper.put_back(saved, self.job.recipe, self.schedule)
+        self.saved = saved
+        self.progress = Progress.from_state_dict(saved["progress"])
+        epochs.place = Place(**saved["place"])
+        observer(
+            Resumed(
+                checkpoint=str(keeper.path),
+                steps=self.progress.steps,
+                epoch=epochs.place.epoch,
+            )
+        )
+        if self.is_done():
+            return None
+        if epochs.place.random is not None:
+            keeper.put_random_back(epochs.place.random)
+        return epochs.open(lambda: keeper.put_random_back(saved["random"]))
+
+    def is_done(self) -> bool:
+        """Whether no step is left to take."""
+        enough = self.max_steps is not None and self.progress.steps >= self.max_steps
+        return enough or self.epochs.place.epoch > self.epochs.last
+
+    def window(self, first: Nest | None) -> int:
+        """Return how many examples a full logical batch has: what is desired, or all the data."""
+        if self.saved is not None:
+            return int(self.saved["facts"]["window"])
+        assert first is not None, "a training begins with a batch"
+        return size_of(first)
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Take back what a scheduler has done to the optimizer if an error ends what is inside."""
+        try:
+            yield
+        except BaseException:
+            if self.saved is None:
+                self.undo()
+            raise
+
+    def train(
+        self, found: SearchResult, window: int, observer: Observer, find: FindForInference
+    ) -> TrainingResult:
+        """Train with the size that was found.
+
+        Args:
+            found: The search.
+            window: Examples in a full logical batch.
+            observer: Is told of every step and epoch.
+            find: Returns the largest size that inference really ran at.
+        """
+        job = self.job
+        job.move()
+        driver = self._driver(found, window, observer)
+        tolerable = min(driver.size.size or window, window)
+        plan = BatchPlan(desired=window, tolerable=tolerable)
+        observer(TrainingStarted(plan=plan, steps=self._steps(), epochs=self.epochs.last))
+        with training_mode(job.recipe.model):
+            normalises = normalises_by_batch(job.recipe.model)
+            Loop(
+                driver,
+                self.progress,
+                desired=window,
+                max_steps=self.max_steps,
+                observer=observer,
+                on_step=self.on_step,
+                evaluate=self._evaluator(find),
+                keeper=self.keeper,
+            ).run(self.epochs)
+        ended = BatchPlan(desired=window, tolerable=min(driver.size.size or window, window))
+        told = notes(
+            plan,
+            ended,
+            self.progress,
+            asked=self.desired,
+            normalises=normalises,
+            recipe=job.recipe,
+            moved=sorted(driver.moved_buffers),
+        )
+        return self._result(found, ended, tuple(told))
+
+    def done_before(self) -> TrainingResult:
+        """Return the result of a training that its checkpoint has finished."""
+        assert self.saved is not None, "only a checkpoint can have finished"
+        found = _search_from(self.saved["facts"]["search"])
+        plan = BatchPlan(desired=self.window(None), tolerable=found.size)
+        return self._result(found, plan, ("nothing was left to do: the checkpoint is complete",))
+
+    def _result(
+        self, found: SearchResult, plan: BatchPlan, told: tuple[str, ...]
+    ) -> TrainingResult:
+        progress, place = self.progress, self.epochs.place
+        progress.read()
+        resumed: tuple[str, ...] = ()
+        if self.saved is not None and self.keeper is not None:
+            steps = int(self.saved["driver"]["steps"])
+            resumed = (f"went on from a checkpoint in {self.keeper.store.directory}, step {steps}",)
+        return TrainingResult(
+            plan=plan,
+            search=found,
+            losses=tuple(progress.losses),
+            epochs=place.epoch if place.windows else place.epoch - 1,
+            examples=progress.examples,
+            seconds=progress.seconds,
+            replays=progress.replays,
+            evaluations=tuple(progress.evaluations),
+            notes=(*resumed, *told),
+        )
+
+    def _driver(self, found: SearchResult, window: int, observer: Observer) -> Driver:
+        job = self.job
+        # The CPU is metered only where a limit was asked for: the meter costs time, and without
+        # one the search has left the headroom.
+        limited = job.memory_limit_bytes is not None or job.device.torch_device.type != "cpu"
+        driver = Driver(
+            recipe=job.recipe,
+            size=MicroBatchSize(found.size),
+            nonfinite=self.nonfinite,
+            schedule=self.schedule,
+            limit_bytes=found.limit_bytes if limited else None,
+            observer=observer,
+        )
+        facts: dict[str, object] = {
+            "window": window,
+            "tolerable": found.size,
+            "device": job.device.name,
+            "search": _plain(found),
+        }
+        if self.saved is not None:
+            before = self.saved["facts"]
+            driver.load_counts(self.saved["driver"])
+            same_device = before["device"] == job.device.name
+            if same_device and before["tolerable"] <= found.size:
+                facts["tolerable"] = before["tolerable"]  # The same pieces round the same way.
+            else:
+                driver.size = MicroBatchSize(found.size)
+        if self.keeper is not None:
+            self.keeper.facts = facts
+        return driver
+
+    def _evaluator(self, find: FindForInference) -> Evaluator | None:
+        if self.eval_source is None:
+            return None
+        ignored = getattr(self.job.loss_module, "ignore_index", -100)
+        return Evaluator(
+            recipe=self.job.recipe,
+            source=self.eval_source,
+            desired=self.desired,
+            metrics=self.metrics,
+            find=find,
+            ignored=ignored if isinstance(ignored, int) else -100,
+        )
+
+    def _steps(self) -> int | None:
+        """Optimizer steps in all, where the data says how many examples it holds."""
+        examples, epochs = self.job.source.examples, self.epochs
+        if examples is None:
+            return self.max_steps
+        desired = self.desired
+        in_epoch = examples // desired if epochs.drop_last else -(-examples // desired)
+        return min(epochs.last * in_epoch, self.max_steps or epochs.last * in_epoch)
+
+
+def _evaluated(data: Data, desired: int) -> Source:
+    try:
+        source = open_source(data, batch_size=desired)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"eval_data: {error}") from None
+    if source.one_pass:
+        raise TypeError(
+            "eval_data is read after every epoch, got a one-pass iterable; pass a DataLoader, a "
+            "Dataset, tensors or a list of batches"
+        )
+    return source
+
+
+def _check_metrics(metrics: object) -> None:
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+        raise TypeError(
+            f"metrics must be a mapping from names to callables (outputs, targets), got {metrics!r}"
+        )
+
+
+def _nothing(epochs: Epochs) -> str:
+    if epochs.drop_last and epochs.source.examples:
+        return (
+            "with drop_last=True nothing is left to train on: data holds "
+            f"{epochs.source.examples} examples, desired is {epochs.desired}"
+        )
+    return "data is empty: it holds no example" + " to fill a batch" * epochs.drop_last
+
+
+def _plain(found: SearchResult) -> dict[str, object]:
+    """What of a search a checkpoint keeps: all but the trials."""
+    return {
+        "size": found.size,
+        "ceiling": found.ceiling,
+        "limit_bytes": found.limit_bytes,
+        "limited_by": found.limited_by,
+        "upper": asdict(found.upper),
+    }
+
+
+def _search_from(plain: Mapping[str, Any]) -> SearchResult:
+    return SearchResult(**{**plain, "upper": Upper(**plain["upper"]), "trials": ()})

@@ -1,0 +1,232 @@
+"""Checkpoints of a training in a directory: each is whole, or is not there.
+
+A file is what ``torch.save`` writes, with a comment at its end (zip files may carry one): a mark,
+the version of the format and the sha256 of all bytes before it. So ``torch.load`` of anybody reads
+it, and a file that was cut short or has one wrong bit is found out before any of it is believed.
+"""
+
+import copy
+import hashlib
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autobatch.errors import CheckpointError
+
+_NAME: Final = re.compile(r"step-(\d{8,})\.pt")
+_TEMPORARY: Final = re.compile(r"step-\d{8,}\.pt\.tmp")
+_KEPT: Final = 2
+_CHUNK_BYTES: Final = 1 << 20
+_MARK: Final = b"autobatch checkpoint "
+_VERSION: Final = b"1"
+_SEAL_BYTES: Final = 2 + len(_MARK + _VERSION + b" sha256 ") + 64
+# A learning rate may be NumPy's: beyond these ``weights_only`` allows all that torch itself keeps.
+_NUMPY_SCALARS: Final = (
+    cast("type", np.float64(0).__reduce__()[0]),  # Its home has moved between NumPy's versions.
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdFD"),
+)
+
+
+class CheckpointStore:
+    """The two newest checkpoints of one training, in a directory of their own."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self._refused: set[Path] = set()
+        for place in (self.directory, *self.directory.parents):
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"checkpoints need a directory, and {place} is a file")
+
+    def save(self, fields: Mapping[str, object], *, step: int) -> Path:
+        """Write a checkpoint and return its path; of the older ones keep the newest.
+
+        Whatever fails, the files that were there before are still there, and no half-written one.
+
+        Args:
+            fields: Tensors, numbers, text, and dicts, lists, tuples and sets of these.
+            step: Optimizer steps taken so far.
+
+        Raises:
+            CheckpointError: If the fields hold what could not be loaded again, or if a checkpoint
+                of a later step is here that was not refused by ``latest``.
+            OSError: If the file cannot be written.
+        """
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
+        later = [path for path in self._own() if _step_of(path) > step]
+        if later:
+            raise CheckpointError(
+                f"{later[-1]} is of a later step than {step}, which is to be saved; train on from "
+                "it, or choose another directory"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"step-{step:08d}.pt"
+        for file in self.directory.iterdir():
+            if _TEMPORARY.fullmatch(file.name):
+                file.unlink()
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            _write(temporary, {name: _on_host(value) for name, value in fields.items()})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._refused.discard(path)
+        _sync_directory(self.directory)
+        for old in self._own()[:-_KEPT]:
+            old.unlink()
+        return path
+
+    def latest(self) -> tuple[Path, dict[str, object]] | None:
+        """Return the newest checkpoint that is whole, on the CPU; None where there is none at all.
+
+        Warns of each newer one that is not.
+
+        Raises:
+            CheckpointError: If there are some, and none is whole.
+        """
+        refused: dict[Path, str] = {}
+        for path in reversed(self._files()):
+            try:
+                fields = _read(path)
+            except (CheckpointError, OSError) as error:
+                refused[path] = str(error)
+                continue
+            self._refused.update(refused)
+            for bad, reason in refused.items():
+                warnings.warn(f"{bad} is refused: {reason}; {path.name} is used", stacklevel=2)
+            return path, fields
+        if refused:
+            each = "; ".join(f"{path.name}: {reason}" for path, reason in refused.items())
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} can be used ({each}); remove what is there to "
+                "train from the beginning, or choose another directory"
+            )
+        return None
+
+    def _files(self) -> list[Path]:
+        """All that have a checkpoint's name, the newest last."""
+        if not self.directory.is_dir():
+            return []
+        named = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(named, key=_step_of)
+
+    def _own(self) -> list[Path]:
+        """Those with the mark, and not refused: what another program wrote is never removed."""
+        return [path for path in self._files() if path not in self._refused and _is_marked(path)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _on_host(value: object) -> object:
+    """The same in host memory; a tensor that is part of a larger memory gets one of its own."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        own_bytes = tensor.numel() * tensor.element_size()
+        if tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > own_bytes:
+            return tensor.clone()
+        return tensor
+    if isinstance(value, dict):
+        twin = copy.copy(value)  # Of its own class, with its attributes: a state_dict has some.
+        for key, item in value.items():  # No update: a Counter would add.
+            twin[key] = _on_host(item)
+        return twin
+    if type(value) in (list, tuple):
+        items = [_on_host(item) for item in cast("list[object]", value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _write(path: Path, fields: dict[str, object]) -> None:
+    """Write a whole file, down to the disk."""
+    with path.open("w+b") as file:
+        try:
+            torch.save(fields, file)
+            file.flush()
+            _load(path, mmap=True)  # Never to find out only when it is needed. Reads no tensor.
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"this training holds what a checkpoint cannot: {_reason(error)}"
+            ) from error
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # Torch's own words for a full disk.
+                raise error.__context__ from None
+            raise
+        end = file.seek(-2, os.SEEK_END)  # A zip file ends with the length of its comment.
+        seal = _seal(file, end)
+        file.seek(end)
+        file.write(seal)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        end = max(0, file.seek(0, os.SEEK_END) - _SEAL_BYTES)
+        file.seek(end)
+        found = file.read()
+        if _MARK not in found:
+            raise CheckpointError("autobatch's mark is not at its end: cut short, or not its own")
+        if found != _seal(file, end):
+            version = found.partition(_MARK)[2].partition(b" ")[0]
+            what = "its bytes are not those that were written"
+            if version != _VERSION:
+                known, other = _VERSION.decode(), version.decode(errors="replace")
+                what = f"its format is {other}, and this autobatch reads {known}"
+            raise CheckpointError(what)
+        file.seek(0)
+        try:
+            return _load(file)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(_reason(error)) from error
+
+
+def _load(file: Path | BinaryIO, *, mmap: bool = False) -> dict[str, object]:
+    with torch.serialization.safe_globals(list(_NUMPY_SCALARS)):
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    return cast("dict[str, object]", loaded)
+
+
+def _reason(error: Exception) -> str:
+    """The line that matters: torch puts it among many about security."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unpickler = [line for line in lines if "WeightsUnpickler error: " in line]
+    short = (unpickler or lines or [type(error).__name__])[0]
+    return short.partition("WeightsUnpickler error: ")[2].partition(". ")[0] or short
+
+
+def _seal(file: BinaryIO, end: int) -> bytes:
+    """Return what ends a file whose other bytes, ``end`` of them, are already there."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(min(_CHUNK_BYTES, end - file.tell())):
+        digest.update(chunk)
+    comment = _MARK + _VERSION + b" sha256 " + digest.hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _SEAL_BYTES))
+        return _MARK in file.read()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the new name last as well, where a directory can be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""The micro-batches of a window on the device: the next one moves while the current computes."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from autobatch.batches.nest import Nest, map_tensors, unwrapped
+
+
+class Feed:
+    """Moves host batches to one device.
+
+    On CUDA the next micro-batch is copied from pinned memory on a stream of its own, so one more
+    than computes is there at any time. On the CPU nothing moves, and there is one.
+
+    Args:
+        device: Where micro-batches go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def move(self, nest: Nest) -> Nest:
+        """Return a copy on the device: a model that works in place must not reach the original."""
+        device = self._device
+        moved = map_tensors(lambda t: t.to(device, non_blocking=True, copy=True), nest)
+        return unwrapped(moved)
+
+    def __call__(self, parts: Sequence[Nest], *, more_follow: bool = False) -> Iterator[Nest]:
+        """Yield the parts, on the device, in order.
+
+        Args:
+            parts: On the host, or wherever they are.
+            more_follow: Whether these stand for a longer window, so that behind the last one
+                another is on its way: a trial's memory must be that of training.
+        """
+        if self._device.type != "cuda":
+            yield from map(self.move, parts)
+            return
+        ahead = self._sent(parts[0])
+        for part in (*parts[1:], *(parts[-1:] if more_follow else ())):
+            current, ahead = ahead, self._sent(part)
+            yield self._arrived(*current)
+            del current
+        if not more_follow:
+            yield self._arrived(*ahead)
+
+    def _sent(self, part: Nest) -> tuple[Nest, torch.cuda.Event]:
+        """Begin to copy one on the side stream; with what happens when it is there."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        # The copy may take the memory of the last but one, whose work is on the current stream.
+        # So no record_stream is needed, which would hold memory for as long as the host runs ahead.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            copy = map_tensors(self._copied, part)
+        return copy, self._stream.record_event()
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if (
+            tensor.device.type == "cpu"
+            and not tensor.is_pinned()
+            and tensor.layout is torch.strided
+        ):
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True, copy=True)
+
+    def _arrived(self, nest: Nest, copied: torch.cuda.Event) -> Nest:
+        """Let the current stream wait for the copy."""
+        torch.cuda.current_stream(self._device).wait_event(copied)
+        return unwrapped(nest)

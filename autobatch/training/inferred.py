@@ -1,0 +1,84 @@
+"""The objective where no loss is given: the model's own, or the one that the targets suggest."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from autobatch.batches.nest import Nest, part
+from autobatch.batches.pieces import pieces_of
+from autobatch.training.accumulate import Terms
+from autobatch.training.forward import targets_of
+from autobatch.training.objective import Compared, Move, Witness
+from autobatch.training.own_loss import OwnLoss, call_with_labels, own_loss_of, undisturbed
+
+
+@dataclass(slots=True, kw_only=True)
+class Inferred:
+    """Asks the model once whether it returns a loss of its own.
+
+    Attributes:
+        otherwise: What is made smaller if it does not.
+    """
+
+    otherwise: Compared
+    _own: OwnLoss | None = field(default=None, init=False)
+    _asked: bool = field(default=False, init=False)
+
+    @property
+    def chosen(self) -> Compared | None:
+        """What compares outputs and targets; None where the model does that itself."""
+        return None if self._own is not None else self.otherwise
+
+    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
+        """Ask the model, with one example, and find out what its mean counts."""
+        if not self._asked:
+            self._own = OwnLoss() if _returns_a_loss(model, batch, move) else None
+            self._asked = True
+        if self._own is not None and cut:
+            self._own.settle(model, batch, move)
+
+    def denominator(self, batch: Nest) -> float:
+        """Return the terms of a logical batch."""
+        if self._own is not None:
+            return self._own.denominator(batch)
+        return self.otherwise.denominator(batch)
+
+    def share(
+        self,
+        model: nn.Module,
+        micro_batch: Nest,
+        *,
+        host: Nest,
+        borrowed: int,
+        witness: Witness | None,
+    ) -> tuple[Tensor, Terms]:
+        """Return the model's own loss times its terms, or that of its outputs."""
+        if self._own is None:
+            return self.otherwise.share(
+                model, micro_batch, host=host, borrowed=borrowed, witness=witness
+            )
+        outputs = call_with_labels(model, micro_batch)
+        if witness is not None:
+            witness(outputs, targets_of(micro_batch))
+        return self._own.summed(outputs, host)
+
+
+def _returns_a_loss(model: nn.Module, batch: Nest, move: Move) -> bool:
+    """Whether the model, called with the whole mapping, returns a scalar loss."""
+    first = pieces_of(batch)[0]
+    if not isinstance(first, Mapping) or not _takes(model, first):
+        return False
+    with undisturbed(model), torch.no_grad():
+        return own_loss_of(call_with_labels(model, move(part(first, 0, 1)))) is not None
+
+
+def _takes(model: nn.Module, batch: Mapping[str, Nest]) -> bool:
+    """Whether the model can be called with these keywords; what it makes of them is not asked."""
+    try:
+        inspect.signature(model.forward).bind(**batch)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,100 @@
+"""What the micro-batches of a window add up to, read with one wait for the device."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_ROWS: Final = 32  # Room for this many micro-batches at least: one block of a GPU's allocator.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entries:
+    """A window's numbers, on the host.
+
+    Attributes:
+        losses: The summed loss of each micro-batch.
+        terms: What only the loss could count, or None where the denominator was known before.
+        norm: The gradient's 2-norm, or None where it was not asked for.
+    """
+
+    losses: list[float]
+    terms: float | None
+    norm: float | None
+
+    @property
+    def loss_sum(self) -> float:
+        """The sum over the logical batch."""
+        return math.fsum(self.losses) if all(map(math.isfinite, self.losses)) else sum(self.losses)
+
+
+class Ledger:
+    """Keeps one loss for each micro-batch, and terms where only the loss knows them.
+
+    On the CPU there is nothing to wait for, and they are numbers at once. On any other device they
+    stay there, in float64: a sum of 16 bits forgets small parts.
+
+    Args:
+        micro_batches: How many the window has.
+        device: Where the losses are.
+    """
+
+    def __init__(self, micro_batches: int, device: torch.device) -> None:
+        self._losses: list[float] = []
+        self._terms: list[float] = []
+        self._norm: Tensor | None = None
+        self._held: Tensor | None = None
+        self._counted = False  # Whether the loss gives terms.
+        self._count = 0
+        self._entries: Entries | None = None
+        if device.type != "cpu":
+            rows = max(micro_batches, _ROWS)
+            self._held = torch.zeros(2, rows, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
+        """Note one micro-batch's summed loss, without graph, and its terms if it gave some."""
+        if self._held is None:
+            self._losses.append(loss.item())
+            if terms is not None:
+                self._terms.append(float(terms))
+        else:
+            self._held[0, self._count] = loss
+            if terms is not None:
+                self._held[1, self._count] = terms
+        self._counted |= terms is not None
+        self._count += 1
+
+    def note_norm(self, norm: Tensor) -> None:
+        """Note the gradient's norm."""
+        self._norm = norm
+
+    @property
+    def terms(self) -> Tensor | float | None:
+        """The sum of the terms so far, where it is; None if the loss gave none."""
+        if not self._counted:
+            return None
+        return sum(self._terms) if self._held is None else self._held[1].sum()
+
+    def read(self) -> Entries:
+        """Return the numbers: the first call waits for the device, once."""
+        if self._entries is None:
+            self._entries = self._read()
+        return self._entries
+
+    def _read(self) -> Entries:
+        norm = None if self._norm is None else self._norm.detach().double()
+        if self._held is None:
+            terms = sum(self._terms) if self._counted else None
+            return Entries(
+                losses=self._losses, terms=terms, norm=None if norm is None else norm.item()
+            )
+        flat = self._held.flatten()
+        numbers = (flat if norm is None else torch.cat([flat, norm.to(flat.device)[None]])).tolist()
+        rows = self._held.shape[1]
+        return Entries(
+            losses=numbers[: self._count],
+            terms=math.fsum(numbers[rows : rows + self._count]) if self._counted else None,
+            norm=None if norm is None else numbers[-1],
+        )

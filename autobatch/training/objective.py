@@ -1,0 +1,137 @@
+"""How a micro-batch becomes a summed loss, and what a logical batch's sums are divided by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from autobatch.batches.nest import Nest, describe, part, size_of
+from autobatch.batches.pieces import pieces_of
+from autobatch.training.accumulate import Terms
+from autobatch.training.forward import Forward, standard_forward, targets_of
+from autobatch.training.losses import Loss, read_pair
+
+BatchLoss = Callable[[nn.Module, Nest], object]
+Move = Callable[[Nest], Nest]
+Witness = Callable[[Nest, Nest], None]
+
+
+class Objective(Protocol):
+    """What is made smaller: a sum for each micro-batch, and the logical batch's denominator."""
+
+    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
+        """Learn from a logical batch what has to be known before its first backward pass.
+
+        Args:
+            model: On the device.
+            batch: On the host, or wherever it is.
+            move: Returns a copy on the device.
+            cut: Whether it is to be cut.
+        """
+
+    def denominator(self, batch: Nest) -> float:
+        """Return what the logical batch's summed loss is divided by; 0 if no term is valid.
+
+        Where only the loss knows, it is the examples: the gradient is rescaled at the end.
+        """
+
+    def share(
+        self,
+        model: nn.Module,
+        micro_batch: Nest,
+        *,
+        host: Nest,
+        borrowed: int,
+        witness: Witness | None,
+    ) -> tuple[Tensor, Terms]:
+        """Return the summed loss of a micro-batch, and its terms where only the loss knows them.
+
+        Args:
+            model: Run forward once.
+            micro_batch: On the device.
+            host: The same where it came from, so that counting it waits for nothing.
+            borrowed: Examples at its beginning that have been counted before: they are there for
+                a layer that normalises by the batch.
+            witness: Is shown the outputs and targets, if there are some.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Outputs of the model, compared with targets by a loss.
+
+    Attributes:
+        loss: Resolved.
+        forward: The user's, or None for the standard one.
+    """
+
+    loss: Loss
+    forward: Forward | None
+
+    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
+        """Do nothing: the targets say it all."""
+
+    def denominator(self, batch: Nest) -> float:
+        """Return what the loss divides by; the examples where a ``forward`` makes the targets."""
+        if not self.loss.divides:
+            return 1
+        if self.forward is not None:
+            return size_of(batch)
+        pieces = pieces_of(batch)
+        return sum(self.loss.denominator(targets_of(piece), size_of(piece)) for piece in pieces)
+
+    def share(
+        self,
+        model: nn.Module,
+        micro_batch: Nest,
+        *,
+        host: Nest,  # noqa: ARG002  # The protocol's: the denominator was counted before.
+        borrowed: int,
+        witness: Witness | None,
+    ) -> tuple[Tensor, Terms]:
+        """Return the summed loss of the outputs."""
+        outputs, targets = (self.forward or standard_forward)(model, micro_batch)
+        examples = size_of(micro_batch)
+        if borrowed:
+            outputs, targets = (part(nest, borrowed, examples) for nest in (outputs, targets))
+            examples -= borrowed
+        if witness is not None:
+            witness(outputs, targets)
+        loss_sum, terms = self.loss.summed(outputs, targets, examples)
+        if self.forward is not None and terms is None and self.loss.divides:
+            terms = self.loss.denominator(targets, examples)
+        return loss_sum, terms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Custom:
+    """A function of the user's, ``(model, batch) -> (sum, terms)``."""
+
+    batch_loss: BatchLoss
+
+    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
+        """Do nothing: every call says its terms."""
+
+    def denominator(self, batch: Nest) -> float:
+        """Return the examples: not the last word."""
+        return size_of(batch)
+
+    def share(
+        self,
+        model: nn.Module,
+        micro_batch: Nest,
+        *,
+        host: Nest,  # noqa: ARG002  # The protocol's, and there are no outputs to show.
+        borrowed: int,
+        witness: Witness | None,  # noqa: ARG002
+    ) -> tuple[Tensor, Terms]:
+        """Return what the function says."""
+        assert not borrowed, "no rows can be left out of a sum"
+        result = self.batch_loss(model, micro_batch)
+        if not isinstance(result, tuple):
+            raise TypeError(
+                f"batch_loss must return (sum, terms), got {describe(result)}; the sum over the "
+                "micro-batch, and the number of terms that its mean would be over"
+            )
+        return read_pair(result)

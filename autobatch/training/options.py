@@ -1,0 +1,122 @@
+"""How a step is to be taken: the user's options, checked before anything is touched."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from autobatch.devices.base import MemoryDevice
+from autobatch.randomness import generators_in
+from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
+from autobatch.training.feed import Feed
+from autobatch.training.forward import Forward
+from autobatch.training.inferred import Inferred
+from autobatch.training.losses import resolve_loss
+from autobatch.training.objective import BatchLoss, Compared, Custom, Objective
+from autobatch.training.precision import (
+    Precision,
+    PrecisionName,
+    check_precision,
+    scaler_for,
+)
+from autobatch.training.update import Update, check_clip
+from autobatch.training.whole_batch import Whole, WholeBatch
+from autobatch.training.window import Recipe
+
+NonFinite = Literal["raise", "skip", "ignore"]
+LossLike = Callable[..., object]
+
+_NON_FINITE: Final = ("raise", "skip", "ignore")
+_WIDE: Final = (None, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """The arguments that say what a step is; those of ``Accumulator``, by the same names.
+
+    Raises:
+        TypeError, ValueError: With the value that came and the way out.
+    """
+
+    loss: LossLike | None = None
+    forward: Forward | None = None
+    batch_loss: BatchLoss | None = None
+    scaler: GradScaler | None = None
+    precision: PrecisionName = "fp32"
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    nonfinite: NonFinite = "raise"
+    batch_norm: BatchNormMode = "micro"
+    gradient_dtype: torch.dtype | None = None
+    snapshot_steps: bool = False
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        check_batch_norm(self.batch_norm)
+        if self.nonfinite not in _NON_FINITE:
+            raise ValueError(f"nonfinite must be one of {_NON_FINITE}, got {self.nonfinite!r}")
+        if self.gradient_dtype not in _WIDE:
+            raise ValueError(
+                f"gradient_dtype must be torch.float32 or None, got {self.gradient_dtype!r}"
+            )
+        norm = check_clip("clip_grad_norm", self.clip_grad_norm)
+        value = check_clip("clip_grad_value", self.clip_grad_value)
+        if norm is not None and value is not None:
+            raise ValueError(
+                f"clip_grad_norm={norm} and clip_grad_value={value} depend on which comes first; "
+                "pass one of the two"
+            )
+        for name in ("forward", "batch_loss"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise TypeError(f"{name} must be callable, got {given!r}")
+
+    def objective(self) -> Objective:
+        """Return what is made smaller.
+
+        Raises:
+            TypeError: If the loss is no loss, or there are two of them.
+        """
+        if self.batch_loss is not None:
+            if self.loss is not None or self.forward is not None:
+                raise TypeError("batch_loss takes the place of loss and forward; pass it alone")
+            return Custom(batch_loss=self.batch_loss)
+        if isinstance(self.loss, WholeBatch):
+            return Whole(loss=self.loss, forward=self.forward)
+        loss = resolve_loss(self.loss)
+        compared = Compared(loss=loss, forward=self.forward)
+        if self.loss is None and self.forward is None:
+            return Inferred(otherwise=compared)
+        return compared
+
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """The loss where it is a module: it moves, and is put back, with the model."""
+        loss = self.loss.loss if isinstance(self.loss, WholeBatch) else self.loss
+        return loss if isinstance(loss, nn.Module) else None
+
+    def recipe(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> Recipe:
+        """Return what a step is made of."""
+        kind = device.torch_device.type
+        return Recipe(
+            model=model,
+            objective=self.objective(),
+            update=Update(
+                optimizer=optimizer,
+                device=device,
+                scaler=scaler_for(self.precision, self.scaler, kind),
+                clip_grad_norm=check_clip("clip_grad_norm", self.clip_grad_norm),
+                clip_grad_value=check_clip("clip_grad_value", self.clip_grad_value),
+                needs_norm=self.nonfinite == "skip",
+                snapshot=bool(self.snapshot_steps),
+            ),
+            precision=Precision(name=check_precision(self.precision), device_type=kind),
+            batch_norm=check_batch_norm(self.batch_norm),
+            gradient_dtype=self.gradient_dtype,
+            feed=Feed(device.torch_device),
+            generators=list(generators_in(model)),
+        )

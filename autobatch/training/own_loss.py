@@ -1,0 +1,361 @@
+"""The sum behind a loss that the model itself returns: a mean over what only the model knows.
+
+What it is a mean over is found by trying: the law has to hold between two examples alone and both
+together. Neither signatures nor names of classes are asked.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from autobatch.batches.nest import Nest, describe, size_of, take, tensors
+from autobatch.batches.pieces import pieces_of
+from autobatch.errors import InexactStepError
+from autobatch.randomness import generators_in
+from autobatch.training.replay import window_start
+
+_LABELS: Final = ("labels", "target")
+_HIDDEN: Final = -100  # The label that torch and transformers leave out of a mean.
+_WAY_OUT: Final = "pass batch_loss=(model, batch) -> (sum, terms)"
+# How far two values may be apart, as a fraction of the larger. The law differs by more: a label
+# is counted or it is not.
+_TOLERANCES: Final = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2}
+_COARSEST_TOLERANCE: Final = 3e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """One way to count the terms of a mean.
+
+    Attributes:
+        name: For people.
+        of_labels: Takes labels ``(examples, ...)``, returns the terms of each example.
+    """
+
+    name: str
+    of_labels: Callable[[Tensor], Tensor]
+
+    def terms(self, batch: Nest) -> Tensor:
+        """Return the terms of each example of a batch, ``(examples,)``, in float64."""
+        found = [(_labels(piece), size_of(piece)) for piece in pieces_of(batch)]
+        return torch.cat(
+            [self.of_labels(torch.empty(n) if rows is None else rows) for rows, n in found]
+        )
+
+
+def own_loss_of(outputs: object) -> Tensor | None:
+    """Return the scalar floating tensor under ``.loss`` or ``["loss"]``; None if there is none."""
+    loss = getattr(outputs, "loss", None)
+    if loss is None and isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    if isinstance(loss, Tensor) and not loss.ndim and loss.is_floating_point():
+        return loss
+    return None
+
+
+def call_with_labels(model: nn.Module, batch: Nest) -> object:
+    """Return what the model makes of a batch, labels among it.
+
+    Raises:
+        TypeError: If the batch is no mapping from the names of its arguments.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    raise TypeError(
+        "a model that returns its own loss takes a mapping with the names of its arguments, got "
+        f"{describe(batch)}; {_WAY_OUT}"
+    )
+
+
+def candidates(batch: Nest) -> tuple[Counting, ...]:
+    """Return what the model's mean over a batch may count, the likeliest first."""
+    labels = _labels(pieces_of(batch)[0])
+    if labels is None:
+        return (_EXAMPLES,)
+    if labels.is_floating_point():
+        return (_ELEMENTS,)
+    return (_VALID, _SHIFTED, _EXAMPLES) if labels.ndim > 1 else (_VALID, _EXAMPLES)
+
+
+@dataclass(slots=True)
+class OwnLoss:
+    """The model's own loss as a sum, once it is known what it is a mean over.
+
+    ``settle`` comes first in every window that is cut: it may change what the others count.
+    """
+
+    _refuted: list[Counting] = field(default_factory=list, init=False)
+    _windows: int = field(default=0, init=False)
+    _agreed: int = field(default=0, init=False)  # How often the law was tried, and held.
+
+    def settle(self, model: nn.Module, batch_on_host: Nest, moved: Callable[[Nest], Nest]) -> None:
+        """Find out what the model's mean counts, as far as it matters for this logical batch.
+
+        Free, a few counts apart, where all that it may be gives each example the same weight; but
+        in the first window, the 2nd, the 4th, the 8th and so on the law is tried all the same. A
+        trial runs the model on at most two examples, in evaluation mode and without gradient; it
+        leaves no trace.
+
+        Args:
+            model: In any mode.
+            batch_on_host: The logical batch.
+            moved: Returns a copy of a nest on the model's device.
+
+        Raises:
+            InexactStepError: If no mean over what autobatch can count keeps the law, or more than
+                one does and they differ for this batch.
+        """
+        self._windows += 1
+        possible = self._possible(batch_on_host)
+        agree = _same_weights(possible, batch_on_host)
+        if size_of(batch_on_host) < 2 or (agree and self._windows < 1 << self._agreed):
+            return
+        pieces = pieces_of(batch_on_host)
+        with undisturbed(model):
+            pairs = (pair for piece in pieces for pair in _pairs(possible, piece))
+            for pair in itertools.islice(pairs, 1):
+                self._agreed += self._try(model, pair, moved)
+            for probe in (probe for piece in pieces for probe in _probes(piece)):
+                if _same_weights(self._possible(batch_on_host), batch_on_host):
+                    return
+                self._try(model, probe, moved)
+        self._refuse_undecided(batch_on_host)
+
+    def denominator(self, batch: Nest) -> float:
+        """Return the terms of a batch; 0 if none is valid. On a device this waits for it."""
+        return float(self._possible(batch)[0].terms(batch).sum())
+
+    def summed(self, outputs: object, batch: Nest) -> tuple[Tensor, None]:
+        """Return a micro-batch's loss times its terms.
+
+        Without a valid term that is a zero without graph: the model's mean is nan.
+
+        Args:
+            outputs: What the model returned for it.
+            batch: The micro-batch, on the host if nothing shall wait for the device.
+
+        Raises:
+            TypeError: If there is no scalar loss among the outputs.
+        """
+        loss = _widened(_required(outputs))
+        terms = self.denominator(batch)
+        return (loss * terms if terms else torch.zeros_like(loss)), None
+
+    def _possible(self, batch: Nest) -> list[Counting]:
+        left = [counting for counting in candidates(batch) if counting not in self._refuted]
+        if not left:
+            raise InexactStepError(
+                "the model's own loss was seen not to be a mean over examples, and this batch has "
+                f"no labels to count; {_WAY_OUT}"
+            )
+        return left
+
+    def _refuse_undecided(self, batch: Nest) -> None:
+        possible = self._possible(batch)
+        if not _same_weights(possible, batch):
+            names = " or ".join(counting.name for counting in possible)
+            raise InexactStepError(
+                f"the model's own loss is a mean over {names}: these examples cannot tell, but "
+                f"differ in them; {_WAY_OUT}"
+            )
+
+    def _try(self, model: nn.Module, pair: Nest, moved: Callable[[Nest], Nest]) -> bool:
+        """Refute what breaks the law on two examples; return whether they could tell."""
+        parts = [take(pair, [0]), take(pair, [1])]
+        one, other, both = (_loss(model, moved(batch)) for batch in (*parts, pair))
+        reading = _Reading(float(one), float(other), float(both), _tolerance(model, both))
+        possible = self._possible(pair)
+        broken = [c for c in possible if not reading.keeps_the_law(c.terms(pair).tolist())]
+        if len(broken) == len(possible):
+            again = float(_loss(model, moved(pair)))
+            raise InexactStepError(reading.refusal(possible, again))
+        self._refuted += broken
+        return not reading.says_nothing
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The model's loss for two examples, each alone, and for both together."""
+
+    one: float
+    other: float
+    both: float
+    tolerance: float
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether any weights would do."""
+        return self._equal(self.one, self.both) and self._equal(self.other, self.both)
+
+    def keeps_the_law(self, terms: Sequence[float]) -> bool:
+        """Whether both together are the mean of the two, weighted by their terms."""
+        alone = list(zip((self.one, self.other), terms, strict=True))
+        if any(not count and loss and not math.isnan(loss) for loss, count in alone):
+            return False  # Of no terms the sum is 0 and the mean nan, never another number.
+        if not any(terms):
+            return True
+        mean = sum(loss * count for loss, count in alone if count) / sum(terms)
+        return self._equal(mean, self.both)
+
+    def refusal(self, tried: Sequence[Counting], again: float) -> str:
+        """What was seen, and the way out."""
+        seen = (
+            f"the model's own loss cannot be split: it is {self.one:.9g} and {self.other:.9g} for "
+            f"two examples alone, and {self.both:.9g} for both together, which is no mean over "
+            + " or ".join(counting.name for counting in tried)
+        )
+        if not self._equal(again, self.both):
+            return (
+                f"{seen}; called again on both it is {again:.9g}, so it draws random numbers in "
+                f"evaluation mode too: if it is to be split all the same, {_WAY_OUT}"
+            )
+        if self._equal(self.one + self.other, self.both):
+            return f"{seen}; it looks like a sum over examples: {_WAY_OUT}"
+        return (
+            f"{seen}; {_WAY_OUT} if it is a mean over something else. A loss that compares "
+            "examples with one another is not exact in parts: choose a desired batch that fits as "
+            "one micro-batch"
+        )
+
+    def _equal(self, one: float, other: float) -> bool:
+        if math.isnan(one) or math.isnan(other):
+            return math.isnan(one) and math.isnan(other)
+        known = [abs(v) for v in (self.one, self.other, self.both) if math.isfinite(v)]
+        return math.isclose(one, other, rel_tol=0, abs_tol=self.tolerance * max(known, default=0))
+
+
+def _pairs(possible: Sequence[Counting], batch: Nest) -> Iterator[Nest]:
+    """The two examples that differ most in what they hold, of those that have terms."""
+    counts = torch.stack([counting.terms(batch) for counting in possible]).cpu()
+    least = counts.amin(0)
+    if least.count_nonzero() < 2:
+        least = counts.amax(0)
+    # Padding is zero in one tensor or another, a mask of attention say, whatever the labels say.
+    whole = [t for t in tensors(batch) if t.shape[:1] == least.shape and not t.is_floating_point()]
+    held = torch.stack([torch.zeros_like(least), *(_count(t.cpu() != 0) for t in whole)]).sum(0)
+    order = sorted(zip(least.tolist(), held.tolist(), range(len(least)), strict=True))
+    telling = [row for terms, _, row in order if terms]
+    if len(telling) > 1:
+        yield take(batch, [telling[0], telling[-1]])
+
+
+def _probes(batch: Nest) -> Iterator[Nest]:
+    """Pairs with all labels hidden but one, so that ways to count differ by the half or more.
+
+    Only where the batch has hidden labels of its own: another model may not know what they are.
+    """
+    labels = _labels(batch)
+    if labels is None or labels.is_floating_point():
+        return
+    valid = _is_valid(labels)
+    late = valid.clone()
+    if labels.ndim > 1:
+        late[..., 0] = False
+    first = valid & ~late
+    if valid.all() or not late.any():
+        return
+    row, one_late = _lone(labels, late)
+    if first.any():  # Shifted, it is no term.
+        other, one_first = _lone(labels, first)
+        yield _with_labels(batch, [other, row], [one_first, one_late])
+    nothing = torch.full_like(one_late, _HIDDEN)
+    yield _with_labels(batch, [row, row], [nothing, one_late])
+
+
+def _lone(labels: Tensor, where: Tensor) -> tuple[int, Tensor]:
+    """A row, and its labels ``(1, ...)`` with all hidden but one of those that ``where`` marks."""
+    row, *place = where.nonzero()[-1].tolist()
+    alone = torch.full_like(labels[:1], _HIDDEN)
+    alone[(0, *place)] = labels[(row, *place)]
+    return row, alone
+
+
+def _with_labels(batch: Nest, rows: Sequence[int], labels: Sequence[Tensor]) -> Nest:
+    pair = take(batch, rows)
+    assert isinstance(pair, Mapping), "only a mapping has labels"
+    return {**pair, _labels_key(pair): torch.cat(list(labels))}
+
+
+def _same_weights(possible: Sequence[Counting], batch: Nest) -> bool:
+    """Whether every way to count gives each example the same share of the whole."""
+    if len(possible) == 1:
+        return True
+    counts = torch.stack([counting.terms(batch) for counting in possible])
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return bool((shares - shares[0]).abs().max() <= 1e-12)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before."""
+    start = window_start(model, generators_in(model))  # The mode is an attribute as others are.
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        start.put_back()
+
+
+def _loss(model: nn.Module, batch: Nest) -> Tensor:
+    return _required(call_with_labels(model, batch))
+
+
+def _required(outputs: object) -> Tensor:
+    loss = own_loss_of(outputs)
+    if loss is None:
+        raise TypeError(
+            f"the model returned no scalar loss, got {describe(outputs)}; pass labels in every "
+            f"batch, or {_WAY_OUT}"
+        )
+    return loss
+
+
+def _tolerance(model: nn.Module, loss: Tensor) -> float:
+    """That of the coarsest type in the model: a loss in float32 may come of outputs in 16 bits."""
+    types = {loss.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    if torch.is_autocast_enabled(loss.device.type):
+        types.add(torch.get_autocast_dtype(loss.device.type))
+    return max(_TOLERANCES.get(dtype, _COARSEST_TOLERANCE) for dtype in types)
+
+
+def _labels_key(batch: Mapping[str, Nest]) -> str | None:
+    """Where the batch has labels, one row an example."""
+    found = ((key, batch.get(key)) for key in _LABELS)
+    return next((key for key, value in found if isinstance(value, Tensor) and value.ndim), None)
+
+
+def _labels(batch: Nest) -> Tensor | None:
+    key = _labels_key(batch) if isinstance(batch, Mapping) else None
+    labels = batch[key] if isinstance(batch, Mapping) and key is not None else None
+    return labels if isinstance(labels, Tensor) else None
+
+
+def _widened(loss: Tensor) -> Tensor:
+    """In float32 where it has 16 bits: times its terms it would overflow, or be rounded again."""
+    return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
+
+
+def _is_valid(labels: Tensor) -> Tensor:
+    return labels.long() != _HIDDEN  # A byte of 156 would count as -100.
+
+
+def _count(marks: Tensor) -> Tensor:
+    """What is marked in each row; one that has no more dimensions is its only mark."""
+    return marks.reshape(len(marks), -1).sum(1).double()
+
+
+_VALID: Final = Counting("valid labels", lambda labels: _count(_is_valid(labels)))
+_SHIFTED: Final = Counting(
+    "shifted valid labels", lambda labels: _count(_is_valid(labels)[..., 1:])
+)
+_EXAMPLES: Final = Counting("examples", lambda labels: labels.new_ones(len(labels)).double())
+_ELEMENTS: Final = Counting(
+    "elements", lambda labels: _count(torch.ones_like(labels, dtype=torch.bool))
+)

@@ -1,0 +1,66 @@
+"""What forward passes compute in: the model's own dtype, or autocast to 16 bits."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch.amp import GradScaler
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES: Final = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """Autocast for one device, or none.
+
+    Attributes:
+        name: ``"fp32"`` is no autocast: the model's own dtype, float64 too.
+        device_type: As in ``torch.device``.
+    """
+
+    name: PrecisionName
+    device_type: str
+
+    def forward(self) -> AbstractContextManager[object]:
+        """Return the context for a forward pass and its loss; never for a backward pass."""
+        dtype = _DTYPES[self.name]
+        return nullcontext() if dtype is None else torch.autocast(self.device_type, dtype)
+
+    def window(self) -> AbstractContextManager[object]:
+        """Return the context for all micro-batches between two optimizer steps.
+
+        Autocast keeps the weights that it has cast until the outermost context ends, so inside
+        this one they are cast once a window and not once a micro-batch. It ends before the
+        optimizer moves the weights.
+        """
+        if _DTYPES[self.name] is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, enabled=False)
+
+
+def check_precision(precision: object) -> PrecisionName:
+    """Return the precision, or refuse it.
+
+    Raises:
+        ValueError: If it is none of the three.
+    """
+    for name in ("fp32", "bf16", "fp16"):
+        if precision == name:
+            return name
+    raise ValueError(f'precision must be "fp32", "bf16" or "fp16", got {precision!r}')
+
+
+def scaler_for(precision: PrecisionName, scaler: object, device_type: str) -> GradScaler | None:
+    """Return the user's GradScaler, a new one where fp16 needs it, or None.
+
+    Raises:
+        TypeError: If it is no GradScaler.
+    """
+    if scaler is None:
+        return GradScaler(device_type) if precision == "fp16" else None
+    if not isinstance(scaler, GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+    return scaler if scaler.is_enabled() else None

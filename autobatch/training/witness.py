@@ -1,0 +1,91 @@
+"""A window's outputs, a bounded part of them, kept for the loss check."""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
+from autobatch.errors import InexactStepError
+from autobatch.training.loss_check import check_splits
+from autobatch.training.losses import Loss
+from autobatch.training.objective import Move
+
+CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
+LARGEST_ROW_BYTES: Final = 2**29  # and one example of the first two micro-batches if not larger.
+
+
+@dataclass(slots=True)
+class LossCheck:
+    """Gathers outputs and targets, and holds the loss to the law.
+
+    Attributes:
+        loss: That was not recognised.
+        move: Brings them back to the device.
+        micro_batches: How many the window has.
+    """
+
+    loss: Loss
+    move: Move
+    micro_batches: int
+    outputs: list[Nest] = field(default_factory=list)
+    targets: list[Nest] = field(default_factory=list)
+
+    def witness(self, outputs: Nest, targets: Nest) -> None:
+        """Keep the first rows of one micro-batch on the host, and off the device's meter."""
+        examples = _common_length(outputs, targets)
+        row_bytes = sum(t.nbytes for t in (*tensors(outputs), *tensors(targets))) / examples
+        rows = int(CHECKED_BYTES / self.micro_batches / max(row_bytes, 1))
+        if len(self.outputs) < 2 and row_bytes <= LARGEST_ROW_BYTES:
+            rows = max(rows, 1)
+        if rows:
+            with _disable_current_modes():
+                self.outputs.append(_on_host(part(outputs, 0, min(rows, examples))))
+                self.targets.append(_on_host(part(targets, 0, min(rows, examples))))
+
+    def settled(self) -> bool:
+        """Return whether the loss was shown to be exact; False if it could not be judged.
+
+        Called when the activations are gone and no limit holds: no search has rehearsed it.
+
+        Raises:
+            InexactStepError: If splitting changes the loss.
+        """
+        if len(self.outputs) < 2:
+            return False
+        try:
+            outputs = list(map(self.move, self.outputs))
+            targets = list(map(self.move, self.targets))
+        except (torch.OutOfMemoryError, MemoryError):
+            return False
+        return check_splits(self.loss, outputs, targets)
+
+
+def refuse_partly_finite(finite: list[bool]) -> None:
+    """Refuse an unknown loss that is a number for some micro-batches only.
+
+    Raises:
+        InexactStepError: With how many.
+    """
+    if any(finite) and not all(finite):
+        raise InexactStepError(
+            f"the loss is not finite for {finite.count(False)} of {len(finite)} micro-batches, as "
+            "a mean over valid terms is where a micro-batch has none; return (sum, terms)"
+        )
+
+
+def _common_length(outputs: Nest, targets: Nest) -> int:
+    try:
+        return size_of((outputs, targets))
+    except ValueError:
+        raise InexactStepError(
+            "a loss that autobatch does not know can be split only where outputs and targets hold "
+            "one row an example along dimension 0, got outputs "
+            f"{describe(outputs)} and targets {describe(targets)}; return such outputs from the "
+            "model or from forward=, or use a loss of torch"
+        ) from None
+
+
+def _on_host(nest: Nest) -> Nest:
+    return map_tensors(lambda t: t.detach().to("cpu", copy=True), nest)

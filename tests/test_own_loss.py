@@ -1,0 +1,697 @@
+import copy
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from characters import character_batches, vocabulary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_exact
+from states import fingerprint, identities
+from torch import Tensor, nn
+
+from autobatch.batches.marks import Pieces
+from autobatch.batches.nest import Nest, cut, map_tensors, size_of, take
+from autobatch.commands.vision import import_torchvision
+from autobatch.errors import InexactStepError
+from autobatch.training.own_loss import OwnLoss, call_with_labels, candidates, own_loss_of
+
+Batch = Mapping[str, Tensor]
+Gradients = dict[str, Tensor]
+Mean = Callable[[Tensor, Tensor], Tensor]
+TOKENS = 7
+
+
+@dataclass
+class Output:
+    loss: Tensor
+    scores: Tensor
+
+
+class Tagger(nn.Module):
+    """A float64 net from tokens to scores, that takes a mean of its own over the labels."""
+
+    def __init__(self, mean: Mean, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(TOKENS, 6)
+        self.head = nn.Linear(6, TOKENS)
+        self.mean = mean
+        self.double()
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Output:
+        scores = self.head(torch.tanh(self.embed(tokens)).cumsum(1) / 3)
+        return Output(loss=self.mean(scores, labels), scores=scores)
+
+
+def even(model: Tagger) -> Tagger:
+    """The same model, with one loss for every label."""
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    return model
+
+
+def each(scores: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each label, ``(batch, time)``; 0 where it is hidden."""
+    return F.cross_entropy(scores.transpose(1, 2), labels, reduction="none")
+
+
+def over_labels(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores.transpose(1, 2), labels)
+
+
+def over_shifted(scores: Tensor, labels: Tensor) -> Tensor:
+    return over_labels(scores[:, :-1], labels[:, 1:])
+
+
+def over_shifted_or_zero(scores: Tensor, labels: Tensor) -> Tensor:
+    late = labels[:, 1:]
+    return each(scores[:, :-1], late).sum() / (late != -100).sum().clamp(min=1)
+
+
+def over_examples(scores: Tensor, labels: Tensor) -> Tensor:
+    return (each(scores, labels).sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
+
+
+def contrastive(scores: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG001
+    rows = scores.flatten(1)
+    return F.cross_entropy(rows @ rows.T, torch.arange(len(rows)))
+
+
+def balanced(scores: Tensor, labels: Tensor) -> Tensor:
+    load = scores.softmax(-1).mean((0, 1))
+    return over_labels(scores, labels) + 0.01 * TOKENS * load.pow(2).sum()
+
+
+def sum_over_examples(scores: Tensor, labels: Tensor) -> Tensor:
+    return each(scores, labels).sum()
+
+
+def noisy(scores: Tensor, labels: Tensor) -> Tensor:
+    return over_labels(scores + torch.randn_like(scores), labels)
+
+
+def unpadded(scores: Tensor, labels: Tensor) -> Tensor:
+    """A mean that leaves out the label 0, which is nothing that autobatch counts."""
+    return F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=0)
+
+
+def recording(mean: Mean) -> tuple[Mean, list[Tensor]]:
+    """The same mean, and the labels that it is called with: what a model holds is put back."""
+    calls: list[Tensor] = []
+
+    def recorded(scores: Tensor, labels: Tensor) -> Tensor:
+        calls.append(labels)
+        return mean(scores, labels)
+
+    return recorded, calls
+
+
+MEANS = {
+    "valid labels": over_labels,
+    "shifted valid labels": over_shifted,
+    "shifted, 0 for nothing": over_shifted_or_zero,
+    "examples": over_examples,
+}
+
+
+def text(seed: int, spans: Sequence[tuple[int, int]], time: int = 6) -> dict[str, Tensor]:
+    """Examples whose labels are valid from the first to before the second of each span."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, TOKENS, (len(spans), time), generator=generator)
+    labels = torch.randint(1, TOKENS, (len(spans), time), generator=generator)
+    place = torch.arange(time)
+    for row, (start, stop) in enumerate(spans):
+        labels[row, (place < start) | (place >= stop)] = -100
+    return {"tokens": tokens, "labels": labels}
+
+
+RAGGED = text(0, [(0, 6), (0, 2), (1, 4), (0, 3), (2, 6)])
+EQUAL = text(0, [(0, 6)] * 4)
+
+
+def moved(nest: Nest) -> Nest:
+    return map_tensors(torch.clone, nest)
+
+
+def gradients(model: nn.Module) -> Gradients:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def undivided(model: nn.Module, batch: Batch) -> tuple[float, Gradients]:
+    model.zero_grad()
+    loss = own_loss_of(model(**batch))
+    assert loss is not None
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def accumulated(
+    own: OwnLoss, model: nn.Module, parts: Sequence[Batch], denominator: float
+) -> tuple[float, Gradients]:
+    """A window by hand: the sums are divided by the logical batch's terms."""
+    model.zero_grad()
+    total = 0.0
+    for part in parts:
+        loss_sum, _ = own.summed(model(**part), part)
+        total += loss_sum.item()
+        if loss_sum.requires_grad:
+            (loss_sum / denominator).backward()
+    return total / denominator, gradients(model)
+
+
+def window(
+    model: nn.Module, batch: Batch, sizes: Sequence[int], own: OwnLoss | None = None
+) -> tuple[float, Gradients]:
+    own = own or OwnLoss()
+    own.settle(model, batch, moved)
+    return accumulated(own, model, parts_of(batch, sizes), own.denominator(batch))
+
+
+def parts_of(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
+    parts = []
+    for part in cut(batch, sizes):
+        assert isinstance(part, Mapping)
+        parts.append(part)
+    return parts
+
+
+def counted(own: OwnLoss, batch: Batch) -> list[str]:
+    """What the model's mean may still be over."""
+    return [counting.name for counting in own._possible(batch)]
+
+
+# What the mean is over
+
+
+def test_what_each_way_counts() -> None:
+    ways = {counting.name: counting.terms(RAGGED).tolist() for counting in candidates(RAGGED)}
+    assert ways == {
+        "valid labels": [6, 2, 3, 3, 4],
+        "shifted valid labels": [5, 1, 3, 2, 4],
+        "examples": [1, 1, 1, 1, 1],
+    }
+    half = {"labels": torch.zeros(2, 1001, dtype=torch.bfloat16)}  # Has no 1001 of its own.
+    assert [c.terms(half).tolist() for c in candidates(half)] == [[1001, 1001]]
+    byte = {"labels": torch.full((2, 3), 156, dtype=torch.uint8)}  # -100, if it were signed.
+    assert candidates(byte)[0].terms(byte).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
+@settings(deadline=None, max_examples=10)
+@given(
+    seed=st.integers(0, 2**16),
+    spans=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=2, max_size=7),
+    data=st.data(),
+)
+def test_any_split_has_the_undivided_loss_and_gradient(
+    mean: Mean,
+    seed: int,
+    spans: list[tuple[int, int]],
+    data: st.DataObject,
+) -> None:
+    batch = text(seed, [(0, 5), *spans])
+    first = data.draw(st.integers(1, len(spans)), label="first")
+    model = Tagger(mean, seed)
+    divided = window(model, batch, [first, len(spans) + 1 - first])
+    assert_exact(divided, undivided(model, batch))
+
+
+@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
+def test_what_the_mean_is_over_is_found_on_the_first_ragged_batch(
+    mean: Mean,
+) -> None:
+    own = OwnLoss()
+    own.settle(Tagger(mean), RAGGED, moved)
+    assert counted(own, RAGGED) == [
+        next(n for n, m in MEANS.items() if m is mean).replace(
+            "shifted, 0 for nothing", "shifted valid labels"
+        )
+    ]
+
+
+@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
+def test_it_is_found_where_every_label_has_the_same_loss(
+    mean: Mean,
+) -> None:
+    model = even(Tagger(mean))
+    assert_exact(window(model, RAGGED, [1, 2, 2]), undivided(model, RAGGED))
+
+
+def test_a_mean_over_examples_may_be_nan_where_one_has_no_label() -> None:
+    def nan_for_nothing(scores: Tensor, labels: Tensor) -> Tensor:
+        return (each(scores, labels).sum(1) / (labels != -100).sum(1)).mean()
+
+    own = OwnLoss()
+    own.settle(even(Tagger(nan_for_nothing)), RAGGED, moved)
+    assert counted(own, RAGGED) == ["examples"]
+
+
+def test_counting_unshifted_labels_of_a_causal_model_is_wrong() -> None:
+    model = Tagger(over_shifted)
+    own = OwnLoss()
+    own._refuted = [c for c in candidates(RAGGED) if c.name != "valid labels"]
+    wrong = accumulated(own, model, parts_of(RAGGED, [2, 3]), own.denominator(RAGGED))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_exact(wrong[1], undivided(model, RAGGED)[1])
+
+
+def test_equal_lengths_leave_it_open_until_a_ragged_batch() -> None:
+    model, own = Tagger(over_shifted), OwnLoss()
+    assert_exact(window(model, EQUAL, [3, 1], own), undivided(model, EQUAL))
+    assert len(counted(own, EQUAL)) == 3
+    assert_exact(window(model, RAGGED, [2, 3], own), undivided(model, RAGGED))
+    assert counted(own, RAGGED) == ["shifted valid labels"]
+
+
+class Regressor(nn.Module):
+    """Mean squared error, over the elements."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, outputs, dtype=torch.float64)
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.mse_loss(self.layer(x).reshape(target.shape), target)}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3)])
+def test_floating_labels_are_a_mean_over_elements(shape: tuple[int, ...]) -> None:
+    model = Regressor(max(1, torch.Size(shape).numel()))
+    batch = {
+        "x": torch.randn(5, 4, dtype=torch.float64),
+        "target": torch.randn(5, *shape, dtype=torch.float64),
+    }
+    assert_exact(window(model, batch, [2, 3]), undivided(model, batch))
+    assert OwnLoss().denominator(batch) == batch["target"].numel()
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, **targets: Tensor) -> SimpleNamespace:
+        (labels,) = targets.values()
+        return SimpleNamespace(loss=F.cross_entropy(self.layer(x), labels.flatten()))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("labels", [[0], [1], [2], [0]]),
+        ("labels", [0, 1, 2, 0]),
+        ("labels", [0, -100, 2, 0]),
+        ("start_positions", [0, 1, 2, 0]),  # No labels: only examples can be counted.
+    ],
+)
+def test_a_class_for_each_example(name: str, labels: list[int]) -> None:
+    model = Classifier()
+    batch = {"x": torch.randn(4, 4, dtype=torch.float64), name: torch.tensor(labels)}
+    assert_exact(window(model, batch, [1, 3]), undivided(model, batch))
+
+
+def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:
+    batch = text(1, [(0, 5), (0, 1), (2, 2), (0, 4)])  # Shifted, two in the middle have none.
+    model, own = Tagger(over_shifted), OwnLoss()
+    own.settle(model, batch, moved)
+    empty = parts_of(batch, [1, 2, 1])[1]
+    outputs = model(**empty)
+    assert torch.isnan(outputs.loss)
+    loss_sum, terms = own.summed(outputs, empty)
+    assert loss_sum.item() == 0
+    assert not loss_sum.requires_grad
+    assert terms is None
+    assert_exact(window(model, batch, [1, 2, 1], own), undivided(model, batch))
+
+
+def test_a_logical_batch_without_a_valid_label_has_no_terms() -> None:
+    model, own = Tagger(over_labels), OwnLoss()
+    own.settle(model, RAGGED, moved)
+    empty = text(0, [(0, 0)] * 3)
+    own.settle(model, empty, moved)
+    assert own.denominator(empty) == 0
+
+
+# Logical batches that are kept in pieces
+
+
+def test_pieces_of_different_lengths_are_settled_as_one_batch() -> None:
+    pieces = [text(0, [(0, 4), (0, 2)], time=4), text(1, [(0, 9), (1, 7)], time=9)]
+    model, own = Tagger(over_shifted), OwnLoss()
+    whole = Pieces(tuple(pieces))
+    own.settle(model, whole, moved)
+    divided = accumulated(own, model, pieces, own.denominator(whole))
+    padded = {
+        key: torch.cat([F.pad(pieces[0][key], (0, 5), value=fill), pieces[1][key]])
+        for key, fill in (("tokens", 0), ("labels", -100))
+    }
+    assert_exact(divided, undivided(model, padded))
+
+
+def test_no_label_is_hidden_from_a_model_that_may_not_know_hidden_labels() -> None:
+    pieces = Pieces((text(0, [(0, 4)] * 2, time=4), text(1, [(0, 9)] * 2, time=9)))
+    mean, calls = recording(over_labels)
+    with pytest.raises(InexactStepError, match=r"valid labels or shifted .* batch_loss="):
+        OwnLoss().settle(Tagger(mean), pieces, moved)
+    assert calls
+    assert not any((labels == -100).any() for labels in calls)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("mean", [contrastive, balanced])
+@pytest.mark.parametrize("batch", [EQUAL, RAGGED], ids=["equal", "ragged"])
+def test_a_loss_that_couples_examples_is_refused(mean: Mean, batch: Batch) -> None:
+    with pytest.raises(InexactStepError, match=r"both together.*batch_loss=.*one micro-batch"):
+        OwnLoss().settle(Tagger(mean), batch, moved)
+
+
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [
+        (sum_over_examples, "looks like a sum over examples: pass batch_loss="),
+        (noisy, "draws random numbers in evaluation mode.*batch_loss="),
+    ],
+)
+def test_a_refusal_says_what_it_looks_like(mean: Mean, message: str) -> None:
+    with pytest.raises(InexactStepError, match=message):
+        OwnLoss().settle(Tagger(mean), EQUAL, moved)
+
+
+def test_a_mean_over_what_nobody_counts_is_refused_once_it_shows() -> None:
+    model, own = Tagger(unpadded), OwnLoss()
+    own.settle(model, EQUAL, moved)
+    padded = {**EQUAL, "labels": EQUAL["labels"].clone()}
+    padded["labels"][:2, 2:] = 0
+    with pytest.raises(InexactStepError, match="batch_loss="):
+        own.settle(model, padded, moved)
+
+
+def by_squares(scores: Tensor, labels: Tensor) -> Tensor:
+    counts = (labels != -100).sum(1)
+    means = each(scores, labels).sum(1) / counts.clamp(min=1)
+    return (means * counts**2).sum() / (counts**2).sum()
+
+
+def test_other_weights_are_refused_though_an_example_without_labels_hides_them() -> None:
+    batch = text(0, [(0, 0), (0, 2), (0, 6), (0, 3)])
+    with pytest.raises(InexactStepError, match="no mean over valid labels or"):
+        OwnLoss().settle(Tagger(by_squares), batch, moved)
+
+
+def test_what_was_refused_is_refused_again() -> None:
+    own = OwnLoss()
+    for _ in range(2):
+        with pytest.raises(InexactStepError, match="cannot be split"):
+            own.settle(Tagger(contrastive), EQUAL, moved)
+
+
+# What it costs, and leaves
+
+
+def test_the_law_is_tried_in_the_windows_1_2_4_8() -> None:
+    mean, calls = recording(over_labels)
+    model, own = Tagger(mean), OwnLoss()
+    tried = []
+    for number in range(1, 17):
+        own.settle(model, EQUAL, moved)
+        if calls:
+            tried.append(number)
+            assert [len(labels) for labels in calls] == [1, 1, 2]
+            calls.clear()
+    assert tried == [1, 2, 4, 8, 16]
+
+
+def test_examples_that_cannot_tell_are_no_trial() -> None:
+    mean, calls = recording(over_labels)
+    model, own = Tagger(mean), OwnLoss()
+    for number in range(1, 4):
+        own.settle(model, take(EQUAL, [0, 0, 0]), moved)
+        assert len(calls) == 3 * number
+    for single in (take(EQUAL, [0]), text(0, [(0, 1)])):
+        own.settle(model, single, moved)
+    assert len(calls) == 9, "one example has nothing to tell"
+
+
+class Restless(nn.Module):
+    """Moves whatever a forward pass can move."""
+
+    def __init__(self, mean: Mean) -> None:
+        super().__init__()
+        self.tagger = Tagger(mean)
+        self.noise = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(TOKENS, momentum=0.5).double()
+        self.frozen = nn.Dropout(0.5).eval()
+        self.seen = nn.Buffer(torch.zeros(()))
+        self.own = torch.Generator().manual_seed(1)
+        self.history: list[bool] = []
+        self.count = 0
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Output:
+        self.count += 1
+        self.history.append(self.training)
+        self.seen.add_(1)
+        torch.rand(3)
+        torch.rand(3, generator=self.own)
+        self.new = labels
+        scores = self.frozen(self.noise(self.tagger(tokens, labels).scores))
+        scores = self.norm(scores.transpose(1, 2)).transpose(1, 2)
+        return Output(loss=self.tagger.mean(scores, labels), scores=scores)
+
+
+@pytest.mark.parametrize("mean", [over_shifted, contrastive])
+def test_settling_leaves_no_trace(mean: Mean) -> None:
+    model = Restless(mean)
+    model(**RAGGED).loss.backward()
+    batch = {key: value.clone() for key, value in RAGGED.items()}
+    before = fingerprint(model, batch, *model.parameters()), identities(model)
+    try:
+        OwnLoss().settle(model, batch, moved)
+    except InexactStepError:
+        assert mean is contrastive
+    assert (fingerprint(model, batch, *model.parameters()), identities(model)) == before
+    assert model.training
+    assert not model.frozen.training
+
+
+def test_settling_runs_in_evaluation_mode_and_without_gradient() -> None:
+    modes = []
+
+    def note(scores: Tensor, labels: Tensor) -> Tensor:
+        modes.append((model.training, scores.requires_grad))
+        return over_labels(scores, labels)
+
+    model = Tagger(note)
+    OwnLoss().settle(model, RAGGED, moved)
+    assert set(modes) == {(False, False)}
+
+
+def test_settling_under_autocast_takes_no_gradient_away() -> None:
+    model = Tagger(over_labels).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        OwnLoss().settle(model, RAGGED, moved)
+        model(**RAGGED).loss.backward()
+    assert model.head.weight.grad is not None
+
+
+# Sixteen bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
+def test_sixteen_bits_can_tell_as_well(mean: Mean, dtype: torch.dtype) -> None:
+    own = OwnLoss()
+    own.settle(Tagger(mean).to(dtype), RAGGED, moved)
+    assert len(counted(own, RAGGED)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_of_sixteen_bits_is_widened_before_it_is_multiplied(dtype: torch.dtype) -> None:
+    batch = {"labels": torch.ones(300, 1001, dtype=torch.int64)}
+    loss_sum, _ = OwnLoss().summed({"loss": torch.tensor(3.0, dtype=dtype)}, batch)
+    assert loss_sum.dtype is torch.float32
+    assert loss_sum.item() == 3 * 300 * 1001
+
+
+def otherwise_rounded(scores: Tensor, labels: Tensor) -> Tensor:
+    """In float32, from outputs that depend on the size of the batch as those of 16 bits may."""
+    return over_labels(scores.float(), labels) * (1.005 if len(labels) == 2 else 1)
+
+
+def test_a_loss_is_as_coarse_as_what_it_comes_from() -> None:
+    OwnLoss().settle(Tagger(otherwise_rounded).to(torch.float16), RAGGED, moved)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        OwnLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
+    with pytest.raises(InexactStepError, match="cannot be split"):
+        OwnLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
+
+
+# What a loss of the model's own is
+
+
+def test_a_scalar_floating_loss_is_one_and_nothing_else_is() -> None:
+    loss = torch.tensor(1.0)
+    assert own_loss_of(Output(loss=loss, scores=loss)) is loss
+    assert own_loss_of({"loss": loss}) is loss
+    for other in (loss, None, (loss,), {"logits": loss}, {"loss": None}, {"loss": 1.0}):
+        assert own_loss_of(other) is None
+    for value in (torch.ones(1), torch.tensor(1)):
+        assert own_loss_of({"loss": value}) is None
+
+
+def test_what_cannot_be_summed_is_said() -> None:
+    with pytest.raises(TypeError, match=r"no scalar loss, got \{logits: float32\[2\]\}.*labels"):
+        OwnLoss().summed({"logits": torch.ones(2)}, EQUAL)
+    with pytest.raises(TypeError, match=r"takes a mapping.*batch_loss="):
+        call_with_labels(Tagger(over_labels), (torch.ones(2), torch.ones(2)))
+
+
+# Models of transformers
+
+
+@cache
+def transformers() -> ModuleType:
+    import_torchvision()  # transformers imports it where it is installed, also a broken one.
+    return importlib.import_module("transformers")
+
+
+def small(name: str, **config: object) -> nn.Module:
+    """One of transformers' models, tiny and without dropout, with random weights."""
+    module = transformers()
+    torch.manual_seed(0)
+    kind = getattr(module, name)
+    sizes = {"vocab_size": len(vocabulary()) + 1, "bos_token_id": 0, "eos_token_id": 0} | config
+    model = kind(kind.config_class(**sizes))
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
+BERT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_dropout_prob": 0,
+    "attention_probs_dropout_prob": 0,
+}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0}
+
+
+def masked(batch: Batch) -> Batch:
+    """A third of the labels."""
+    place = torch.arange(batch["labels"].shape[1])
+    return {**batch, "labels": batch["labels"].masked_fill(place % 3 > 0, -100)}
+
+
+def classed(batch: Batch) -> Batch:
+    return {**batch, "labels": batch["attention_mask"].sum(1) % 3}
+
+
+def scored(batch: Batch) -> Batch:
+    return {**batch, "labels": batch["attention_mask"].sum(1).double()}
+
+
+def prompted(batch: Batch) -> Batch:
+    """The first labels of some examples are hidden, as those of a prompt are."""
+    labels = batch["labels"].clone()
+    labels[::2, :3] = -100
+    return {**batch, "labels": labels}
+
+
+CASES: dict[str, tuple[str, dict[str, object], Callable[[Batch], Batch], str]] = {
+    "gpt2": ("GPT2LMHeadModel", {**GPT2, "n_positions": 32}, dict, "shifted valid labels"),
+    "llama": ("LlamaForCausalLM", {**LLAMA}, prompted, "shifted valid labels"),
+    "bert": ("BertForMaskedLM", {**BERT}, masked, "valid labels"),
+    "t5": ("T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0}, dict, "valid labels"),
+    "classes": ("BertForSequenceClassification", {**BERT, "num_labels": 3}, classed, ""),
+    "regression": ("BertForSequenceClassification", {**BERT, "num_labels": 1}, scored, "elements"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_of_transformers_steps_as_undivided(case: str) -> None:
+    name, config, labelled, expected = CASES[case]
+    model = small(name, **config).double()
+    batch = labelled(character_batches(9, 9, longest=24, seed=1)[0])
+    own = OwnLoss()
+    loss, gradient = window(model, batch, [2, 4, 1, 2], own)
+    assert not expected or counted(own, batch) == [expected]
+    whole_loss, whole_gradient = undivided(model, batch)
+    # In float64 but for the loss itself, which transformers takes in float32.
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    largest = max(float(g.abs().max()) for g in whole_gradient.values())
+    torch.testing.assert_close(gradient, whole_gradient, rtol=0, atol=1e-5 * largest)
+
+
+def test_gpt2_learns_text_as_from_undivided_batches() -> None:
+    """Twenty steps. In float32 sums in another order differ by 1e-7, and each step adds to it.
+
+    AdamW makes a gradient that is nothing but rounding (a key's bias has none) as large as any, so
+    its epsilon is above that.
+    """
+    model = small("GPT2LMHeadModel", **{**GPT2, "n_embd": 64, "n_layer": 2, "n_positions": 64})
+    batches = character_batches(20 * 8, 8, longest=48, seed=0)
+    plain = train(copy.deepcopy(model), batches, undivided)
+    own = OwnLoss()
+    divided = train(model, batches, lambda net, batch: window(net, batch, [3, 3, 2], own))
+    assert divided == pytest.approx(plain, rel=2e-5)
+    assert plain[-1] < 0.8 * plain[0], "nothing was learnt"
+
+
+def test_gpt2_with_the_mean_of_means_is_another_training() -> None:
+    model = small("GPT2LMHeadModel", **{**GPT2, "n_embd": 64, "n_layer": 2, "n_positions": 64})
+    batches = character_batches(5 * 8, 8, longest=48, seed=0)
+    plain = train(copy.deepcopy(model), batches, undivided)
+    assert train(model, batches, mean_of_means) != pytest.approx(plain, rel=1e-3)
+
+
+def mean_of_means(model: nn.Module, batch: Batch) -> tuple[float, Gradients]:
+    parts = [undivided(model, part) for part in parts_of(batch, [3, 3, 2])]
+    names = parts[0][1]
+    mean = {name: torch.stack([g[name] for _, g in parts]).mean(0) for name in names}
+    return sum(loss for loss, _ in parts) / len(parts), mean
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    step: Callable[[nn.Module, Batch], tuple[float, Gradients]],
+) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
+    losses = []
+    for batch in batches:
+        loss, gradient = step(model, batch)
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradient[name]
+        optimizer.step()
+        losses.append(loss)
+    return losses
+
+
+def test_the_text_is_ragged_and_the_same_each_time() -> None:
+    batches = character_batches(10, 4, longest=30, seed=3)
+    again = character_batches(10, 4, longest=30, seed=3)
+    assert [size_of(batch) for batch in batches] == [4, 4, 2]
+    torch.testing.assert_close(batches, again, rtol=0, atol=0)
+    lengths = {int(n) for batch in batches for n in batch["attention_mask"].sum(1)}
+    assert len(lengths) > 5
+    assert max(lengths) <= 30
+    for batch in batches:
+        assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+        assert batch["input_ids"].max() <= len(vocabulary())
