@@ -41,7 +41,7 @@ gpu: ## On a machine with a GPU: its tests and the benchmarks, installing nothin
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	$(PYTHON) -m benchmarks --minutes $(MINUTES) --out $(OUT)
 
-bench: $(VENV)/dev-installed ## Measure this machine; results go to benchmarks/results/<device>/ (MINUTES=, OUT=)
+bench: $(VENV)/bench-installed ## Measure this machine; results go to benchmarks/results/<device>/ (MINUTES=, OUT=)
 	@$(BIN)/python -m benchmarks --minutes $(MINUTES) --out $(OUT)
 
 clean: ## Remove what was installed and cached
@@ -62,5 +62,10 @@ $(VENV)/demo-installed: $(VENV)/torch-installed pyproject.toml
 
 $(VENV)/dev-installed: $(VENV)/demo-installed
 	@echo "installing the tools for development"
-	@$(PIP) "$(TORCH)" --editable ".[dev]"
+	@$(PIP) "$(TORCH)" "$(TORCHVISION)" --editable ".[dev]"
+	@touch $@
+
+$(VENV)/bench-installed: $(VENV)/dev-installed
+	@echo "installing what is measured beside autobatch"
+	@$(PIP) "$(TORCH)" "$(TORCHVISION)" --editable ".[bench]"
 	@touch $@

@@ -69,7 +69,7 @@ LISTS: list[tuple[str, Any, int]] = [
     ("images that are stacked", (torch.zeros(2, 3, 4, 4), [target(1), target(2)]), 2),
     ("images without a box", (two_images, [target(0), target(0)]), 2),
     ("three images of one shape and three boxes", ([image()] * 3, [target(3)] * 3), 3),
-    ("dataclasses", (two_images, [Boxes(torch.zeros(1, 4)), Boxes(torch.zeros(2, 4))]), 2),
+    ("dataclasses", (two_images, [Boxes(torch.zeros(3, 4))] * 2), 2),
     ("other mappings", (two_images, [Encoding(target(1)), OrderedDict(target(2))]), 2),
     ("labels in a tensor", (two_images, labels), 2),
     ("one-dimensional", ([torch.zeros(7), torch.zeros(9)], labels), 2),
@@ -176,7 +176,9 @@ def test_what_needs_no_reading_is_returned_at_once(batch: Any) -> None:
 def test_a_list_that_the_user_marked_is_left_to_him() -> None:
     marked = (Examples(two_images), ["cat", "dog"])
     assert kinds(as_batch(marked)) == ["Examples", "list"]
-    assert size_of(as_batch(Examples([target(1), target(2)]))) == 2
+    several_targets = Examples([[target(1)], [target(2)]])
+    assert kinds(as_batch(several_targets)) == ["list", "list"]
+    assert size_of(as_batch(several_targets)) == 2
 
 
 def test_arrays_inside_the_lists_become_tensors() -> None:

@@ -32,7 +32,7 @@ def children_of(nest: Nest) -> Sequence[Nest] | None:
         return None
     if isinstance(nest, (list, tuple)):
         return nest
-    if isinstance(nest, Mapping):
+    if isinstance(nest, (dict, Mapping)):  # A dict is known sooner than any Mapping.
         return list(nest.values())
     if is_dataclass(nest):
         return [getattr(nest, name) for name in _fields(nest)]

@@ -42,9 +42,9 @@ def cut_to(batch: Nest, tolerable: int) -> tuple[list[Nest], tuple[int, ...]]:
     micro_batches: list[Nest] = []
     sizes: tuple[int, ...] = ()
     for piece in pieces_of(batch):
-        plan = BatchPlan(desired=size_of(piece), tolerable=tolerable)
-        micro_batches += cut(piece, plan.micro_batch_sizes)
-        sizes += plan.micro_batch_sizes
+        evenly = BatchPlan(desired=size_of(piece), tolerable=tolerable).micro_batch_sizes
+        micro_batches += cut(piece, evenly)
+        sizes += evenly
     return micro_batches, sizes
 
 

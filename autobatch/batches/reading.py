@@ -48,9 +48,11 @@ def _hold_examples(members: Sequence[Nest], nest: Nest) -> bool:
     """Whether the lists among the members of ``nest`` hold one item an example."""
     told = [member for member in members if not _is_whole(member)]
     lists = list(filter(_is_plain_list, told))
+    if not lists:
+        return False
     arrays = [member for member in told if isinstance(member, Tensor)]
     lengths = set(map(len, [*lists, *arrays]))
-    if not lists or len(lists) + len(arrays) != len(told) or len(lengths) != 1 or 0 in lengths:
+    if len(lists) + len(arrays) != len(told) or len(lengths) != 1 or 0 in lengths:
         return False
     items = list(chain.from_iterable(lists))
     if any(isinstance(item, Shared) for item in items):

@@ -41,18 +41,16 @@ def accumulate(
     for micro_batch in micro_batches:
         loss_sum, terms = share(micro_batch)
         del micro_batch
-        value = loss_sum.detach()
         if loss_sum.requires_grad:  # A micro-batch without a valid term may have no graph at all.
             if seed is None:
-                seed = torch.full_like(value, 1 / denominator)
+                seed = torch.full_like(loss_sum.detach(), 1 / denominator)
                 seed = seed if scaled is None else scaled(seed)
             # The gradient's seed takes the place of a division and of its backward.
             loss_sum.backward(gradient=seed)
             if after_backward is not None:
                 after_backward()
-        del loss_sum  # Or the finished graph lives through the next forward.
-        ledger.add(value, terms)
-        del value, terms
+        ledger.add(loss_sum, terms)
+        del loss_sum, terms  # Or the finished graph lives through the next forward.
 
 
 def rescale(gradients: Sequence[Tensor], factor: Tensor | float) -> None:

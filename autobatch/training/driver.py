@@ -90,6 +90,7 @@ class Driver:
         examples = size_of(batch)
         if examples == 0:
             raise ValueError("a logical batch must hold at least one example, got 0")
+        self.recipe.begin()
         try:
             size = self.size.for_window(examples)
             denominator = self.recipe.prepared(batch, cut=_is_cut(batch, size))
@@ -134,13 +135,12 @@ class Driver:
     def _run(self, batch: Nest, size: int, denominator: float) -> _Window:
         """The window, run until it fits; its gradient is left in ``.grad``."""
         recipe, examples, last_failed = self.recipe, size_of(batch), 0
-        recipe.clear()
         with self.limited():
             start = recipe.start()
-        buffers = self._buffers()
         failures: list[dict[str, int]] = []
         while True:
             parts, sizes = cut_to(batch, size)
+            buffers = self._buffers(len(sizes))
             try:
                 ledger, message = self._attempt(parts, sizes, denominator, replays=len(failures))
             except BaseException:
@@ -149,7 +149,8 @@ class Driver:
             if ledger is not None:
                 self.size.ran()
                 if len(sizes) > 1:
-                    self.moved_buffers |= {name for name, *_ in self._buffers() - buffers}
+                    moved = self._buffers(len(sizes)) - buffers
+                    self.moved_buffers |= {name for name, *_ in moved}
                     self.split_windows += 1
                 return _Window(
                     ledger=ledger,
@@ -200,7 +201,7 @@ class Driver:
         """Refuse to cut what would not be exact in pieces."""
         if micro_batches == 1:
             return
-        if any(parameter._backward_hooks for parameter in self.recipe.parameters()):
+        if any(parameter._backward_hooks for parameter in self.recipe.members.parameters):
             raise InexactStepError(
                 "a parameter has a gradient hook, which would run once a micro-batch instead of "
                 "once a step; change the gradients in the optimizer's step instead "
@@ -304,12 +305,12 @@ class Driver:
             reason=fault,
         )
 
-    def _buffers(self) -> set[tuple[str, int, int]]:
+    def _buffers(self, micro_batches: int) -> set[tuple[str, int, int]]:
         """Before and after the first window that is cut: buffers that it moves differ in these.
 
         BatchNorm's are pooled, and not among them.
         """
-        if self.split_windows:
+        if self.split_windows or micro_batches == 1:
             return set()
         model = self.recipe.model
         pooled = {id(tensor) for layer in moving_layers(model) for tensor in layer.buffers()}

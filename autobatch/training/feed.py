@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from autobatch.batches.nest import Nest, map_tensors, unwrapped
+from autobatch.batches.nest import Nest, map_tensors, plain_size, unwrapped
 
 
 class Feed:
@@ -24,12 +24,20 @@ class Feed:
 
     def move(self, nest: Nest) -> Nest:
         """Return a copy on the device: a model that works in place must not reach the original."""
-        device = self._device
-        moved = map_tensors(lambda t: t.to(device, non_blocking=True, copy=True), nest)
-        return unwrapped(moved)
+        if plain_size(nest) is not None:
+            assert isinstance(nest, tuple | list), "only these are plain"
+            if self._device.type == "cpu":  # The short way: this is done for every micro-batch.
+                return type(nest)([t.clone() if t.is_cpu else t.cpu() for t in nest])
+            return type(nest)([self._moved(tensor) for tensor in nest])
+        return unwrapped(map_tensors(self._moved, nest))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self._device:
+            return tensor.clone()
+        return tensor.to(self._device, non_blocking=True, copy=True)
 
     def __call__(self, parts: Sequence[Nest], *, more_follow: bool = False) -> Iterator[Nest]:
-        """Yield the parts, on the device, in order.
+        """Return the parts, on the device, in order.
 
         Args:
             parts: On the host, or wherever they are.
@@ -37,8 +45,10 @@ class Feed:
                 another is on its way: a trial's memory must be that of training.
         """
         if self._device.type != "cuda":
-            yield from map(self.move, parts)
-            return
+            return map(self.move, parts)
+        return self._ahead(parts, more_follow=more_follow)
+
+    def _ahead(self, parts: Sequence[Nest], *, more_follow: bool) -> Iterator[Nest]:
         ahead = self._sent(parts[0])
         for part in (*parts[1:], *(parts[-1:] if more_follow else ())):
             current, ahead = ahead, self._sent(part)

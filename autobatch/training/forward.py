@@ -39,12 +39,12 @@ def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
 
 def _taken_apart(batch: Nest) -> tuple[Nest, Nest]:
     """Inputs (a tuple of arguments or a dict of keyword arguments) and targets."""
+    if isinstance(batch, tuple | list) and len(batch) >= 2:  # First: the commonest.
+        return tuple(batch[:-1]), batch[-1]
     if isinstance(batch, Mapping):
         present = [key for key in _TARGET_KEYS if key in batch]
         if len(present) == 1:
             return {k: v for k, v in batch.items() if k != present[0]}, batch[present[0]]
-    elif isinstance(batch, tuple | list) and len(batch) >= 2:
-        return tuple(batch[:-1]), batch[-1]
     what = f"a {type(batch).__name__}" if isinstance(batch, Tensor) else describe(batch)
     raise TypeError(
         f"a batch must be (inputs, ..., target) or a mapping with one of {_TARGET_KEYS}, "

@@ -54,13 +54,13 @@ class Ledger:
             self._held = torch.zeros(2, rows, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
-        """Note one micro-batch's summed loss, without graph, and its terms if it gave some."""
+        """Note one micro-batch's summed loss, and its terms if it gave some."""
         if self._held is None:
             self._losses.append(loss.item())
             if terms is not None:
                 self._terms.append(float(terms))
         else:
-            self._held[0, self._count] = loss
+            self._held[0, self._count] = loss.detach()
             if terms is not None:
                 self._held[1, self._count] = terms
         self._counted |= terms is not None

@@ -125,6 +125,8 @@ class _Recipe:
     elementwise: bool = True
     reductions: tuple[str, ...] = ("mean", "sum")
 
+    weights: tuple[str, ...] = ("weight",)
+
     @property
     def name(self) -> str:
         return self.module.__name__
@@ -160,18 +162,20 @@ class _KnownLoss:
         targets: Nest,
         examples: int,  # noqa: ARG002  # The protocol's.
     ) -> tuple[Tensor, Tensor | float | None]:
+        recipe = self.recipe
         output = _widened(self._only_tensor("outputs", outputs))
         target = _widened(self._only_tensor("targets", targets))
         settings = dict(self.settings())
-        if self.recipe.elementwise:
-            _refuse_broadcast(self.recipe, output, target)
-            _refuse_uncuttable(self.recipe, target, settings)
-        for name, value in settings.items():
+        if recipe.elementwise:
+            _refuse_broadcast(recipe, output, target)
+            _refuse_uncuttable(recipe, target, settings)
+        for name in recipe.weights:
+            value = settings.get(name)
             if isinstance(value, Tensor):  # The model may have been moved since it was made.
                 weight = _widened(value.to(output.device))
-                settings[name] = weight.expand_as(target) if self.recipe.elementwise else weight
+                settings[name] = weight.expand_as(target) if recipe.elementwise else weight
         settings["reduction"] = "sum"
-        return self.recipe.functional(output, target, **settings), None
+        return recipe.functional(output, target, **settings), None
 
     def _only_tensor(self, role: Literal["outputs", "targets"], nest: Nest) -> Tensor:
         if isinstance(nest, Tensor):
@@ -218,8 +222,16 @@ def _known_module(loss: nn.Module) -> Loss | None:
     parameters = inspect.signature(recipe.functional).parameters
     options = [name for name in parameters if hasattr(loss, name)]
 
+    # Where they lie: getattr finds a module's buffers only after it has failed elsewhere.
+    plain = [name for name in options if name not in loss._buffers]
+    tensors = [name for name in options if name in loss._buffers]
+
     def settings() -> _Settings:
-        return {name: getattr(loss, name) for name in options}
+        own, buffers = vars(loss), loss._buffers
+        found: dict[str, object] = {name: own[name] for name in plain}
+        for name in tensors:
+            found[name] = buffers[name]
+        return found
 
     _refuse_reduction(recipe, settings())
     return _KnownLoss(recipe, settings)
@@ -367,7 +379,12 @@ _RECIPES: Final = (
     _Recipe(nn.CrossEntropyLoss, F.cross_entropy, _sum_class_terms, elementwise=False),
     _Recipe(nn.NLLLoss, F.nll_loss, _sum_class_weights, elementwise=False),
     _Recipe(nn.BCELoss, F.binary_cross_entropy, _count_elements),
-    _Recipe(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, _count_elements),
+    _Recipe(
+        nn.BCEWithLogitsLoss,
+        F.binary_cross_entropy_with_logits,
+        _count_elements,
+        weights=("weight", "pos_weight"),
+    ),
     _Recipe(nn.MSELoss, F.mse_loss, _sum_element_weights),
     _Recipe(nn.L1Loss, F.l1_loss, _sum_element_weights),
     _Recipe(nn.SmoothL1Loss, F.smooth_l1_loss, _count_elements),

@@ -16,6 +16,7 @@ from autobatch.training.feed import Feed
 from autobatch.training.forward import Forward
 from autobatch.training.inferred import Inferred
 from autobatch.training.losses import resolve_loss
+from autobatch.training.members import Members
 from autobatch.training.objective import BatchLoss, Compared, Custom, Objective
 from autobatch.training.precision import (
     Precision,
@@ -119,4 +120,5 @@ class StepOptions:
             gradient_dtype=self.gradient_dtype,
             feed=Feed(device.torch_device),
             generators=list(generators_in(model)),
+            members=Members(model, optimizer),
         )

@@ -294,7 +294,9 @@ def _same_weights(possible: Sequence[Counting], batch: Nest) -> bool:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before."""
-    start = window_start(model, generators_in(model))  # The mode is an attribute as others are.
+    start = window_start(
+        list(model.modules()), generators_in(model)
+    )  # The mode is an attribute as others are.
     try:
         model.eval()
         with torch.no_grad():

@@ -37,7 +37,7 @@ class Rehearsal:
         more_follow = self._desired is None or sum(sizes) < self._desired
 
         def window() -> None:
-            recipe.clear()
+            recipe.begin()
             start = recipe.start()  # Held as training holds it.
             ledger = recipe.accumulate(micro_batches, denominator, more_follow=more_follow)
             recipe.check_gradient()

@@ -1,6 +1,6 @@
 """Running a window again, from its beginning, with smaller micro-batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,7 +42,9 @@ class Start:
 
 
 def window_start(
-    model: nn.Module, generators: Iterable[object] = (), scaler: GradScaler | None = None
+    modules: Sequence[nn.Module],
+    generators: Iterable[object] = (),
+    scaler: GradScaler | None = None,
 ) -> Start:
     """Take what a window may move: buffers, plain attributes, random generators, a scaler's stage.
 
@@ -50,22 +52,21 @@ def window_start(
     this costs a look at its attributes.
 
     Args:
-        model: Parameters are left out: only the optimizer moves them, after the window.
+        modules: All of the model's. Parameters are left out: only the optimizer moves them, after
+            the window.
         generators: The model's own ones.
         scaler: Notes what it has unscaled.
     """
     attributes = []
     containers: list[object] = []
-    for module in _modules(model):
+    for module in modules:
         own = vars(module)
         attributes.append((own, own.copy()))
         if own["_buffers"]:
             containers.append(own["_buffers"])
-        containers += [
-            value
-            for name, value in own.items()
-            if type(value) not in _FIXED and name not in _STANDARD
-        ]
+        for name in own.keys() - _STANDARD:
+            if type(own[name]) not in _FIXED:
+                containers.append(own[name])
     moving = reachable(containers) if containers else []
     put_contents_back = contents_of(moving)
     tensors = [
@@ -73,34 +74,22 @@ def window_start(
         for found in moving
         if isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
     ]
-    values = _copies(tensors)
+    values = _copies(tensors) if tensors else []
 
-    @torch.no_grad()
     def put_model_back() -> None:
         for own, before in attributes:
             own.clear()
             own.update(before)
         put_contents_back()
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
 
     return Start(
         model=put_model_back,
         scaler=attributes_of(scaler) if scaler is not None else lambda: None,
         random=random_state(generators),
     )
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """Every module once. Module.modules() makes names on the way, and takes five times as long."""
-    found = {id(model): model}
-    unseen = [model]
-    while unseen:
-        for child in vars(unseen.pop())["_modules"].values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                unseen.append(child)
-    return list(found.values())
 
 
 @torch.no_grad()
@@ -156,12 +145,12 @@ class MicroBatchSize:
         """
         self._quiet = 0
         smaller = smaller_size(examples, size, failures)
-        if self._grown_from is not None:
+        if self._grown_from is not None and size > self._grown_from:
             self._patience = min(2 * self._patience, LONGEST_PATIENCE)
-            smaller = self._grown_from if self._grown_from < size else smaller
+            smaller = self.size = self._grown_from
             self._grown_from = None
-        if examples >= (self.size or self._largest):
-            self.size = smaller
+        elif examples >= min(self.size or self._largest, self._largest):
+            self.size, self._grown_from = smaller, None
         return smaller
 
     def state_dict(self) -> dict[str, int | None]:

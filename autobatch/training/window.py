@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from autobatch.training.batch_norm import (
 )
 from autobatch.training.feed import Feed
 from autobatch.training.ledger import Ledger
+from autobatch.training.members import Members
 from autobatch.training.objective import Compared, Objective, Witness
 from autobatch.training.precision import Precision
 from autobatch.training.replay import Start, window_start
@@ -43,6 +44,7 @@ class Recipe:
         gradient_dtype: What 16-bit gradients are summed in; None is their own.
         feed: Brings micro-batches to the device.
         generators: The model's own random number generators.
+        members: Modules and parameters, as they are in this step.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Recipe:
     gradient_dtype: torch.dtype | None
     feed: Feed
     generators: Sequence[object]
+    members: Members
 
     @property
     def device(self) -> MemoryDevice:
@@ -76,19 +79,14 @@ class Recipe:
         self.objective.settle(self.model, batch, self.feed.move, cut=cut)
         return self.objective.denominator(batch)
 
-    def parameters(self) -> list[Tensor]:
-        """Return every tensor whose ``.grad`` a step owns."""
-        held: list[Tensor] = self.update.parameters()
-        known = {id(parameter) for parameter in held}
-        for parameter in self.model.parameters():
-            if id(parameter) not in known:
-                known.add(id(parameter))
-                held.append(parameter)
-        return held
+    def begin(self) -> None:
+        """See what the model has now, and let go of every gradient."""
+        self.members.refresh()
+        self.clear()
 
     def start(self) -> Start:
         """Take what a window may move."""
-        return window_start(self.model, self.generators, self.update.scaler)
+        return window_start(self.members.modules, self.generators, self.update.scaler)
 
     def accumulate(
         self,
@@ -109,11 +107,9 @@ class Recipe:
             more_follow: Whether they stand for a window of more.
         """
         ledger = Ledger(len(parts), self.device.torch_device)
-        parameters = self.parameters()
+        parameters = self.members.parameters
         wide = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
-        with ExitStack() as stack:
-            stack.enter_context(self.precision.window())
-            pool = stack.enter_context(self._statistics(len(parts)))
+        with self.precision.window(), self._statistics(len(parts)) as pool:
             run = _Run(self, pool, ledger, wide, more_follow)
             if isinstance(self.objective, Whole) and len(parts) > 1:
                 run.whole(parts, self.objective)
@@ -136,20 +132,22 @@ class Recipe:
         Raises:
             ValueError: If no parameter received a gradient.
         """
-        if all(parameter.grad is None for parameter in self.parameters()):
+        if all(parameter.grad is None for parameter in self.members.parameters):
             raise ValueError(
                 "no parameter received a gradient: the loss does not depend on the model"
             )
 
     def clear(self) -> None:
         """Let go of every gradient."""
-        for parameter in self.parameters():
+        for parameter in self.members.parameters:
             parameter.grad = None
 
     def _statistics(self, micro_batches: int) -> AbstractContextManager[Pool | None]:
         if self.batch_norm == "frozen":
             return frozen_statistics(self.model)
-        return pooled_statistics(self.model, micro_batches)
+        if micro_batches > 1 and self.members.batch_norms():
+            return pooled_statistics(self.model, micro_batches)
+        return nullcontext()
 
 
 def _rescale(sums: Sequence[Tensor], denominator: float, terms: Tensor | float | None) -> None:
@@ -175,23 +173,27 @@ class _Run:
     def shares(self, parts: Sequence[Nest], denominator: float, witness: Witness | None) -> None:
         """Forward and backward, micro-batch by micro-batch."""
         recipe, pool = self.recipe, self.pool
-        forward = recipe.precision.forward
+        model, objective, forward = recipe.model, recipe.objective.share, recipe.precision.forward
 
         def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
             nest, host, borrowed = micro_batch
+            return objective(model, nest, host=host, borrowed=borrowed, witness=witness)
+
+        def pooled(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
             if pool is not None:
-                pool.begin(borrowed)
+                pool.begin(micro_batch[2])
             with forward():
-                result = recipe.objective.share(
-                    recipe.model, nest, host=host, borrowed=borrowed, witness=witness
-                )
+                result = share(micro_batch)
             if pool is not None:
                 pool.end()
             return result
 
+        # A small net's micro-batch takes 70 microseconds: what it does not need is not asked.
+        plain = pool is None and recipe.precision.name == "fp32"
+
         accumulate(
             self._fed(parts),
-            share,
+            share if plain else pooled,
             denominator=denominator,
             ledger=self.ledger,
             scaled=recipe.update.scaled(),
@@ -232,7 +234,7 @@ class _Run:
         """The micro-batches, on the device and as they came, with what each of them borrows."""
         recipe = self.recipe
         borrowed = [0] * len(parts)
-        if self._may_borrow() and any(size_of(nest) == 1 for nest in parts):
+        if len(parts) > 1 and any(size_of(nest) == 1 for nest in parts) and self._may_borrow():
             parts, borrowed = _with_neighbours(parts)
         moved = recipe.feed(parts, more_follow=self.more_follow)
         for host, count in zip(parts, borrowed, strict=True):
