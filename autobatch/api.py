@@ -24,9 +24,9 @@ from autobatch.probing.finder import Finder
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
 from autobatch.training.batch_norm import BatchNormMode
+from autobatch.training.custom import BatchLoss
 from autobatch.training.evaluation import Inference, Metric
 from autobatch.training.forward import Forward
-from autobatch.training.objective import BatchLoss
 from autobatch.training.options import LossLike, NonFinite, StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.rehearsal import Rehearsal

@@ -1,13 +1,13 @@
 """How a batch enters the model, and what the output is compared with."""
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe
 
-Forward = Callable[[nn.Module, Nest], tuple[Nest, Nest]]
+Forward = Callable[[nn.Module, Any], tuple[Nest, Nest]]  # The batch is the user's structure.
 
 _TARGET_KEYS: Final = ("labels", "target")
 

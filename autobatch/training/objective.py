@@ -6,13 +6,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, describe, part, size_of
+from autobatch.batches.nest import Nest, part, size_of
 from autobatch.batches.pieces import pieces_of
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import Forward, standard_forward, targets_of
-from autobatch.training.losses import Loss, read_pair
+from autobatch.training.losses import Loss
 
-BatchLoss = Callable[[nn.Module, Nest], object]
 Move = Callable[[Nest], Nest]
 Witness = Callable[[Nest, Nest], None]
 
@@ -102,36 +101,3 @@ class Compared:
         if self.forward is not None and terms is None and self.loss.divides:
             terms = self.loss.denominator(targets, examples)
         return loss_sum, terms
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Custom:
-    """A function of the user's, ``(model, batch) -> (sum, terms)``."""
-
-    batch_loss: BatchLoss
-
-    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Do nothing: every call says its terms."""
-
-    def denominator(self, batch: Nest) -> float:
-        """Return the examples: not the last word."""
-        return size_of(batch)
-
-    def share(
-        self,
-        model: nn.Module,
-        micro_batch: Nest,
-        *,
-        host: Nest,  # noqa: ARG002  # The protocol's, and there are no outputs to show.
-        borrowed: int,
-        witness: Witness | None,  # noqa: ARG002
-    ) -> tuple[Tensor, Terms]:
-        """Return what the function says."""
-        assert not borrowed, "no rows can be left out of a sum"
-        result = self.batch_loss(model, micro_batch)
-        if not isinstance(result, tuple):
-            raise TypeError(
-                f"batch_loss must return (sum, terms), got {describe(result)}; the sum over the "
-                "micro-batch, and the number of terms that its mean would be over"
-            )
-        return read_pair(result)

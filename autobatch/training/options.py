@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from autobatch.devices.base import MemoryDevice
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
+from autobatch.training.custom import BatchLoss, Custom
 from autobatch.training.feed import Feed
 from autobatch.training.forward import Forward
 from autobatch.training.inferred import Inferred
 from autobatch.training.losses import resolve_loss
 from autobatch.training.members import Members
-from autobatch.training.objective import BatchLoss, Compared, Custom, Objective
+from autobatch.training.objective import Compared, Objective
 from autobatch.training.precision import (
     Precision,
     PrecisionName,

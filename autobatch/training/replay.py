@@ -64,9 +64,8 @@ def window_start(
         attributes.append((own, own.copy()))
         if own["_buffers"]:
             containers.append(own["_buffers"])
-        for name in own.keys() - _STANDARD:
-            if type(own[name]) not in _FIXED:
-                containers.append(own[name])
+        names = own.keys() - _STANDARD
+        containers.extend(own[name] for name in names if type(own[name]) not in _FIXED)
     moving = reachable(containers) if containers else []
     put_contents_back = contents_of(moving)
     tensors = [

@@ -15,9 +15,9 @@ from autobatch.plan import check_size
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult
 from autobatch.training.batch_norm import BatchNormMode
+from autobatch.training.custom import BatchLoss
 from autobatch.training.driver import Driver
 from autobatch.training.forward import Forward
-from autobatch.training.objective import BatchLoss
 from autobatch.training.options import NonFinite, StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.replay import MicroBatchSize

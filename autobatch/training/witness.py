@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
+from autobatch.batches.pieces import pieces_of, put_together
 from autobatch.errors import InexactStepError
 from autobatch.training.loss_check import check_splits
 from autobatch.training.losses import Loss
@@ -59,7 +60,14 @@ class LossCheck:
             targets = list(map(self.move, self.targets))
         except (torch.OutOfMemoryError, MemoryError):
             return False
-        return check_splits(self.loss, outputs, targets)
+        try:
+            # Ragged pieces of text stay apart: the law is asked of the largest one.
+            together = put_together(list(zip(outputs, targets, strict=True)))
+        except ValueError:
+            return check_splits(self.loss, outputs, targets)  # Which says what is wrong.
+        pair = max(pieces_of(together), key=size_of)
+        assert isinstance(pair, tuple), "outputs and targets were put together as pairs"
+        return check_splits(self.loss, [pair[0]], [pair[1]])
 
 
 def refuse_partly_finite(finite: list[bool]) -> None:

@@ -1,15 +1,18 @@
 """The promises, on a real GPU: its own out-of-memory, allocator, generators and driver."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 from states import fingerprint
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch import (
     Accumulator,
     DoesNotFitError,
+    TrainingResult,
     Verdict,
     check,
     find_and_train,
@@ -20,7 +23,13 @@ from autobatch.devices import nvml
 from autobatch.devices.cuda import CudaDevice
 from autobatch.job import Job
 from autobatch.probing.trial import Stage
+from autobatch.training.driver import Driver
+from autobatch.training.feed import Feed
+from autobatch.training.options import NonFinite, StepOptions
+from autobatch.training.precision import PrecisionName
 from autobatch.training.rehearsal import Rehearsal
+from autobatch.training.replay import MicroBatchSize
+from autobatch.training.schedule import Schedule
 
 pytestmark = pytest.mark.gpu
 
@@ -108,13 +117,12 @@ def test_ten_failures_in_a_row_leave_the_memory_as_it_was() -> None:
         assert torch.cuda.memory_reserved() <= before + 64 * 2**20
 
 
-def resolved(model: nn.Module, memory_limit: int) -> Job:
+def resolved(model: nn.Module, memory_limit: int, options: StepOptions | None = None) -> Job:
     return Job.resolve(
         model,
         images(),
         batch_size=64,
-        loss=None,
-        forward=None,
+        options=options or StepOptions(),
         optimizer=ADAM,
         device=None,
         memory_limit=memory_limit,
@@ -133,11 +141,29 @@ def test_the_found_size_trains_50_windows_and_the_next_one_fails() -> None:
     above = check(model, images(), found.size + 1, optimizer=ADAM, memory_limit=memory_limit)
     assert above.failure is Verdict.OUT_OF_MEMORY
     job = resolved(model, memory_limit)
-    accumulator = Accumulator.following(
-        job.recipe, micro_batch=found.size, limit_bytes=found.limit_bytes, observer=None
-    )
+    steps = driver(job, found.size, found.limit_bytes)
     batch = many(2 * found.size)
-    assert sum(accumulator.step(batch).replays for _ in range(50)) == 0
+    assert sum(steps.step(batch).replays for _ in range(50)) == 0
+
+
+def driver(job: Job, size: int, limit_bytes: int) -> Driver:
+    return Driver(
+        recipe=job.recipe,
+        size=MicroBatchSize(size),
+        nonfinite="raise",
+        schedule=Schedule(),
+        limit_bytes=limit_bytes,
+    )
+
+
+def test_a_long_window_with_its_next_micro_batch_on_the_way_stays_inside_what_was_found() -> None:
+    memory_limit = limit(2 * GIB)
+    model = net()
+    found = find_batch_size(
+        model, many(4096), ceiling=4096, optimizer=ADAM, memory_limit=memory_limit
+    )
+    steps = driver(resolved(model, memory_limit), found.size, found.limit_bytes)
+    assert steps.step(many(5 * found.size)).replays == 0
 
 
 def test_a_search_leaves_every_bit_as_it_was_with_cuda_s_generator() -> None:
@@ -203,12 +229,95 @@ def test_accumulation_takes_the_undivided_step_in_float64() -> None:
 def test_memory_that_runs_out_in_training_costs_a_replay() -> None:
     model = net()
     job = resolved(model, limit(GIB))
-    accumulator = Accumulator.following(
-        job.recipe, micro_batch=2048, limit_bytes=job.limit_bytes(), observer=None
-    )
-    step = accumulator.step(many(2048))
+    steps = driver(job, 2048, job.limit_bytes())
+    step = steps.step(many(2048))
     assert step.replays > 0
-    assert accumulator.step(many(2048)).replays == 0
+    assert steps.step(many(2048)).replays == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        if func is torch.ops.aten._to_copy.default and args[0].is_cuda:
+            self.count += str(kwargs.get("device")) == "cpu"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("nonfinite", "waits"), [("raise", 1), ("skip", 1), ("ignore", 0)])
+def test_a_window_waits_for_the_gpu_once_or_never(nonfinite: NonFinite, waits: int) -> None:
+    model = net()
+    accumulator = Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batch=16, nonfinite=nonfinite
+    )
+    accumulator.step(images())
+    with Waits() as counted:
+        result = accumulator.step(images())
+    assert counted.count == waits
+    assert result.loss > 0
+
+
+def test_a_micro_batch_is_right_though_the_next_one_moves_meanwhile() -> None:
+    feed = Feed(torch.device("cuda"))
+    parts = [(torch.full((2**20,), float(place)),) for place in range(20)]
+    for place, part in enumerate(feed(parts)):
+        assert isinstance(part, tuple)
+        busy = torch.randn(2048, 2048, device="cuda")
+        for _ in range(5):  # The GPU is behind, and the host would run ahead.
+            busy = busy @ busy
+        assert bool((part[0] == place).all())
+        del part
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains_in_less_memory(precision: PrecisionName) -> None:
+    memory_limit = limit(GIB)
+    full = find_batch_size(net(), many(2048), ceiling=2048, memory_limit=memory_limit)
+    half = find_batch_size(
+        net(), many(2048), ceiling=2048, memory_limit=memory_limit, precision=precision
+    )
+    assert half.size > full.size
+    model = net()
+    result = find_and_train(
+        model,
+        many(512),
+        256,
+        optimizer=ADAM,
+        precision=precision,
+        clip_grad_norm=1.0,
+        memory_limit=memory_limit,
+        progress=False,
+    )
+    assert result.steps + sum("overflow" in note for note in result.notes) >= 2
+
+
+def test_a_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    def trained(directory: Path, epochs: int) -> TrainingResult:
+        torch.manual_seed(0)
+        return find_and_train(
+            nn.Sequential(net(), nn.Dropout(0.1)),
+            images(),
+            32,
+            optimizer=ADAM,
+            epochs=epochs,
+            seed=1,
+            checkpoint_dir=directory,
+            progress=False,
+        )
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole = trained(tmp_path / "whole", 4)
+        trained(tmp_path / "halves", 2)
+        assert trained(tmp_path / "halves", 4).losses == whole.losses
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nvml_and_torch_agree_on_the_device_by_uuid() -> None:

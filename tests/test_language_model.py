@@ -1,0 +1,114 @@
+"""A GPT-2 of transformers learns real text in ragged pieces, as it would from undivided batches."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from characters import character_batches, vocabulary
+from reference import Pair
+from torch import Tensor, nn
+
+from autobatch import TrainingResult, find_and_train
+from autobatch.commands.vision import import_torchvision
+
+Batch = dict[str, Tensor]
+
+LONGEST = 48
+DESIRED = 24
+STEPS = 30
+# AdamW makes a gradient that is nothing but rounding (a key's bias has none) as large as any
+# other, so its epsilon is above that.
+ADAMW = functools.partial(torch.optim.AdamW, lr=3e-3, eps=1e-6)
+
+
+def gpt2() -> nn.Module:
+    import_torchvision()  # transformers imports it, where it is installed.
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(vocabulary()) + 1,
+        n_positions=LONGEST,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def padded(batch: Batch) -> Batch:
+    """To the longest example of all: causal, so that padding on the right changes nothing."""
+    room = LONGEST - batch["labels"].shape[1]
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: F.pad(tensor, (0, room), value=fill[name]) for name, tensor in batch.items()}
+
+
+def undivided(model: nn.Module, batches: list[Batch]) -> list[float]:
+    """A plain loop over whole logical batches."""
+    model.train()
+    optimizer = ADAMW(model.parameters())
+    together = {name: torch.cat([padded(batch)[name] for batch in batches]) for name in batches[0]}
+    losses = []
+    for start in range(0, len(together["labels"]), DESIRED):
+        optimizer.zero_grad()
+        loss = model(**{k: v[start : start + DESIRED] for k, v in together.items()}).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def accumulated(model: nn.Module, batches: list[Batch], **options: object) -> TrainingResult:
+    return find_and_train(model, batches, DESIRED, optimizer=ADAMW, progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def text() -> list[Batch]:
+    return character_batches(STEPS * DESIRED - 5, 10, longest=LONGEST, seed=0)
+
+
+def test_the_losses_are_the_undivided_run_s_at_every_step(text: list[Batch]) -> None:
+    """In float32 sums in another order differ by 1e-7, and every step adds to it."""
+    model = gpt2()
+    expected = undivided(copy.deepcopy(model), text)
+    result = accumulated(model, text, memory_limit="6MiB")
+    assert result.steps == STEPS
+    assert max(result.plan.micro_batch_sizes) < 10, "ragged pieces of 10 were not cut any further"
+    assert result.losses == pytest.approx(expected, rel=2e-5)
+    assert expected[-1] < 0.8 * expected[0], "nothing was learnt"
+
+
+def test_a_mean_over_examples_would_be_another_training(text: list[Batch]) -> None:
+    def per_example(model: nn.Module, batch: Batch) -> Pair:
+        labels = batch.pop("labels")
+        return model(**batch).logits[:, :-1].transpose(1, 2), labels[:, 1:]
+
+    def mean_of_means(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        each = F.cross_entropy(outputs, targets, reduction="none").sum(1)
+        return (each / (targets != -100).sum(1)).sum(), len(targets)
+
+    model = gpt2()
+    expected = undivided(copy.deepcopy(model), text[:24])
+    result = accumulated(model, text[:24], forward=per_example, loss=mean_of_means)
+    assert result.losses != pytest.approx(expected, rel=1e-3)
+
+
+def test_the_same_with_the_loss_of_torch_on_its_logits(text: list[Batch]) -> None:
+    def shifted(model: nn.Module, batch: Batch) -> Pair:
+        labels = batch["labels"]
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return model(**inputs).logits[:, :-1].transpose(1, 2), labels[:, 1:]
+
+    model = gpt2()
+    expected = undivided(copy.deepcopy(model), text[:24])
+    result = accumulated(
+        model, text[:24], forward=shifted, loss=nn.CrossEntropyLoss(), memory_limit="6MiB"
+    )
+    assert result.losses == pytest.approx(expected, rel=2e-5)
