@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,7 +51,15 @@ def padded(batch: Batch) -> Batch:
     return {name: F.pad(tensor, (0, room), value=fill[name]) for name, tensor in batch.items()}
 
 
-def undivided(model: nn.Module, batches: list[Batch]) -> list[float]:
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch).loss  # type: ignore[no-any-return]
+
+
+def undivided(
+    model: nn.Module,
+    batches: list[Batch],
+    loss_of: Callable[[nn.Module, Batch], Tensor] = own_loss,
+) -> list[float]:
     """A plain loop over whole logical batches."""
     model.train()
     optimizer = ADAMW(model.parameters())
@@ -58,7 +67,7 @@ def undivided(model: nn.Module, batches: list[Batch]) -> list[float]:
     losses = []
     for start in range(0, len(together["labels"]), DESIRED):
         optimizer.zero_grad()
-        loss = model(**{k: v[start : start + DESIRED] for k, v in together.items()}).loss
+        loss = loss_of(model, {k: v[start : start + DESIRED] for k, v in together.items()})
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -75,13 +84,16 @@ def text() -> list[Batch]:
 
 
 def test_the_losses_are_the_undivided_run_s_at_every_step(text: list[Batch]) -> None:
-    """In float32 sums in another order differ by 1e-7, and every step adds to it."""
+    """The model's own loss, in float32, where every step multiplies what sums in another order do.
+
+    transformers rounds logits to float32 whatever the model; below the same goes on in float64.
+    """
     model = gpt2()
     expected = undivided(copy.deepcopy(model), text)
     result = accumulated(model, text, memory_limit="6MiB")
     assert result.steps == STEPS
     assert max(result.plan.micro_batch_sizes) < 10, "ragged pieces of 10 were not cut any further"
-    assert result.losses == pytest.approx(expected, rel=2e-5)
+    assert result.losses == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < 0.8 * expected[0], "nothing was learnt"
 
 
@@ -100,15 +112,19 @@ def test_a_mean_over_examples_would_be_another_training(text: list[Batch]) -> No
     assert result.losses != pytest.approx(expected, rel=1e-3)
 
 
-def test_the_same_with_the_loss_of_torch_on_its_logits(text: list[Batch]) -> None:
+def test_in_float64_they_are_the_same_to_ten_digits(text: list[Batch]) -> None:
     def shifted(model: nn.Module, batch: Batch) -> Pair:
         labels = batch["labels"]
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return model(**inputs).logits[:, :-1].transpose(1, 2), labels[:, 1:]
 
-    model = gpt2()
-    expected = undivided(copy.deepcopy(model), text[:24])
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(*shifted(model, batch))
+
+    model = gpt2().double()
+    expected = undivided(copy.deepcopy(model), text, loss_of)
     result = accumulated(
-        model, text[:24], forward=shifted, loss=nn.CrossEntropyLoss(), memory_limit="6MiB"
+        model, text, forward=shifted, loss=nn.CrossEntropyLoss(), memory_limit="12MiB"
     )
-    assert result.losses == pytest.approx(expected, rel=2e-5)
+    assert max(result.plan.micro_batch_sizes) < 10
+    assert result.losses == pytest.approx(expected, rel=1e-10)
