@@ -18,7 +18,13 @@ import typer
 
 from autobatch.commands.inventory import HEADERS, take_inventory
 from autobatch.commands.reports import Fields, Journal, Report, plan_fields
-from autobatch.commands.runs import OptimizerName, SearchRun, TrainingRun, Watch
+from autobatch.commands.runs import (
+    OptimizerName,
+    PrecisionChoice,
+    SearchRun,
+    TrainingRun,
+    Watch,
+)
 from autobatch.commands.sources import DATA_NAMES, MODEL_NAMES
 from autobatch.display import Display, print_table
 from autobatch.errors import DoesNotFitError
@@ -48,6 +54,7 @@ Device = Annotated[
 Pixels = Annotated[int, typer.Option(min=1, help="Height and width of the images.")]
 Optimizer = Annotated[OptimizerName, typer.Option(help="Its state takes memory as well.")]
 LearningRate = Annotated[float, typer.Option(min=0, help="Learning rate.")]
+Precision = Annotated[PrecisionChoice, typer.Option(help="What forward passes compute in.")]
 Seed = Annotated[int | None, typer.Option(help="For weights and order. Default: a new one.")]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Write the result only.")]
@@ -85,6 +92,14 @@ def train(
     pixels: Pixels = 64,
     seed: Seed = None,
     device: Device = None,
+    precision: Precision = PrecisionChoice.FP32,
+    clip_grad_norm: Annotated[
+        float | None, typer.Option(help="Largest norm of a step's gradient.")
+    ] = None,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(help="Save here after each epoch and at Ctrl-C, and go on from what is here."),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the trained weights here.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -105,6 +120,9 @@ def train(
             desired=desired,
             epochs=epochs,
             max_steps=max_steps,
+            precision=precision,
+            clip_grad_norm=clip_grad_norm,
+            checkpoint_dir=checkpoint_dir,
             save=save,
         ).run(watch)
 
@@ -124,6 +142,7 @@ def find(
     pixels: Pixels = 64,
     seed: Seed = None,
     device: Device = None,
+    precision: Precision = PrecisionChoice.FP32,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -141,6 +160,7 @@ def find(
             device=device,
             seed=seed,
             ceiling=ceiling,
+            precision=precision,
         ).run(watch)
 
     conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))

@@ -117,6 +117,29 @@ def test_the_same_seed_trains_the_same_model(run: Run, tmp_path: Path) -> None:
         assert torch.equal(one[key], two[key])
 
 
+def test_a_training_goes_on_from_its_checkpoint(run: Run) -> None:
+    def losses(epochs: int, directory: str) -> list[float]:
+        code, out, err = run(
+            "train", *TINY, "--desired", "100", "--epochs", str(epochs), "--seed", "3", "--json",
+            "--checkpoint-dir", directory, "--clip-grad-norm", "1.0", "--precision", "bf16",
+            "--device", "cpu",
+        )  # fmt: skip
+        assert code == ExitCode.DONE, err
+        found: list[float] = json.loads(out)["losses"]
+        return found
+
+    whole = losses(3, "whole")
+    half = losses(1, "halves")
+    assert losses(3, "halves") == whole
+    assert whole[: len(half)] == half
+
+
+def test_a_bad_precision_is_refused(run: Run) -> None:
+    code, _, err = run("find", *TINY, "--precision", "fp8")
+    assert code == ExitCode.BAD_ARGUMENTS
+    assert "fp8" in err
+
+
 def test_saving_needs_a_file_in_a_folder_before_anything_is_trained(
     run: Run, tmp_path: Path
 ) -> None:

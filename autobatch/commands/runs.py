@@ -18,6 +18,7 @@ from autobatch.commands.sources import DataSource, accuracy, load_data, load_mod
 from autobatch.devices.choose import choose_device
 from autobatch.events import Event, SearchEnded
 from autobatch.plan import check_size
+from autobatch.training.precision import check_precision
 from autobatch.units import parse_bytes
 
 
@@ -26,6 +27,14 @@ class OptimizerName(enum.StrEnum):
 
     ADAMW = "adamw"
     SGD = "sgd"
+
+
+class PrecisionChoice(enum.StrEnum):
+    """What forward passes can compute in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 _MOMENTUM: Final = 0.9
@@ -54,6 +63,7 @@ class Setting:
         memory_limit: For the whole process, as bytes or text.
         device: As torch names it; None is an accelerator if there is one.
         seed: Of the model's weights and the order of the data; None draws one.
+        precision: What forward passes compute in.
     """
 
     model: str
@@ -64,6 +74,7 @@ class Setting:
     memory_limit: int | str | None = None
     device: str | None = None
     seed: int | None = None
+    precision: PrecisionChoice = PrecisionChoice.FP32
 
     def __post_init__(self) -> None:
         check_size("pixels", self.pixels)
@@ -107,6 +118,7 @@ class SearchRun(Setting):
             ceiling=self.ceiling,
             optimizer=self.make_optimizer,
             device=self.device,
+            precision=check_precision(self.precision),
             memory_limit=self.memory_limit,
             # How it ended is the report itself.
             progress=lambda event: None if isinstance(event, SearchEnded) else watch(event),
@@ -124,12 +136,16 @@ class TrainingRun(Setting):
         epochs: How often all data is seen.
         max_steps: Optimizer steps after which it ends, or None.
         save: Where the trained weights go, or None.
+        clip_grad_norm: The largest norm of a step's gradient, or None.
+        checkpoint_dir: Where checkpoints go and are trained on from, or None.
     """
 
     desired: int = 256
     epochs: int = 1
     max_steps: int | None = None
     save: Path | None = None
+    clip_grad_norm: float | None = None
+    checkpoint_dir: Path | None = None
 
     def run(self, watch: Watch) -> TrainingReport:
         """Train, and measure before and after where there is something to measure with."""
@@ -149,7 +165,10 @@ class TrainingRun(Setting):
             epochs=self.epochs,
             max_steps=self.max_steps,
             device=self.device,
+            precision=check_precision(self.precision),
             memory_limit=self.memory_limit,
+            clip_grad_norm=self.clip_grad_norm,
+            checkpoint_dir=self.checkpoint_dir,
             seed=self.seed,
             progress=watch,
         )
