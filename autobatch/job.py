@@ -1,7 +1,7 @@
 """All arguments of a public function, resolved and refused once."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from autobatch.devices.base import MemoryDevice, limit_of
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
-from autobatch.state import preserved, training_mode
+from autobatch.state import attributes_of, preserved, training_mode
 from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
 from autobatch.units import format_bytes, parse_bytes
@@ -100,11 +100,16 @@ class Job:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Leave no trace of what happens inside, on the model, the data or the generators."""
-        optimizers = [self.recipe.optimizer]
-        with preserved(self.modules, optimizers, random_sources=[self.source.owner]):
+        optimizers, scaler = [self.recipe.optimizer], self.recipe.update.scaler
+        with ExitStack() as stack:
+            if scaler is not None:
+                stack.callback(attributes_of(scaler))
+            stack.enter_context(
+                preserved(self.modules, optimizers, random_sources=[self.source.owner])
+            )
             self.move()
-            with training_mode(self.recipe.model):
-                yield
+            stack.enter_context(training_mode(self.recipe.model))
+            yield
 
     def move(self) -> None:
         """Bring model, loss and optimizer state to the device."""

@@ -85,13 +85,13 @@ class Compared:
         model: nn.Module,
         micro_batch: Nest,
         *,
-        host: Nest,  # noqa: ARG002  # The protocol's: the denominator was counted before.
+        host: Nest,
         borrowed: int,
         witness: Witness | None,
     ) -> tuple[Tensor, Terms]:
         """Return the summed loss of the outputs."""
         outputs, targets = (self.forward or standard_forward)(model, micro_batch)
-        examples = size_of(micro_batch)
+        examples = size_of(host)  # Where what is shared is still marked.
         if borrowed:
             outputs, targets = (part(nest, borrowed, examples) for nest in (outputs, targets))
             examples -= borrowed
