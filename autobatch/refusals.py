@@ -12,6 +12,7 @@ _WRAPPERS: Final = {
     "DistributedDataParallel": "its ranks would have to agree on every size",
     "FullyShardedDataParallel": "memory running out leaves its parameters unsharded",
     "FSDPModule": "memory running out leaves its parameters unsharded",
+    "ScriptModule": "TorchScript hides its buffers, so they could not be put back",
 }
 
 

@@ -14,7 +14,7 @@ from autobatch import DeviceUnavailableError
 from autobatch.devices.choose import choose_device
 from benchmarks import engine, exactness, search
 from benchmarks.findings import Findings
-from benchmarks.machine import environment, slug, write_atomically
+from benchmarks.machine import environment, keep_freed_memory, slug, write_atomically
 
 PARTS: Final[dict[str, Callable[[Findings], None]]] = {
     "exactness": exactness.run,
@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = options.device or _device(None)
     deadline = time.monotonic() + 60 * options.minutes
     out = options.out or (None if options.quick else RESULTS)
-    failed = False
+    failed, kept = False, keep_freed_memory()
     for name in dict.fromkeys(options.parts or PARTS):
         facts = {"part": name, "quick": options.quick, **environment(device)}
+        facts["freed_memory_kept"] = kept
         print(", ".join(f"{key} {value}" for key, value in facts.items()), end="\n\n", flush=True)
         findings = Findings(device=device, deadline=deadline, quick=options.quick)
         started = time.monotonic()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from autobatch import Accumulator, StepResult
+from autobatch import Accumulator, InexactStepError, StepResult
 from autobatch.training.batch_norm import (
     check_batch_norm,
     frozen_statistics,
@@ -504,3 +504,23 @@ def test_another_mode_is_named_with_the_choices(mode: object) -> None:
     with pytest.raises(ValueError, match="'micro', 'frozen', 'refuse'") as refused:
         check_batch_norm(mode)
     assert repr(mode) in str(refused.value)
+
+
+def test_statistics_that_move_past_the_hooks_are_refused_in_pieces() -> None:
+    class ByHand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.norm.forward(x))  # type: ignore[no-any-return]
+
+    model = ByHand()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(8, 5), torch.randint(0, 3, (8,))
+    Accumulator(model, optimizer).step(batch)
+    before = fingerprint(model)
+    with pytest.raises(InexactStepError, match="without its hooks"):
+        Accumulator(model, optimizer, micro_batch=4).step(batch)
+    assert fingerprint(model) == before

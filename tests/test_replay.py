@@ -1,5 +1,7 @@
 """Memory running out in the middle of training costs a replay, never an example."""
 
+import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,12 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autobatch import (
     Accumulator,
     DoesNotFitError,
+    ReplayLimitError,
     StepInterruptedError,
     StepResult,
     find_and_train,
 )
 from autobatch.devices.metered import MeteredDevice
-from autobatch.training.replay import smaller_size
+from autobatch.plan import BatchPlan
+from autobatch.training import driver
+from autobatch.training.replay import (
+    LONGEST_PATIENCE,
+    PATIENCE,
+    MicroBatchSize,
+    smaller_size,
+)
 from autobatch.training.update import Update
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -326,6 +336,204 @@ def test_any_size_is_reached_in_few_replays(examples: int) -> None:
     assert replays <= examples.bit_length() + 2
 
 
+# The size from window to window. Memory is a number: the largest micro-batch that fits.
+
+WISHED = st.none() | st.integers(1, 300)
+WINDOWS = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 300)), min_size=1, max_size=80)
+
+
+def tried_sizes(size: MicroBatchSize, examples: int, room: int) -> list[int]:
+    """The largest micro-batch of each attempt at one window; the last one fits."""
+    tried = [largest_part(examples, size.for_window(examples))]
+    while tried[-1] > room:
+        smaller = size.failed(examples, tried[-1], len(tried))
+        tried.append(largest_part(examples, smaller))
+    size.ran()
+    return tried
+
+
+def largest_part(examples: int, tolerable: int) -> int:
+    return max(BatchPlan(desired=examples, tolerable=tolerable).micro_batch_sizes)
+
+
+@given(wished=WISHED, course=WINDOWS)
+def test_no_size_is_larger_than_wished_and_every_failure_is_followed_by_a_smaller_one(
+    wished: int | None, course: list[tuple[int, int]]
+) -> None:
+    size = MicroBatchSize(wished)
+    for examples, room in course:
+        tried = tried_sizes(size, examples, room)
+        assert 1 <= min(tried) <= max(tried) <= min(wished or examples, examples)
+        assert tried == sorted(set(tried), reverse=True)
+        assert len(tried) <= examples.bit_length() + 2
+
+
+@given(wished=WISHED, examples=st.integers(1, 200), room=st.integers(1, 200))
+def test_what_memory_took_comes_back_one_micro_batch_fewer_at_a_time(
+    wished: int | None, examples: int, room: int
+) -> None:
+    size = MicroBatchSize(wished)
+    full = min(wished or examples, examples)
+    now = tried_sizes(size, examples, room)[-1]
+    quiet = 1  # The window in which memory ran out has run as well.
+    while now < largest_part(examples, full):
+        (then,) = tried_sizes(size, examples, room=1000)
+        if quiet < PATIENCE:
+            assert then == now, "nothing is tried before its time"
+            quiet += 1
+            continue
+        fewer = BatchPlan(desired=examples, tolerable=now).accumulation_steps - 1
+        assert then == min(-(-examples // fewer), largest_part(examples, full))
+        now, quiet = then, 1
+    assert tried_sizes(size, examples, room=1000) == [largest_part(examples, full)]
+
+
+def test_an_attempt_that_fails_goes_back_to_the_size_before_and_waits_twice_as_long() -> None:
+    size = MicroBatchSize(None)
+    course = [tried_sizes(size, 100, room=30) for _ in range(6 * LONGEST_PATIENCE)]
+    assert course[0] == [100, 50, 25]
+    attempts = [place for place, tried in enumerate(course) if len(tried) > 1]
+    assert [course[place] for place in attempts[1:]] == [[34, 25]] * (len(attempts) - 1)
+    waits = [later - sooner for sooner, later in itertools.pairwise(attempts)]
+    assert waits == [16, 32, 64, 128, 256, 512, *[1024] * 5]
+
+
+@given(
+    full=st.integers(2, 200),
+    short=st.integers(1, 200),
+    room=st.integers(1, 200),
+    before=st.integers(0, PATIENCE - 1),  # No attempt at a larger size is under way.
+)
+def test_a_short_window_that_ran_out_says_nothing_of_larger_ones(
+    full: int, short: int, room: int, before: int
+) -> None:
+    size, control = MicroBatchSize(None), MicroBatchSize(None)
+    for each in (size, control):
+        tried_sizes(each, full, room)
+        for _ in range(before):
+            tried_sizes(each, full, room=1000)
+    short = min(short, (size.size or full) - 1)
+    if short:
+        tried_sizes(size, short, room=min(room, control.size or full))
+    assert size.size == control.size
+
+
+def test_a_wish_larger_than_any_window_is_given_up_once_and_not_in_every_window() -> None:
+    size = MicroBatchSize(300)
+    assert [tried_sizes(size, 256, room=200) for _ in range(3)] == [[256, 128], [128], [128]]
+
+
+def test_an_attempt_is_remembered_through_a_short_window_that_ran_out() -> None:
+    size = MicroBatchSize(None)
+    tried_sizes(size, 10, room=4)
+    for _ in range(PATIENCE):
+        (grown,) = tried_sizes(size, 10, room=1000)
+    assert (grown, size.size) == (4, 4)  # It was 3.
+    assert tried_sizes(size, 3, room=2) == [3, 2]
+    assert tried_sizes(size, 10, room=3) == [4, 3]
+
+
+def test_a_short_window_too_large_for_memory_ends_an_attempt_at_a_larger_one() -> None:
+    size = MicroBatchSize(None)
+    tried_sizes(size, 10, room=5)
+    for _ in range(PATIENCE):
+        (grown,) = tried_sizes(size, 10, room=1000)
+    assert (grown, size.size) == (10, 10)
+    assert tried_sizes(size, 8, room=5) == [8, 4]  # 8 by 5.
+    assert size.size == 5
+
+
+def test_a_failure_in_between_starts_the_wait_anew() -> None:
+    size = MicroBatchSize(None)
+    tried_sizes(size, 12, room=6)
+    for _ in range(PATIENCE - 2):
+        assert tried_sizes(size, 12, room=1000) == [6]
+    assert tried_sizes(size, 12, room=5) == [6, 4]
+    assert [tried_sizes(size, 12, room=1000) for _ in range(PATIENCE)] == [
+        *[[4]] * (PATIENCE - 1),
+        [6],
+    ]
+
+
+@given(
+    wished=WISHED,
+    examples=st.integers(1, 60),
+    course=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=12),
+    place=st.integers(0, 240),
+)
+def test_a_size_goes_on_from_its_state_as_if_nothing_had_been(
+    wished: int | None, examples: int, course: list[tuple[int, int]], place: int
+) -> None:
+    rooms = [room for room, windows in course for _ in range(windows)]
+    one, other = MicroBatchSize(wished), MicroBatchSize(None)
+    for room in rooms[:place]:
+        tried_sizes(one, examples, room)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for room in [*rooms[place:], *[60] * 100]:
+        assert tried_sizes(one, examples, room) == tried_sizes(other, examples, room)
+
+
+def test_memory_that_was_short_for_a_while_costs_replays_and_no_step() -> None:
+    ours, whole = Flaky(above=2), Flaky()
+    accumulator = Accumulator(ours, adam(ours))
+    steps = []
+    for place, batch in enumerate(windows(90)):
+        if place == 3:
+            ours.above = 10**9
+        steps.append(accumulator.step(batch))
+    counts = [len(step.micro_batch_sizes) for step in steps]
+    assert [step.replays for step in steps] == [3, *[0] * 89]
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[15], counts[16], counts[-1]) == (5, 5, 4, 1)
+    assert (accumulator.micro_batch, accumulator.steps) == (10, 90)
+    losses = undivided_steps(whole, adam(whole), F.cross_entropy, windows(90))
+    assert_exact([step.loss for step in steps], losses)
+    assert_same_parameters(ours, whole)
+
+
+# Giving up.
+
+
+def test_a_window_that_runs_out_again_and_again_says_what_it_was_and_what_memory_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "MOST_REPLAYS", 2)
+    model = nn.Sequential(nn.BatchNorm1d(5).double(), nn.Dropout(), Flaky(above=0))
+    optimizer = adam(model)
+    accumulator = Accumulator(model, optimizer)
+    before = fingerprint(model, optimizer)
+    with pytest.raises(ReplayLimitError) as caught:
+        accumulator.step(windows()[0])
+    assert fingerprint(model, optimizer) == before
+    error = caught.value
+    assert error.batch == "(float64[10, 5], int64[10])"
+    assert [failure["micro_batch"] for failure in error.failures] == [10, 5, 3]
+    assert all(failure["free"] > 0 for failure in error.failures)
+    lines = str(error).splitlines()
+    assert lines[0].startswith("memory ran out 3 times in one window of (float64[10, 5], int64[10]")
+    assert "Tried to allocate 2.00 GiB" in lines[0]
+    assert [line.split()[1] for line in lines[2:5]] == ["10", "5", "3"]
+    assert all("allocated" in line and "free" in line for line in lines[2:5])
+    assert lines[5].startswith("Nothing has moved.")
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_only_one_example_that_fails_twice_does_not_fit(again: int) -> None:
+    ours, whole = Flaky(calls=tuple(range(1, again + 1))), Flaky()
+    optimizer = adam(ours)
+    accumulator = Accumulator(ours, optimizer, micro_batch=1)
+    before = fingerprint(ours, optimizer)
+    if again == 2:
+        with pytest.raises(DoesNotFitError, match="a batch of 1 does not fit here") as caught:
+            accumulator.step(windows()[0])
+        assert (caught.value.size, caught.value.limit_bytes) == (1, None)
+        assert fingerprint(ours, optimizer) == before
+    steps = [accumulator.step(batch) for batch in windows()]
+    assert [step.replays for step in steps] == [again % 2, 0, 0]
+    undivided_steps(whole, adam(whole), F.cross_entropy, windows())
+    assert_same_parameters(ours, whole)
+
+
 # The optimizer's step.
 
 
@@ -386,3 +594,182 @@ def test_another_error_in_the_step_passes_through() -> None:
     optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("mine")))
     with pytest.raises(KeyError, match="mine"):
         Update(optimizer=optimizer, device=MeteredDevice()).take()
+
+
+# Out of memory at every operation of the optimizer's step.
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False),
+    "sgd foreach": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=True),
+    "sgd fused": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.1, amsgrad=True, foreach=False),
+    "adam foreach": lambda groups: torch.optim.AdamW(groups, lr=0.1, foreach=True),
+    "adam fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+    "adagrad fused": lambda groups: torch.optim.Adagrad(groups, lr=0.1, fused=True),
+    "own": lambda groups: OwnOptimizer(groups),
+}
+
+
+class OwnOptimizer(torch.optim.Optimizer):
+    """Counts in plain numbers, replaces the tensors of its state, and keeps lists of them."""
+
+    def __init__(self, groups: list[dict[str, object]]) -> None:
+        super().__init__(groups, {"lr": 0.1, "calls": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            group["calls"] += 1
+            for parameter in group["params"]:
+                entry = self.state[parameter]
+                entry["step"] = entry.get("step", 0) + 1
+                entry["average"] = 0.9 * entry.get("average", 0) + parameter.grad
+                for kept in entry.setdefault("kept", [torch.zeros_like(parameter)]):
+                    kept.add_(entry["average"])
+                parameter.sub_(kept / entry["step"], alpha=group["lr"] / group["calls"])
+
+
+class FailsInStep(Fails):
+    """Runs out of memory once in each of the first attempts at an optimizer's step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, at: int, attempts: int) -> None:
+        super().__init__(at)
+        self.enabled = False
+        self.attempts: int = attempts
+        optimizer.register_step_pre_hook(lambda *_: self.begin())
+
+    def begin(self) -> None:
+        self.attempts -= 1
+        self.enabled, self.operations = self.attempts >= 0, 0
+
+
+@dataclass
+class Prepared:
+    """A model with a gradient, an optimizer of two groups, and their update."""
+
+    kind: str
+    steps_before: int
+    snapshot: bool = False
+
+    def __post_init__(self) -> None:
+        self.model = small_model()
+        weights, biases = ([p for p in self.model.parameters() if p.dim() == d] for d in (2, 1))
+        groups: list[dict[str, object]] = [
+            {"params": weights, "weight_decay": 0.1},
+            {"params": biases, "weight_decay": 0.0},
+        ]
+        self.optimizer = OPTIMIZERS[self.kind](groups)
+        device = MeteredDevice(self.model.parameters)
+        device.read()  # It knows of all there is, and need not collect garbage.
+        self.update = Update(optimizer=self.optimizer, device=device, snapshot=self.snapshot)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter).cumsum(0)
+        for _ in range(self.steps_before):
+            self.update.take()
+
+    def taken(self, *, fails_at: int = 0, attempts: int = 1) -> bool:
+        """Take one more step; return whether the operation at which to fail was reached."""
+        with FailsInStep(self.optimizer, fails_at, attempts) as failing:
+            self.update.take()
+        return bool(failing.attempts < 0)
+
+    def values(self) -> dict[str, object]:
+        return fingerprint(
+            self.model, [*self.optimizer.param_groups], *self.optimizer.state.values()
+        )
+
+
+def operations_of(kind: str, steps_before: int) -> Iterator[int]:
+    """Each operation of the optimizer's step, counted from 1."""
+    for operation in itertools.count(1):
+        if not Prepared(kind, steps_before, snapshot=True).taken(fails_at=operation):
+            return
+        yield operation
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_with_a_copy_a_step_that_ran_out_anywhere_is_undone_and_taken_once(
+    kind: str, steps_before: int
+) -> None:
+    plain = Prepared(kind, steps_before)
+    before = plain.values()
+    plain.optimizer.step()
+    for operation in operations_of(kind, steps_before):
+        once = Prepared(kind, steps_before, snapshot=True)
+        once.taken(fails_at=operation)
+        assert once.values() == plain.values(), operation
+        twice = Prepared(kind, steps_before, snapshot=True)
+        with pytest.raises(StepInterruptedError, match="as they were before"):
+            twice.taken(fails_at=operation, attempts=2)
+        assert twice.values() == before, operation
+    assert operation > 2
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_without_a_copy_a_step_that_ran_out_anywhere_is_taken_once_or_is_an_error(
+    kind: str, steps_before: int
+) -> None:
+    plain = Prepared(kind, steps_before)
+    plain.optimizer.step()
+    outcomes = set()
+    for operation in operations_of(kind, steps_before):
+        broken = Prepared(kind, steps_before)
+        try:
+            broken.taken(fails_at=operation)
+        except StepInterruptedError as error:
+            assert "half done" in str(error)  # noqa: PT017  # One or the other.
+            outcomes.add("error")
+        else:
+            assert broken.values() == plain.values(), operation
+            outcomes.add("taken")
+    # Where nothing says what has moved (many tensors at once), or what says so comes first.
+    assert outcomes == ({"error", "taken"} if kind in ("sgd", "adam") else {"error"})
+
+
+def test_a_copy_is_part_of_what_a_trial_measures() -> None:
+    peaks = []
+    for snapshot in (False, True):
+        model = nn.Linear(100, 100)
+        device = MeteredDevice(model.parameters)
+        update = Update(
+            optimizer=torch.optim.SGD(model.parameters()), device=device, snapshot=snapshot
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with device.limited_to(10**9):
+            device.reset_peak()
+            update.rehearse()
+        peaks.append(device.read().peak_bytes)
+    assert peaks[1] - peaks[0] == 4 * (100 * 100 + 100)
+
+
+def test_running_out_half_way_through_a_step_of_training_is_undone_too() -> None:
+    ours, whole = small_model(), small_model()
+    optimizer = Step(ours, ["moved", "", "moved"]).optimizer()
+    accumulator = Accumulator(ours, optimizer, micro_batch=4, snapshot_steps=True)
+    steps = [accumulator.step(batch) for batch in windows()]
+    losses = undivided_steps(
+        whole, torch.optim.SGD(whole.parameters(), lr=0.5), F.cross_entropy, windows()
+    )
+    assert_exact([step.loss for step in steps], losses)
+    assert_same_parameters(ours, whole)
+    assert accumulator.steps == 3
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
+def test_a_step_undone_twice_leaves_a_window_that_can_be_run_again(
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(5), small_model(), nn.Dropout()).double()
+    optimizer = Step(model, ["moved", "moved"]).optimizer()
+    accumulator = Accumulator(model, optimizer, micro_batch=4, snapshot_steps=True, scaler=scaler)
+    before = fingerprint(model, optimizer)
+    with pytest.raises(StepInterruptedError, match="twice"):
+        accumulator.step(windows()[0])
+    assert fingerprint(model, optimizer) == before
+    accumulator.step(windows()[0])
+    assert accumulator.steps == 1
+    assert int(model[0].num_batches_tracked) == 1  # type: ignore[arg-type]

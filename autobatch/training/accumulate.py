@@ -43,14 +43,20 @@ def accumulate(
         del micro_batch
         if loss_sum.requires_grad:  # A micro-batch without a valid term may have no graph at all.
             if seed is None:
-                seed = torch.full_like(loss_sum.detach(), 1 / denominator)
-                seed = seed if scaled is None else scaled(seed)
+                seed = _seed(loss_sum, 1 / denominator, scaled)
             # The gradient's seed takes the place of a division and of its backward.
             loss_sum.backward(gradient=seed)
             if after_backward is not None:
                 after_backward()
         ledger.add(loss_sum, terms)
         del loss_sum, terms  # Or the finished graph lives through the next forward.
+
+
+def _seed(loss_sum: Tensor, value: float, scaled: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """What a backward pass begins with: scaled first, for in 16 bits it might round to 0."""
+    wide = torch.promote_types(loss_sum.dtype, torch.float32)
+    seed = torch.full_like(loss_sum.detach(), value, dtype=wide)
+    return (seed if scaled is None else scaled(seed)).to(loss_sum.dtype)
 
 
 def rescale(gradients: Sequence[Tensor], factor: Tensor | float) -> None:

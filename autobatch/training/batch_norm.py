@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autobatch.errors import InexactStepError
+
 _NAMES: Final = ("running_mean", "running_var", "num_batches_tracked")
 BatchNormMode = Literal["micro", "frozen", "refuse"]
 _MODES: Final[tuple[BatchNormMode, ...]] = ("micro", "frozen", "refuse")
@@ -135,6 +137,11 @@ class _Track:
     counts: list[int] = field(default_factory=list)
     left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    def batches(self) -> int:
+        """Return how often the number of batches was written to: torch counts no other writing."""
+        counted = self.lent["num_batches_tracked"]
+        return 0 if counted is None else counted._version
+
     def call(self, place: int) -> tuple[int, Tensor, Tensor]:
         """Return the count, mean and variance of a call; the count is 0 if there was none."""
         count = self.counts[place] if place < len(self.counts) else 0
@@ -169,6 +176,7 @@ class Pool:
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self._open = False
         self._borrowed = self._examples = 0
+        self._before: list[int] = []
         self._pooled: list[_Moments] = []
         self._tracks: dict[_BatchNorm, _Track] = {}
         for layer in layers:
@@ -189,6 +197,7 @@ class Pool:
             own: Examples after them. Of no interest where none is borrowed.
         """
         self._open = True
+        self._before = [track.batches() for track in self._tracks.values()]
         self._borrowed, self._examples = borrowed, borrowed + own
 
     def end(self) -> None:
@@ -199,6 +208,13 @@ class Pool:
         """
         self._open = False
         tracks = self._tracks.values()
+        for track, before in zip(tracks, self._before, strict=True):
+            if not track.counts and track.batches() != before:
+                raise InexactStepError(
+                    "a BatchNorm layer moved its running statistics without its hooks (forward() "
+                    "called by hand, or compiled before the batch was cut), so they cannot be "
+                    'pooled; call it as a module, or pass batch_norm="frozen"'
+                )
         for place in range(max((len(track.counts) for track in tracks), default=0)):
             self._add(place, [track.call(place) for track in tracks])
         for track in tracks:

@@ -16,6 +16,7 @@ from autobatch.errors import (
     InexactStepError,
     NonFiniteLossError,
     ReplayLimitError,
+    StepInterruptedError,
 )
 from autobatch.events import Observer, Replayed
 from autobatch.results import StepResult, Verdict
@@ -101,6 +102,7 @@ class Driver:
             if self._waits(window.ledger):
                 entries = window.ledger.read()  # The one wait, before anything moves.
                 if entries.terms == 0:
+                    window.start.put_back()  # A scaler has unscaled, and buffers have moved.
                     return _without_terms(examples)
                 fault = self._fault(window, entries)
             self._finish(window, fault)
@@ -277,8 +279,12 @@ class Driver:
         else:
             self.recipe.check_gradient()
             self.left_out = 0
-            with self.limited():
-                self.recipe.update.take()
+            try:
+                with self.limited():
+                    self.recipe.update.take()
+            except StepInterruptedError:
+                window.start.put_back()  # Whoever goes on runs this window again.
+                raise
             self.steps += 1
             self.schedule.after_step()
         torch.clear_autocast_cache()  # Under the caller's autocast it holds the old weights.

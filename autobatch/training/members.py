@@ -1,29 +1,35 @@
 """What a model and its optimizer are made of, looked up once a step."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 
 class Members:
-    """Modules and parameters as of the last ``refresh``.
+    """Modules and parameters of the model and the loss, as of the last ``refresh``.
 
     A step asks for them again and again, and ``nn.Module.parameters`` makes a name for each: on a
     small net that alone takes longer than a forward pass.
 
+    Args:
+        roots: The model, and the loss where it is a module.
+        optimizer: May hold parameters of others.
+
     Attributes:
-        modules: Every module of the model, once.
-        parameters: Every tensor whose ``.grad`` a step owns: the model's, and the optimizer's.
+        modules: Every module, once.
+        parameters: Every tensor whose ``.grad`` a step owns: the modules', and the optimizer's.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model = model
+    def __init__(self, roots: Sequence[nn.Module], optimizer: Optimizer) -> None:
+        self._roots = roots
         self._optimizer = optimizer
         self.refresh()
 
     def refresh(self) -> None:
         """Look again: layers, parameters and groups may have been added."""
-        self.modules = _modules(self._model)
+        self.modules = _modules(self._roots)
         held: dict[int, Tensor] = {}
         for module in self.modules:
             for parameter in vars(module)["_parameters"].values():
@@ -39,9 +45,9 @@ class Members:
         return [module for module in self.modules if isinstance(module, _BatchNorm)]
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
-    found = {id(model): model}
-    unseen = [model]
+def _modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    found = {id(root): root for root in roots}
+    unseen = list(roots)
     while unseen:
         for child in vars(unseen.pop())["_modules"].values():
             if child is not None and id(child) not in found:

@@ -104,6 +104,7 @@ class StepOptions:
     def recipe(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> Recipe:
         """Return what a step is made of."""
         kind = device.torch_device.type
+        loss = [] if self.loss_module is None else [self.loss_module]
         return Recipe(
             model=model,
             objective=self.objective(),
@@ -121,5 +122,5 @@ class StepOptions:
             gradient_dtype=self.gradient_dtype,
             feed=Feed(device.torch_device),
             generators=list(generators_in(model)),
-            members=Members(model, optimizer),
+            members=Members([model, *loss], optimizer),
         )

@@ -149,7 +149,7 @@ class MicroBatchSize:
             smaller = self.size = self._grown_from
             self._grown_from = None
         elif examples >= min(self.size or self._largest, self._largest):
-            self.size, self._grown_from = smaller, None
+            self.size = smaller
         return smaller
 
     def state_dict(self) -> dict[str, int | None]:

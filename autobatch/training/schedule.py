@@ -15,8 +15,9 @@ _INTERVALS: Final = ("step", "epoch")
 class Scheduler(Protocol):
     """What a scheduler of torch can do, or any other object that can do it."""
 
-    def step(self) -> object:
-        """Move the learning rate."""
+    @property
+    def step(self) -> Callable[..., object]:
+        """Moves the learning rate; ReduceLROnPlateau's is told a loss."""
 
     def state_dict(self) -> dict[str, object]:
         """Return what ``load_state_dict`` takes."""

@@ -57,8 +57,9 @@ class Accumulator:
         clip_grad_value: The largest element of it.
         nonfinite: What happens to a step whose loss is nan or infinite, or whose gradient's norm
             is, where it is known: ``"raise"`` NonFiniteLossError, ``"skip"`` it (the norm is
-            computed for this), or ``"ignore"`` it, and never wait for the device. Too large a
-            gradient under a GradScaler is skipped in any case: it asks for a smaller scale.
+            computed for this), or ``"ignore"`` it, and never wait for the device (unless only the
+            loss knows its terms, or a GradScaler has to look). Too large a gradient under a
+            GradScaler is skipped in any case: it asks for a smaller scale.
         batch_norm: ``"micro"`` normalises each micro-batch by itself and pools the running
             statistics; ``"frozen"`` normalises by them and leaves them; ``"refuse"`` cuts nothing.
         gradient_dtype: ``torch.float32`` sums the gradients of 16-bit parameters in it.

@@ -1,8 +1,9 @@
 """From a finished gradient to the optimizer's step, taken whole or not at all."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,10 @@ class Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = None
-        if self.clip_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad_norm)
-        elif self.needs_norm or self.scaler is not None:
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
+        if self.needs_norm or self.clip_grad_norm is not None or self.scaler is not None:
+            norm = nn.utils.get_total_norm(_elements(self.parameters()))
+        if norm is not None and self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_grad_norm, norm)
         if self.clip_grad_value is not None:
             nn.utils.clip_grad_value_(self.parameters(), self.clip_grad_value)
         return norm
@@ -69,10 +69,10 @@ class Update:
             StepInterruptedError: If memory ran out after a parameter or its state had moved, or
                 twice.
         """
-        put_back = _snapshot(self.optimizer) if self.snapshot else None
-        if not self._stepped(put_back):
+        before = _Before(self.optimizer, copied=self.snapshot)
+        if not self._stepped(before):
             self.device.release_cached()  # The failed attempt's temporaries are gone only now.
-            if not self._stepped(put_back):
+            if not self._stepped(before):
                 raise StepInterruptedError(
                     "memory ran out twice in the optimizer's step; all parameters and their state "
                     "are as they were before it. Its temporaries do not depend on the micro-batch: "
@@ -83,17 +83,17 @@ class Update:
 
     def rehearse(self) -> None:
         """Take a step whatever a scaler thinks of it: a trial must prove that it runs."""
+        before = _Before(self.optimizer, copied=self.snapshot)  # Held as training holds it.
         self.optimizer.step()
+        del before
 
     def leave_out(self) -> None:
         """Take no step, and say so to the scaler, which lowers its scale."""
         if self.scaler is not None:
             self.scaler.update()
 
-    def _stepped(self, put_back: Callable[[], None] | None) -> bool:
+    def _stepped(self, before: "_Before") -> bool:
         """Whether the step was taken. False: memory ran out, and everything is as it was."""
-        before = _versions(self.optimizer)
-        entries = {key: set(entry) for key, entry in self.optimizer.state.items()}
         try:
             # A scaler looks once more whether all is finite; the device has nothing left to do.
             self.optimizer.step() if self.scaler is None else self.scaler.step(self.optimizer)
@@ -102,17 +102,19 @@ class Update:
                 raise
         else:
             return True
-        _forget_new_entries(self.optimizer, entries)
-        if _versions(self.optimizer) == before:
+        if before.put_back():
             return False
-        if put_back is None:
-            raise StepInterruptedError(
-                "memory ran out with the optimizer's step half done: some parameters, or their "
-                "state in the optimizer, have moved and others have not; go back to the last "
-                "checkpoint. snapshot_steps=True keeps a copy of both and undoes such a step"
-            )
-        put_back()
-        return False
+        raise StepInterruptedError(
+            "memory ran out with the optimizer's step half done: some parameters, or their state "
+            "in the optimizer, may have moved and others not; go back to the last checkpoint. "
+            "snapshot_steps=True keeps a copy of both and undoes such a step"
+        )
+
+
+def _elements(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Every gradient's elements; a sparse gradient has only some, and torch no norm for it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [g.coalesce().values() if g.is_sparse else g for g in gradients]
 
 
 def check_clip(name: str, value: object) -> float | None:
@@ -131,45 +133,86 @@ def check_clip(name: str, value: object) -> float | None:
     return float(value)
 
 
-@torch.no_grad()
-def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
-    """Copy every parameter and its state to the host; return what puts them back."""
-    copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _moving(optimizer)]
-    plain = [
-        (entry, {name: value for name, value in entry.items() if not isinstance(value, Tensor)})
-        for entry in optimizer.state.values()
-    ]
+class _Before:
+    """What an optimizer holds before its step.
+
+    Args:
+        optimizer: Its state may be empty.
+        copied: Whether parameters and state are copied to the host, so that a step half done can
+            be undone.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, copied: bool) -> None:
+        self._optimizer = optimizer
+        state = optimizer.state
+        holders: list[dict[Any, Any]] = [state, *optimizer.param_groups]
+        holders += [entry for entry in state.values() if isinstance(entry, dict)]
+        self._contents = [(holder, dict(holder)) for holder in holders]
+        # Each once: what an entry is found by is in a group as well.
+        found = _tensors([*optimizer.param_groups, *state.values()])
+        self._tensors = list({id(tensor): tensor for tensor in found}.values())
+        self._versions = self._written()
+        self._copies: list[Tensor] | None = None
+        if copied:
+            self._copies = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors]
 
     @torch.no_grad()
-    def put_back() -> None:
-        for tensor, value in copies:
-            tensor.copy_(value)
-        for entry, values in plain:
-            entry.update(values)
+    def put_back(self) -> bool:
+        """Put everything back, or return False: values have moved, and there is no copy."""
+        moved = self._moved()
+        for holder, content in self._contents:
+            holder.clear()
+            holder.update(content)
+        if moved and self._copies is not None:
+            for tensor, value in zip(self._tensors, self._copies, strict=True):
+                tensor.copy_(value)
+        return not moved or self._copies is not None
 
-    return put_back
+    def _moved(self) -> bool:
+        """Whether a tensor was written to, or replaced, or a plain number such as a step count."""
+        return (
+            self._written() != self._versions
+            or any(
+                holder.get(name) is not value
+                for holder, content in self._contents
+                for name, value in content.items()
+            )
+            or self._may_be_moved_unseen()
+        )
+
+    def _written(self) -> list[int]:
+        """How often each tensor was written to."""
+        return [tensor._version for tensor in self._tensors]
+
+    def _may_be_moved_unseen(self) -> bool:
+        """Whether a kernel may have written to tensors without counting it as writing.
+
+        Fused ones do not count, but before they run the steps are counted; only SGD counts none.
+        On the CPU those of many tensors at once do not count either where a dispatch mode, such
+        as the meter's, looks on.
+        """
+        groups = self._optimizer.param_groups
+        fused = [p for group in groups if group.get("fused") for p in group["params"]]
+        at_once = fused + [p for group in groups if group.get("foreach") for p in group["params"]]
+        if any(parameter.device.type == "cpu" for parameter in at_once):
+            return True
+        if isinstance(self._optimizer, torch.optim.SGD):
+            return bool(fused)
+        known = set(map(id, self._tensors))
+        steps = [self._optimizer.state.get(p, {}).get("step") for p in fused]
+        return any(
+            isinstance(step, Tensor) and id(step) not in known and step._version for step in steps
+        )
 
 
-def _versions(optimizer: Optimizer) -> list[int]:
-    """How often each parameter, and each tensor of its state, was written to."""
-    return [tensor._version for tensor in _moving(optimizer)]
-
-
-def _moving(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield parameter
-            # .get: looking a missing one up would create it.
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor):
-                    yield value
-
-
-def _forget_new_entries(optimizer: Optimizer, entries: Mapping[Tensor, set[str]]) -> None:
-    """Delete the state that the failed step had begun to make."""
-    for key in list(optimizer.state):
-        if key not in entries:
-            del optimizer.state[key]
-            continue
-        for name in set(optimizer.state[key]) - entries[key]:
-            del optimizer.state[key][name]
+def _tensors(values: Iterable[object]) -> list[Tensor]:
+    """Every tensor among them, and in the containers among them, however deep."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found

@@ -8,6 +8,7 @@ contrastive learning batch size under memory limited setup").
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from autobatch.training.ledger import Ledger
 from autobatch.training.objective import Move, Witness
 from autobatch.training.replay import Start
 
-LossOfAll = Callable[[Nest, Nest], object]
+LossOfAll = Callable[..., object]
 
 
 class WholeBatch:
@@ -82,7 +83,7 @@ class Whole:
         outputs, targets = (self.forward or standard_forward)(model, micro_batch)
         if not borrowed:
             return outputs, targets
-        rows = (borrowed, size_of(micro_batch) - borrowed)
+        rows = (borrowed, 1)  # Only a single example borrows.
         return cut(outputs, rows)[1], cut(targets, rows)[1]
 
     def share(
@@ -127,72 +128,102 @@ def accumulate_whole(
         second_pass: Called when the passes that count begin.
     """
     before = start()
-    with torch.no_grad():
-        pairs = [encode(micro_batch, borrowed) for micro_batch, borrowed in feed()]
-    # What autocast kept of the weights knows no gradient (pytorch#48049).
+    pairs, depends = _first_pass(feed, encode)
+    # What autocast kept of the weights may know no gradient (pytorch#48049).
     torch.clear_autocast_cache()
-    shapes = [[tensor.shape for tensor in _floating(outputs)] for outputs, _ in pairs]
-    gradients = _gradients(pairs, loss, ledger, scaled, after_backward)
+    shapes = [[found.shape for found in tensors(pair)] for pair in pairs]
+    gradients = _gradients(pairs, depends, loss, ledger, scaled)
     at_the_end = random()
-    before.put_back()
+    before.model()
+    before.random()  # And not the scaler: it has scaled, and keeps what it made for that.
     second_pass()
     for place, (micro_batch, borrowed) in enumerate(feed()):
-        outputs = _floating(encode(micro_batch, borrowed)[0])
+        found = list(tensors(encode(micro_batch, borrowed)))
         del micro_batch
-        if [tensor.shape for tensor in outputs] != shapes[place]:
-            raise InexactStepError(
-                "a WholeBatch runs the model twice, and its outputs differ: shapes "
-                f"{shapes[place]} first, {[t.shape for t in outputs]} then; it must depend on "
-                "nothing but its inputs, its buffers and random numbers"
-            )
-        _backward(outputs, gradients[place], first=place == 0)
-        del outputs
+        _refuse_another_pass(found, shapes[place], depends)
+        _backward(found, gradients[place], first=place == 0)
+        del found
         if after_backward is not None:
             after_backward()
     at_the_end()
 
 
+def _first_pass(
+    feed: Feed, encode: Callable[[Nest, int], tuple[Nest, Nest]]
+) -> tuple[list[tuple[Nest, Nest]], list[bool]]:
+    """Outputs and targets of every micro-batch; which of their tensors depend on a parameter."""
+    pairs: list[tuple[Nest, Nest]] = []
+    depends: list[bool] = []
+    for micro_batch, borrowed in feed():
+        # The graph of the first one says it: a forward may make the targets of parameters too.
+        with torch.set_grad_enabled(not pairs):
+            outputs, targets = encode(micro_batch, borrowed)
+        if not pairs:
+            depends = [tensor.requires_grad for tensor in tensors((outputs, targets))]
+        pairs.append((map_tensors(Tensor.detach, outputs), map_tensors(Tensor.detach, targets)))
+        del micro_batch, outputs, targets
+    return pairs, depends
+
+
+def _refuse_another_pass(
+    found: Sequence[Tensor], shapes: Sequence[torch.Size], depends: Sequence[bool]
+) -> None:
+    now = [tensor.shape for tensor in found]
+    depend = [tensor.requires_grad for tensor in found]
+    unknown = any(more and not known for more, known in zip_longest(depend, depends))
+    if now != shapes or unknown:
+        raise InexactStepError(
+            f"a WholeBatch runs the model twice, and its outputs differ: shapes {shapes} first, "
+            f"{now} then{', and others depend on parameters' if unknown else ''}; it must depend "
+            "on nothing but its inputs, its buffers and random numbers"
+        )
+
+
 def _gradients(
     pairs: list[tuple[Nest, Nest]],
+    depends: Sequence[bool],
     loss: Callable[[Nest, Nest], Tensor],
     ledger: Ledger,
     scaled: Callable[[Tensor], Tensor] | None,
-    after_backward: Callable[[], None] | None,
 ) -> list[list[Tensor | None]]:
-    """The loss's gradient for each floating tensor of the outputs, by micro-batch."""
-    sizes = [size_of(outputs) for outputs, _ in pairs]
-    leaves: list[Tensor] = []
+    """By micro-batch, the loss's gradient for each tensor; None where none is needed."""
+    leaves: list[Tensor | None] = []
 
     def grown(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
+        if len(leaves) < len(depends):
+            wanted = depends[len(leaves)]
+            leaves.append(tensor.detach().requires_grad_() if wanted else None)
+            return tensor if leaves[-1] is None else leaves[-1]
+        return tensor
 
-    outputs, targets = _joined(pairs)
+    outputs, targets = joined(pairs)
+    sizes = [size_of(pair) for pair in pairs]
     pairs.clear()  # Joined, they lie here once more.
-    value = loss(map_tensors(grown, outputs), targets)
+    value = loss(map_tensors(grown, outputs), map_tensors(grown, targets))
     ledger.add(value.detach(), None)
     if value.requires_grad:
         seed = torch.ones_like(value)
         # Into .grad, for the loss may have parameters of its own.
         value.backward(gradient=seed if scaled is None else scaled(seed))
-        if after_backward is not None:
-            after_backward()
-    found = [_by_part(leaf.grad, sizes) for leaf in leaves]
+    found = [_by_part(None if leaf is None else leaf.grad, sizes) for leaf in leaves]
     return [[row[place] for row in found] for place in range(len(sizes))]
 
 
-def _joined(pairs: Sequence[tuple[Nest, Nest]]) -> tuple[Nest, Nest]:
+def joined(pairs: Sequence[tuple[Nest, Nest]]) -> tuple[Nest, Nest]:
+    """Return the outputs and the targets of all micro-batches.
+
+    Raises:
+        InexactStepError: If they cannot be joined.
+    """
     try:
-        joined = join(pairs)
+        both = join(pairs)
     except ValueError as error:
         raise InexactStepError(
             f"the outputs or targets of a WholeBatch cannot be joined: {error}; return from "
             "forward= only what the loss needs, one row an example"
         ) from error
-    assert isinstance(joined, tuple), "outputs and targets were joined as pairs"
-    return joined[0], joined[1]
+    assert isinstance(both, tuple), "outputs and targets were joined as pairs"
+    return both[0], both[1]
 
 
 def _by_part(gradient: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
@@ -201,17 +232,11 @@ def _by_part(gradient: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor |
     return list(gradient.split(list(sizes)))
 
 
-def _floating(nest: Nest) -> list[Tensor]:
-    return [tensor for tensor in tensors(nest) if tensor.is_floating_point()]
-
-
-def _backward(
-    outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], *, first: bool
-) -> None:
+def _backward(found: Sequence[Tensor], gradients: Sequence[Tensor | None], *, first: bool) -> None:
     """Take the gradients of one micro-batch's outputs back to the parameters."""
     pairs = [
-        (output, gradient.to(output.dtype))
-        for output, gradient in zip(outputs, gradients, strict=True)
+        (output, gradient)
+        for output, gradient in zip(found, gradients, strict=False)  # Not of targets from the data.
         # A scalar is one for all micro-batches: its gradient counts once.
         if gradient is not None and output.requires_grad and (first or output.ndim)
     ]

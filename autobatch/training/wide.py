@@ -18,7 +18,7 @@ class WideSums:
     """
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self._narrow = [p for p in parameters if p.requires_grad and p.dtype.itemsize == 2]
+        self._narrow = [p for p in parameters if p.dtype.itemsize == 2]
         self._dtype = dtype
         self._sums: dict[Tensor, Tensor] = {}
 

@@ -130,9 +130,9 @@ class Recipe:
         """Refuse a step on nothing.
 
         Raises:
-            ValueError: If no parameter received a gradient.
+            ValueError: If no parameter of the optimizer received a gradient.
         """
-        if all(parameter.grad is None for parameter in self.members.parameters):
+        if all(parameter.grad is None for parameter in self.update.parameters()):
             raise ValueError(
                 "no parameter received a gradient: the loss does not depend on the model"
             )
@@ -214,6 +214,10 @@ class _Run:
                 pool.end()
             return result
 
+        def loss(outputs: Nest, targets: Nest) -> Tensor:
+            with recipe.precision.forward():
+                return objective.loss(outputs, targets)
+
         def begin_counting() -> None:
             nonlocal counts
             counts = True
@@ -221,7 +225,7 @@ class _Run:
         accumulate_whole(
             lambda: ((nest, borrowed) for nest, _, borrowed in self._fed(parts)),
             encode,
-            objective.loss,
+            loss,
             start=recipe.start,
             random=functools.partial(random_state, recipe.generators),
             ledger=self.ledger,
