@@ -111,7 +111,8 @@ def find_and_train(
         batch_norm: As for ``Accumulator``: ``"micro"``, ``"frozen"`` or ``"refuse"``.
         snapshot_steps: As for ``Accumulator``.
         eval_data: Evaluated after each epoch, at the size that inference tolerates: data of the
-            same kinds; a DataLoader keeps its order. Training goes on as if it had not been.
+            same kinds; a DataLoader keeps its order. Training goes on as if it had not been. Two
+            examples are tried before the search, so that what is wrong shows at once.
         metrics: By name, ``(outputs, targets)`` to a mean over examples or ``(sum, terms)``; None
             is the accuracy where outputs are scores of classes.
         checkpoint_dir: Save here after each epoch, and at Ctrl-C or SIGTERM once the step that
@@ -126,7 +127,8 @@ def find_and_train(
 
     Raises:
         TypeError, ValueError: A bad argument, before anything is touched.
-        DoesNotFitError: Not even one example fits; model and optimizer are as they were.
+        DoesNotFitError: Not even one example fits; model and optimizer are as they were, or as
+            the checkpoint has them.
         InexactStepError: Splitting would change this loss. Found in the first windows that are
             cut: at the first, nothing has been trained; that step has moved nothing.
         NonFiniteLossError: A loss is nan or infinite; that step has moved nothing.

@@ -4,28 +4,36 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from autobatch.batches.nest import Nest, size_of
 from autobatch.batches.regroup import Data, Source, open_source
 from autobatch.events import Observer, Resumed, TrainingStarted
 from autobatch.job import Job
 from autobatch.plan import BatchPlan
-from autobatch.randomness import Restore
+from autobatch.randomness import Restore, random_state
 from autobatch.results import SearchResult, StepResult, TrainingResult, Upper
 from autobatch.state import attributes_of, training_mode
 from autobatch.training.batch_norm import normalises_by_batch
 from autobatch.training.checkpoint import CheckpointStore
+from autobatch.training.custom import Custom
 from autobatch.training.driver import Driver
-from autobatch.training.epochs import Epochs
+from autobatch.training.epochs import Epochs, keeps_workers
 from autobatch.training.evaluation import Evaluator, Inference, Metric
 from autobatch.training.keeper import Fields, Keeper
 from autobatch.training.loop import Loop
 from autobatch.training.notes import notes
+from autobatch.training.objective import Objective
 from autobatch.training.options import NonFinite
 from autobatch.training.progress import Place, Progress
 from autobatch.training.replay import MicroBatchSize
 from autobatch.training.schedule import Schedule, resolve_schedule
+from autobatch.training.window import Recipe
+
+_WORKERS: Final = (
+    "the loader's workers persist: what they draw from random generators of their own goes on "
+    "differently after a checkpoint; with persistent_workers=False it does not"
+)
 
 FindForInference = Callable[[Inference, Sequence[int]], int]
 
@@ -40,8 +48,7 @@ class Course:
         desired: Examples in a logical batch, as asked for.
         max_steps: The most optimizer steps, or None.
         nonfinite: What happens to a step that is not finite.
-        eval_source: What is evaluated, or None.
-        metrics: Of the evaluation.
+        evaluator: Evaluates after each epoch, or None.
         on_step: Is told of every step's result.
         keeper: Of the checkpoints, or None.
         epochs: The data, from where training stands.
@@ -55,8 +62,7 @@ class Course:
     desired: int
     max_steps: int | None
     nonfinite: NonFinite
-    eval_source: Source | None
-    metrics: Mapping[str, Metric] | None
+    evaluator: Evaluator | None
     on_step: Callable[[StepResult], object] | None
     keeper: Keeper | None
     epochs: Epochs
@@ -91,8 +97,7 @@ class Course:
             )
         if on_step is not None and not callable(on_step):
             raise TypeError(f"on_step must be callable, got {on_step!r}")
-        eval_source = None if eval_data is None else _evaluated(eval_data, desired)
-        _check_metrics(metrics)
+        evaluator = _evaluator(job.recipe, eval_data, metrics, desired)
         keeper = None
         if checkpoint_dir is not None:
             keeper = Keeper(
@@ -102,15 +107,19 @@ class Course:
                 loss_module=job.loss_module,
             )
         undo = attributes_of(job.recipe.optimizer)
+        try:
+            resolved = resolve_schedule(schedule[0], job.recipe.optimizer, schedule[1])
+        except BaseException:
+            undo()
+            raise
         return cls(
             job=job,
             undo=undo,
-            schedule=resolve_schedule(schedule[0], job.recipe.optimizer, schedule[1]),
+            schedule=resolved,
             desired=desired,
             max_steps=max_steps,
             nonfinite=nonfinite,
-            eval_source=eval_source,
-            metrics=metrics,
+            evaluator=evaluator,
             on_step=on_step,
             keeper=keeper,
             epochs=Epochs(
@@ -136,6 +145,7 @@ class Course:
         """
         keeper, epochs = self.keeper, self.epochs
         saved = None if keeper is None else keeper.latest()
+        self._try_evaluation()
         if saved is None or keeper is None:
             first = epochs.open()
             if first is None:
@@ -153,10 +163,15 @@ class Course:
             )
         )
         if self.is_done():
+            keeper.put_random_back(saved["random"])
             return None
-        if epochs.place.random is not None:
-            keeper.put_random_back(epochs.place.random)
-        return epochs.open(lambda: keeper.put_random_back(saved["random"]))
+        return epochs.open(saved["random"], keeper.put_random_back)
+
+    def _try_evaluation(self) -> None:
+        """Evaluate two examples: what is wrong with that is better known now than in an hour."""
+        if self.evaluator is not None:
+            with self.job.undisturbed():
+                self.evaluator.try_out()
 
     def is_done(self) -> bool:
         """Whether no step is left to take."""
@@ -172,10 +187,15 @@ class Course:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Take back what a scheduler has done to the optimizer if an error ends what is inside."""
+        """Take back what a scheduler and the first batch have done if an error ends what is inside.
+
+        A checkpoint that was put back stays.
+        """
+        put_random_back = random_state([self.job.source.owner, self.job.recipe.model])
         try:
             yield
         except BaseException:
+            put_random_back()
             if self.saved is None:
                 self.undo()
             raise
@@ -194,6 +214,8 @@ class Course:
         job = self.job
         job.move()
         driver = self._driver(found, window, observer)
+        if self.evaluator is not None:
+            self.evaluator.find, self.evaluator.limited = find, driver.limited
         tolerable = min(driver.size.size or window, window)
         plan = BatchPlan(desired=window, tolerable=tolerable)
         observer(TrainingStarted(plan=plan, steps=self._steps(), epochs=self.epochs.last))
@@ -206,7 +228,7 @@ class Course:
                 max_steps=self.max_steps,
                 observer=observer,
                 on_step=self.on_step,
-                evaluate=self._evaluator(find),
+                evaluate=self.evaluator,
                 keeper=self.keeper,
             ).run(self.epochs)
         ended = BatchPlan(desired=window, tolerable=min(driver.size.size or window, window))
@@ -237,6 +259,8 @@ class Course:
         if self.saved is not None and self.keeper is not None:
             steps = int(self.saved["driver"]["steps"])
             resumed = (f"went on from a checkpoint in {self.keeper.store.directory}, step {steps}",)
+            if keeps_workers(self.job.source.batches) and self.saved["place"]["epoch"] > 1:
+                resumed += (_WORKERS,)
         return TrainingResult(
             plan=plan,
             search=found,
@@ -280,27 +304,27 @@ class Course:
             self.keeper.facts = facts
         return driver
 
-    def _evaluator(self, find: FindForInference) -> Evaluator | None:
-        if self.eval_source is None:
-            return None
-        ignored = getattr(self.job.loss_module, "ignore_index", -100)
-        return Evaluator(
-            recipe=self.job.recipe,
-            source=self.eval_source,
-            desired=self.desired,
-            metrics=self.metrics,
-            find=find,
-            ignored=ignored if isinstance(ignored, int) else -100,
-        )
-
     def _steps(self) -> int | None:
-        """Optimizer steps in all, where the data says how many examples it holds."""
+        """Optimizer steps to come, where the data says how many examples it holds."""
         examples, epochs = self.job.source.examples, self.epochs
-        if examples is None:
-            return self.max_steps
-        desired = self.desired
-        in_epoch = examples // desired if epochs.drop_last else -(-examples // desired)
-        return min(epochs.last * in_epoch, self.max_steps or epochs.last * in_epoch)
+        ends = [] if self.max_steps is None else [self.max_steps]
+        if examples is not None:
+            desired = self.desired
+            in_epoch = examples // desired if epochs.drop_last else -(-examples // desired)
+            ends.append(epochs.last * in_epoch)
+        return max(0, min(ends) - self.progress.steps) if ends else None
+
+
+def _evaluator(
+    recipe: Recipe, data: Data | None, metrics: Mapping[str, Metric] | None, desired: int
+) -> Evaluator | None:
+    _check_metrics(metrics, recipe.objective)
+    if data is not None:
+        source = _evaluated(data, desired)
+        return Evaluator(recipe=recipe, source=source, desired=desired, metrics=metrics)
+    if metrics is not None:
+        raise ValueError("metrics are measured on eval_data: pass that as well")
+    return None
 
 
 def _evaluated(data: Data, desired: int) -> Source:
@@ -316,9 +340,14 @@ def _evaluated(data: Data, desired: int) -> Source:
     return source
 
 
-def _check_metrics(metrics: object) -> None:
+def _check_metrics(metrics: object, objective: Objective) -> None:
     if metrics is None:
         return
+    if isinstance(objective, Custom):
+        raise ValueError(
+            "metrics are given outputs and targets, which batch_loss keeps to itself; pass loss "
+            "and forward instead"
+        )
     if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
         raise TypeError(
             f"metrics must be a mapping from names to callables (outputs, targets), got {metrics!r}"

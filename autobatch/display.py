@@ -24,8 +24,10 @@ from rich.text import Text
 
 from autobatch.events import (
     EpochEnded,
+    Evaluated,
     Event,
     Replayed,
+    Resumed,
     SearchEnded,
     SearchStarted,
     StepEnded,
@@ -70,6 +72,7 @@ class Display:
         self._entered = False
         self._live: Live | Progress | None = None
         self._epochs = 1
+        self._first = 1  # The epoch that training begins with.
         self._epoch = _Epoch(began=self._console.get_time())
 
     def __enter__(self) -> Self:
@@ -101,6 +104,12 @@ class Display:
     @functools.singledispatchmethod
     def _show(self, event: Event) -> None:
         """Write nothing: an event of a later version is none of our business."""
+
+    @_show.register
+    def _(self, event: Resumed) -> None:
+        self._first = event.epoch
+        done = _count(event.steps, "step")
+        self.log(f"going on from {event.checkpoint}: {done} done, epoch {event.epoch}")
 
     @_show.register
     def _(self, event: SearchStarted) -> None:
@@ -144,7 +153,9 @@ class Display:
             transient=True,
             redirect_stdout=sys.stdout.isatty(),
         )
-        progress.add_task(self._name(1), total=event.steps, loss=_NO_LOSS, speed=_NO_SPEED)
+        progress.add_task(
+            self._name(self._first), total=event.steps, loss=_NO_LOSS, speed=_NO_SPEED
+        )
         self._open(progress)
 
     @_show.register
@@ -158,6 +169,10 @@ class Display:
         self._epoch = _Epoch(began=self._console.get_time(), number=event.epoch + 1)
         if event.epoch < self._epochs:
             self._advance(event.epoch + 1, _NO_LOSS, _NO_SPEED, steps=0)
+
+    @_show.register
+    def _(self, event: Evaluated) -> None:
+        self.log(str(event.evaluation))
 
     @_show.register
     def _(self, event: Replayed) -> None:

@@ -10,8 +10,10 @@ from rich.console import Console
 from autobatch.display import Display, print_table
 from autobatch.events import (
     EpochEnded,
+    Evaluated,
     Event,
     Replayed,
+    Resumed,
     SearchEnded,
     SearchStarted,
     StepEnded,
@@ -20,7 +22,7 @@ from autobatch.events import (
     TrialStarted,
 )
 from autobatch.plan import BatchPlan
-from autobatch.results import LimitedBy, SearchResult, StepResult, Trial, Upper, Verdict
+from autobatch.results import Evaluation, LimitedBy, SearchResult, StepResult, Trial, Upper, Verdict
 
 MIB = 2**20
 PLAN = BatchPlan(desired=256, tolerable=93)
@@ -217,6 +219,35 @@ def test_training_that_stops_within_an_epoch_still_says_its_loss() -> None:
             display(step(loss, epoch=1))
     last = file.getvalue().splitlines()[-1]
     assert last == "epoch 1/1  loss 0.7500     128 examples/s  (stopped after 2 steps)"
+
+
+def test_an_evaluation_is_a_line_of_its_own() -> None:
+    clock = Clock()
+    out, file = console(terminal=False, clock=clock)
+    evaluation = Evaluation(epoch=1, loss=0.5, metrics={"accuracy": 0.875, "[f1]": 2}, examples=9)
+    with Display(out) as display:
+        display(TrainingStarted(plan=PLAN, steps=1, epochs=1))
+        display(step(0.5, epoch=1))
+        display(EpochEnded(epoch=1, loss=0.5, examples_per_second=256.0))
+        display(Evaluated(evaluation=evaluation))
+    assert file.getvalue().splitlines()[1:] == [
+        "epoch 1/1  loss 0.5000     256 examples/s",
+        "evaluation after epoch 1: loss 0.5000, accuracy 0.875, [f1] 2",
+    ]
+
+
+def test_a_training_that_goes_on_says_from_where_and_counts_its_epochs_on() -> None:
+    clock = Clock()
+    out, file = console(terminal=True, clock=clock)
+    with Display(out) as display:
+        display(Resumed(checkpoint="runs/step-00000007.pt", steps=7, epoch=3))
+        display(TrainingStarted(plan=PLAN, steps=1, epochs=3))
+        clock.seconds += 1
+        display(step(0.5, epoch=3))
+    drawn = frames(file.getvalue())
+    assert drawn[0] == "going on from runs/step-00000007.pt: 7 steps done, epoch 3"
+    assert any(line.startswith("epoch 3/3  loss -") for line in drawn)
+    assert not any(line.startswith("epoch 1/3") for line in drawn)
 
 
 def test_a_skipped_step_leaves_the_loss_as_it_was() -> None:

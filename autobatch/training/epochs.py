@@ -3,12 +3,21 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from torch.utils.data import DataLoader
+
 from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import Source, logical_batches
 from autobatch.errors import CheckpointError
 from autobatch.training.progress import Place
 
 Random = dict[str, object]
+
+
+def keeps_workers(batches: object) -> bool:
+    """Whether these are of a DataLoader whose workers live on from epoch to epoch."""
+    return (
+        isinstance(batches, DataLoader) and batches.num_workers > 0 and batches.persistent_workers
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,16 +43,21 @@ class Epochs:
     _first: Nest | None = field(default=None, init=False)
     _stream: Iterator[Nest] | None = field(default=None, init=False)
 
-    def open(self, go_on: Callable[[], None] = lambda: None) -> Nest | None:
+    def open(
+        self, stopped: Random | None = None, put_back: Callable[[Random], object] = lambda _: None
+    ) -> Nest | None:
         """Read the next logical batch, which training begins with; None if the epoch has none.
 
         Args:
-            go_on: Sets all random generators to where they were when training stopped; called
-                when the batches that it had seen have been passed over.
+            stopped: Where all random generators were when training stopped; None if it begins.
+            put_back: Sets them to where they were.
 
         Raises:
             CheckpointError: If the data holds fewer batches than training has seen.
         """
+        if stopped is not None:
+            self._start_workers()
+            put_back(self.place.random or stopped)
         self._stream = self._begun()
         for window in range(self.place.windows):
             if next(self._stream, None) is None:
@@ -51,7 +65,8 @@ class Epochs:
                     f"{self.place.windows} logical batches of epoch {self.place.epoch} were done, "
                     f"and the data holds {window}: it is not the data of that training"
                 )
-        go_on()
+        if stopped is not None and self.place.windows:
+            put_back(stopped)
         self._first = next(self._stream, None)
         return self._first
 
@@ -68,7 +83,16 @@ class Epochs:
             del first
         yield from stream
 
+    def _start_workers(self) -> None:
+        """Start workers that persist, as the first epoch did.
+
+        Starting them draws a random number, which no later epoch draws.
+        """
+        loader = self.source.batches
+        if self.place.epoch > 1 and keeps_workers(loader):
+            iter(loader)
+
     def _begun(self) -> Iterator[Nest]:
-        if self.note is not None and not self.place.windows:
+        if self.note is not None:
             self.place.random = self.note()
         return logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)

@@ -1,49 +1,57 @@
 """Loss and metrics over data that is not trained on, at the size that inference tolerates."""
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autobatch.batches.nest import Nest, size_of
-from autobatch.batches.pieces import cut_to, largest_piece, pieces_of
+from autobatch.batches.nest import Nest, join, size_of, take
+from autobatch.batches.pieces import cut_to, largest_piece
 from autobatch.batches.regroup import Source, logical_batches
-from autobatch.batches.sample import repeated
+from autobatch.batches.sample import read_sample, repeated
 from autobatch.devices.failures import verdict_of
+from autobatch.errors import DoesNotFitError
 from autobatch.plan import useful_sizes
 from autobatch.randomness import random_state
 from autobatch.results import Evaluation, Verdict
+from autobatch.training.inferred import Inferred
 from autobatch.training.losses import read_mean
+from autobatch.training.objective import Compared, Objective
+from autobatch.training.own_loss import undisturbed
+from autobatch.training.whole_batch import Whole
 from autobatch.training.window import Recipe
 
-Metric = Callable[[Nest, Nest], object]
-Seen = list[tuple[Nest, Nest]]
+Metric = Callable[..., object]
+Made = TypeVar("Made")
 
 ACCURACY: Final = "accuracy"
+_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 class Inference:
-    """Forward passes and losses without gradient, ready to be tried at any size.
+    """What an evaluation runs, ready to be tried at any size.
 
     Args:
-        recipe: What a training step is made of.
+        run: Runs on a batch.
         sample: Real examples; they are repeated to any size.
     """
 
-    def __init__(self, recipe: Recipe, sample: Nest) -> None:
-        self._recipe = recipe
+    def __init__(self, run: Callable[[Nest], object], sample: Nest) -> None:
+        self._run = run
         self._sample = sample
 
     def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
-        """Return one forward pass over the largest of ``sizes`` examples, not yet run."""
+        """Return one pass over the largest of ``sizes`` examples, not yet run."""
         batch = repeated(self._sample, max(sizes))
 
         def run() -> None:
-            with _inference(self._recipe.model):
-                _shown(self._recipe, batch)
+            with torch.inference_mode():
+                self._run(batch)
 
         return run
 
@@ -58,11 +66,12 @@ class Evaluator:
     Attributes:
         recipe: What a training step is made of: the same model, loss and precision.
         source: The data.
-        desired: The most examples in one forward pass.
+        desired: The most examples in one forward pass; where the loss is that of a whole batch,
+            the examples in one.
         metrics: By name: ``(outputs, targets)`` to a mean over examples or ``(sum, terms)``. None
             is the accuracy, where outputs are scores of classes and targets their indices.
         find: Returns the largest of some sizes that ``Inference`` really ran at.
-        ignored: The class that counts for nothing.
+        limited: Returns the context in which memory may be used.
         size: That was found; None before the first evaluation.
     """
 
@@ -70,9 +79,9 @@ class Evaluator:
     source: Source
     desired: int
     metrics: Mapping[str, Metric] | None
-    find: Callable[[Inference, Sequence[int]], int]
-    ignored: int = -100
-    size: int | None = field(default=None)
+    find: Callable[[Inference, Sequence[int]], int] = lambda _, sizes: sizes[-1]
+    limited: Callable[[], AbstractContextManager[None]] = nullcontext
+    size: int | None = field(default=None, init=False)
 
     def __call__(self, epoch: int) -> Evaluation:
         """Return loss and metrics over all of the data.
@@ -81,111 +90,196 @@ class Evaluator:
             ValueError: If the data holds no example.
             DoesNotFitError: If not even one example fits.
         """
-        put_random_back = random_state([self.source.owner])
-        totals: dict[str, _Mean] = {}
+        totals = _Totals()
         examples = 0
-        try:
+        with self._aside():
             for batch in logical_batches(self.source.epoch(), self.desired):
                 examples += size_of(batch)
                 self._add(batch, totals)
-        finally:
-            put_random_back()
         if not examples:
-            raise ValueError("eval_data is empty: it holds no example")
-        loss = totals.pop("", _Mean())
+            raise ValueError("eval_data: data is empty: it holds no example")
         return Evaluation(
             epoch=epoch,
-            loss=loss.value,
-            metrics={name: total.value for name, total in totals.items()},
+            loss=totals.loss.value,
+            metrics={name: total.value for name, total in totals.metrics.items()},
             examples=examples,
         )
 
-    def _add(self, batch: Nest, totals: "dict[str, _Mean]") -> None:
-        """Add one logical batch to the means, in smaller parts if memory runs out."""
+    def try_out(self) -> None:
+        """Evaluate two examples, so that what is wrong is said before anything is trained.
+
+        Errors of the loss and of the metrics pass through.
+
+        Raises:
+            ValueError: If the data holds no example.
+        """
+        try:
+            with self._aside():
+                sample = largest_piece(read_sample(self.source))
+                self._add(take(sample, range(min(2, size_of(sample)))), _Totals())
+        except DoesNotFitError:
+            pass  # The search says it better.
+        except Exception as error:
+            error.add_note("seen in two examples of eval_data; nothing has been trained")
+            raise
+        finally:
+            self.size = None
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Evaluation mode inside; modes, buffers, attributes and RNG as they were afterwards.
+
+        What a module keeps for later, made in inference mode, would not be fit for training.
+        """
+        put_random_back = random_state([self.source.owner])
+        try:
+            with undisturbed(self.recipe.model):
+                yield
+        finally:
+            put_random_back()
+
+    def _add(self, batch: Nest, totals: "_Totals") -> None:
+        """Add one logical batch to the totals."""
+        objective = self.recipe.objective
+        self.recipe.prepared(batch, cut=True)
+        if not isinstance(objective, Whole):
+            for numbers in self._in_parts(batch, self._numbers):
+                totals.add(*numbers)
+            return
+        pairs = list(self._in_parts(batch, functools.partial(_encoded, self.recipe, objective)))
+        with self.limited(), torch.inference_mode():
+            totals.add(*self._numbers_of_whole(objective, pairs, size_of(batch)))
+
+    def _in_parts(self, batch: Nest, run: Callable[[Nest], Made]) -> Iterator[Made]:
+        """What ``run`` makes of each part of a logical batch, at the size that is tolerable."""
         if self.size is None:
             sizes = useful_sizes(size_of(batch))
-            self.size = self.find(Inference(self.recipe, largest_piece(batch)), sizes)
-        for piece in pieces_of(batch):
-            for part in cut_to(piece, self.size)[0]:
-                for name, total in self._measured(part):
-                    totals.setdefault(name, _Mean()).add(*total)
+            self.size = self.find(Inference(run, largest_piece(batch)), sizes)
+        for part in cut_to(batch, self.size)[0]:
+            yield from self._fitting(part, run)
 
-    def _measured(self, part: Nest) -> "list[tuple[str, tuple[Tensor, float]]]":
-        ran_out = False
+    def _fitting(self, part: Nest, run: Callable[[Nest], Made]) -> list[Made]:
+        """What ``run`` makes of a part, or of its halves if memory runs out."""
         try:
-            with _inference(self.recipe.model):
-                return self._numbers(part)
+            with self.limited(), torch.inference_mode():
+                return [run(part)]
         except Exception as error:
-            if verdict_of(error) is not Verdict.OUT_OF_MEMORY or size_of(part) == 1:
+            if verdict_of(error) not in _TOO_MUCH:
                 raise
-            ran_out = True
-        assert ran_out
+            message = str(error)
+        # Only here has the error let go of what was made.
+        if size_of(part) == 1:
+            raise DoesNotFitError(1, None, message=message)
         self.recipe.device.release_cached()
-        self.size = max(1, size_of(part) // 2)
-        smaller = cut_to(part, self.size)[0]
-        return [number for half in smaller for number in self._measured(half)]
+        self.size = size_of(part) // 2
+        halves = cut_to(part, self.size)[0]
+        return [made for half in halves for made in self._fitting(half, run)]
 
-    def _numbers(self, part: Nest) -> "list[tuple[str, tuple[Tensor, float]]]":
-        loss_sum, terms, seen = _shown(self.recipe, part)
-        numbers = [("", (loss_sum.double(), terms))] if terms else []
-        for outputs, targets in seen:
-            examples = size_of(part)
-            if self.metrics is None:
-                numbers += _accuracy(outputs, targets, self.ignored)
-                continue
-            for name, metric in self.metrics.items():
-                numbers.append((name, read_mean(metric(outputs, targets), examples)))
-        return numbers
+    def _numbers(self, part: Nest) -> "tuple[_Number, dict[str, _Number]]":
+        loss_sum, terms, pairs = _shown(self.recipe, part)
+        metrics: dict[str, _Number] = {}
+        for outputs, targets in pairs:
+            metrics |= self._measured(outputs, targets, size_of(part))
+        return (loss_sum.double(), terms), metrics
+
+    def _numbers_of_whole(
+        self, objective: Whole, pairs: Sequence[tuple[Nest, Nest]], examples: int
+    ) -> "tuple[_Number, dict[str, _Number]]":
+        """The loss of a whole logical batch, weighted by its examples."""
+        together = join(pairs)
+        assert isinstance(together, tuple), "outputs and targets are joined as pairs"
+        outputs, targets = together
+        with self.recipe.precision.forward():
+            loss = objective.loss(outputs, targets)
+        return (loss.double() * examples, examples), self._measured(outputs, targets, examples)
+
+    def _measured(self, outputs: Nest, targets: Nest, examples: int) -> "dict[str, _Number]":
+        if self.metrics is None:
+            return _accuracy(outputs, targets, _ignored(self.recipe.objective))
+        return {
+            name: read_mean(metric(outputs, targets), examples)
+            for name, metric in self.metrics.items()
+        }
+
+
+_Number = tuple[Tensor, float | None]  # A sum and its terms; None where nothing is divided.
 
 
 @dataclass(slots=True)
 class _Mean:
     total: Tensor | None = None
-    terms: float = 0.0
+    terms: float | None = 0.0
 
-    def add(self, total: Tensor, terms: float) -> None:
+    def add(self, total: Tensor, terms: float | None) -> None:
         self.total = total if self.total is None else self.total + total
-        self.terms += terms
+        self.terms = None if terms is None or self.terms is None else self.terms + terms
 
     @property
     def value(self) -> float:
-        return float(self.total) / self.terms if self.total is not None else float("nan")
+        if self.total is None:
+            return math.nan
+        if self.terms is None:
+            return float(self.total)
+        return float(self.total) / self.terms if self.terms else math.nan
 
 
-def _shown(recipe: Recipe, part: Nest) -> tuple[Tensor, float, Seen]:
+@dataclass(slots=True)
+class _Totals:
+    loss: _Mean = field(default_factory=_Mean)
+    metrics: dict[str, _Mean] = field(default_factory=dict)
+
+    def add(self, loss: _Number, metrics: Mapping[str, _Number]) -> None:
+        self.loss.add(*loss)
+        for name, number in metrics.items():
+            self.metrics.setdefault(name, _Mean()).add(*number)
+
+
+def _shown(recipe: Recipe, part: Nest) -> tuple[Tensor, float | None, list[tuple[Nest, Nest]]]:
     """The summed loss of one part, its terms, and outputs and targets where they are known."""
-    seen: Seen = []
+    pairs: list[tuple[Nest, Nest]] = []
+    objective = recipe.objective
     with recipe.precision.forward():
-        loss_sum, terms = recipe.objective.share(
+        loss_sum, terms = objective.share(
             recipe.model,
             recipe.feed.move(part),
             host=part,
             borrowed=0,
-            witness=lambda outputs, targets: seen.append((outputs, targets)),
+            witness=lambda outputs, targets: pairs.append((outputs, targets)),
         )
-    return loss_sum, recipe.objective.denominator(part) if terms is None else float(terms), seen
+    compared = _compared(objective)
+    if compared is not None and not compared.loss.divides:
+        return loss_sum, None, pairs
+    return loss_sum, objective.denominator(part) if terms is None else float(terms), pairs
 
 
-def _accuracy(outputs: Nest, targets: Nest, ignored: int) -> list[tuple[str, tuple[Tensor, float]]]:
+def _encoded(recipe: Recipe, objective: Whole, part: Nest) -> tuple[Nest, Nest]:
+    with recipe.precision.forward():
+        return objective.encode(recipe.model, recipe.feed.move(part), 0)
+
+
+def _compared(objective: Objective) -> Compared | None:
+    """What compares outputs and targets here, if something does."""
+    chosen: object = objective.chosen if isinstance(objective, Inferred) else objective
+    return chosen if isinstance(chosen, Compared) else None
+
+
+def _ignored(objective: Objective) -> int:
+    """The class that counts for nothing."""
+    compared = _compared(objective)
+    settings: Callable[[], Mapping[str, object]] = getattr(
+        compared and compared.loss, "settings", dict
+    )
+    ignored = settings().get("ignore_index", -100)
+    return ignored if isinstance(ignored, int) else -100
+
+
+def _accuracy(outputs: Nest, targets: Nest, ignored: int) -> dict[str, _Number]:
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return []
+        return {}
     if targets.is_floating_point() or not outputs.is_floating_point() or outputs.ndim < 2:
-        return []
-    if targets.shape != (outputs.shape[0], *outputs.shape[2:]):
-        return []
+        return {}
+    if targets.shape != (outputs.shape[0], *outputs.shape[2:]) or outputs.shape[1] < 2:
+        return {}
     counts = targets != ignored
     right = (outputs.argmax(1) == targets) & counts
-    return [(ACCURACY, (right.sum().double(), float(counts.sum())))]
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no autograd inside; every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return {ACCURACY: (right.sum().double(), float(counts.sum()))}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from autobatch.errors import CheckpointError
 from autobatch.training.checkpoint import CheckpointStore
@@ -68,11 +68,33 @@ class Keeper:
         """Fill model, loss, optimizer, scheduler and scaler in place.
 
         Raises:
-            CheckpointError: If they are not like those that were saved. Nothing has changed then.
+            CheckpointError: If they are not like those that were saved. Then nothing has changed
+                but where random generators are.
         """
+        self.put_random_back(fields["random"])  # It refuses other generators: better now than late.
+        saved = fields["loss_module"] or {}
+        self._check_loss(saved)
         unpack(fields, recipe.model, recipe.optimizer, schedule.scheduler, recipe.update.scaler)
         if self.loss_module is not None:
-            self.loss_module.load_state_dict(fields["loss_module"])
+            self.loss_module.load_state_dict(saved)
+        if schedule.scheduler is not None:  # Torch warns of a schedule that comes before a step,
+            vars(recipe.optimizer)["_opt_called"] = True  # and knows only of this process's steps.
+
+    def _check_loss(self, saved: Mapping[str, object]) -> None:
+        own = {} if self.loss_module is None else self.loss_module.state_dict()
+        was, now = (
+            {
+                name: (tuple(value.shape), value.dtype)
+                for name, value in state.items()
+                if isinstance(value, Tensor)
+            }
+            for state in (saved, own)
+        )
+        if was != now:
+            raise CheckpointError(
+                f"the loss of {self.path} holds {was or 'nothing'}, and the loss here holds "
+                f"{now or 'nothing'}: build it as it was, or choose another directory"
+            )
 
     def put_random_back(self, state: Fields) -> None:
         """Set all random generators to where they were."""

@@ -48,6 +48,7 @@ class Loop:
         self._on_step = on_step
         self._evaluate = evaluate
         self._keeper = keeper
+        self._counted = 0.0  # Up to this moment, as perf_counter shows it, seconds are counted.
 
     def run(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
         """Step through the epochs that are left.
@@ -68,16 +69,14 @@ class Loop:
                 raise
 
     def _epochs(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
-        before, started = self._progress.seconds, time.perf_counter()
         for place, batches in epochs:
             if self._is_done():
                 return
-            epoch_started = time.perf_counter()
+            self._counted = started = time.perf_counter()
             steps_before = self._progress.steps
             whole = self._epoch(place, batches)
-            now = time.perf_counter()
-            self._progress.seconds = before + now - started
-            self._end_epoch(place, now - epoch_started, steps_before, whole=whole)
+            self._count_seconds()
+            self._end_epoch(place, self._counted - started, steps_before, whole=whole)
 
     def _epoch(self, place: Place, batches: Iterator[Nest]) -> bool:
         """Step through the rest of one epoch; return whether it came to its end."""
@@ -90,6 +89,7 @@ class Loop:
             if self._on_step is not None:
                 self._on_step(step)
             if self._keeper is not None and self._keeper.stop.signal is not None:
+                self._count_seconds()
                 self._keeper.save(self._driver, self._progress, place)
                 self._keeper.stop.go()
             if self._is_done():
@@ -103,7 +103,7 @@ class Loop:
         evaluation = None
         if self._evaluate is not None:
             evaluation = self._evaluate(place.epoch)
-            progress.evaluations.append(evaluation)
+            progress.add_evaluation(evaluation)
         examples = sum(progress.sizes[steps_before:])
         self._observer(
             EpochEnded(
@@ -122,6 +122,11 @@ class Loop:
             self._keeper.save(self._driver, progress, place)
             if self._keeper.stop.signal is not None:
                 self._keeper.stop.go()
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self._progress.seconds += now - self._counted
+        self._counted = now
 
     def _is_done(self) -> bool:
         return self._max_steps is not None and self._progress.steps >= self._max_steps

@@ -329,10 +329,14 @@ def read_mean(value: object, examples: int) -> tuple[Tensor, float]:
     if isinstance(value, tuple):
         total, terms = value if len(value) == 2 else (None, None)
         if isinstance(total, numbers.Real):
-            total = torch.tensor(float(total))
+            total = torch.tensor(float(total), dtype=torch.float64)
         summed, count = read_pair((total, terms))
         return summed.double(), float(count)
-    mean = torch.tensor(float(value)) if isinstance(value, numbers.Real) else value
+    mean = (
+        torch.tensor(float(value), dtype=torch.float64)
+        if isinstance(value, numbers.Real)
+        else value
+    )
     return _scalar("the metric", mean).double() * examples, float(examples)
 
 

@@ -18,7 +18,7 @@ class Progress:
         replays: Windows run again.
         skipped: Logical batches that were left out, by reason.
         evaluations: One per epoch that was evaluated.
-        seconds: Since the first window.
+        seconds: Spent in steps and on reading their data.
         epoch_begins: How many steps had been taken when this epoch began.
     """
 
@@ -43,6 +43,12 @@ class Progress:
         self.read()
         self._unread = step
         self.sizes.append(step.examples)
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Add one, in place of an earlier one of the same epoch, made when max_steps ended it."""
+        if self.evaluations and self.evaluations[-1].epoch == evaluation.epoch:
+            self.evaluations.pop()
+        self.evaluations.append(evaluation)
 
     def read(self) -> None:
         """Read the loss that may still be on its way."""

@@ -37,7 +37,8 @@ class Stop:
 def held_back() -> Iterator[Stop]:
     """Note the first signal instead of obeying it; the second one is obeyed at once.
 
-    Only the main thread receives signals: in any other this does nothing.
+    One that nobody has asked for is obeyed at the end. Only the main thread receives signals: in
+    any other this does nothing.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -45,6 +46,7 @@ def held_back() -> Iterator[Stop]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # As signal calls it.
+        # Also in a loader's worker that was forked with it: Ctrl-C reaches all processes.
         if stop.signal is None:
             stop.signal = number
         else:
@@ -56,3 +58,5 @@ def held_back() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if stop.signal is not None:
+        stop.go()
