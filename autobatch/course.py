@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from autobatch.batches.nest import Nest, size_of
@@ -240,6 +240,7 @@ class Course:
             normalises=normalises,
             recipe=job.recipe,
             moved=sorted(driver.moved_buffers),
+            agreed=driver.agreed,
         )
         return self._result(found, ended, tuple(told))
 
@@ -321,6 +322,8 @@ def _evaluator(
     _check_metrics(metrics, recipe.objective)
     if data is not None:
         source = _evaluated(data, desired)
+        # What it learns of a loss must not reach training: evaluated or not, that is the same.
+        recipe = replace(recipe, objective=recipe.objective.apart())
         return Evaluator(recipe=recipe, source=source, desired=desired, metrics=metrics)
     if metrics is not None:
         raise ValueError("metrics are measured on eval_data: pass that as well")

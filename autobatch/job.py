@@ -71,8 +71,8 @@ class Job:
         source = open_source(data, batch_size=batch_size)
         present = next(model.parameters()).device
         chosen = choose_device(device, present)
-        own_optimizer = _optimizer(optimizer, model)
         loss = options.loss_module
+        own_optimizer = _optimizer(optimizer, model, loss)
         modules = [model] if loss is None else [model, loss]
         memory = open_device(
             chosen,
@@ -152,12 +152,18 @@ class Job:
         }
 
 
-def _optimizer(given: Optimizer | OptimizerFactory | None, model: nn.Module) -> Optimizer:
-    if given is None:
-        return AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-    if isinstance(given, Optimizer) or not callable(given):
+def _optimizer(
+    given: Optimizer | OptimizerFactory | None, model: nn.Module, loss: nn.Module | None
+) -> Optimizer:
+    if given is not None and (isinstance(given, Optimizer) or not callable(given)):
         return check_optimizer(given, model)
-    return check_optimizer(given(list(model.parameters())), model)  # A list: it may be read twice.
+    parameters = list(model.parameters())
+    if loss is not None:  # A temperature, say. A parameter that both hold is there once.
+        known = set(map(id, parameters))
+        parameters += [p for p in loss.parameters() if id(p) not in known]
+    if given is None:
+        return AdamW(parameter for parameter in parameters if parameter.requires_grad)
+    return check_optimizer(given(parameters), model)
 
 
 def _residents(modules: list[nn.Module], optimizer: Optimizer) -> list[Tensor]:

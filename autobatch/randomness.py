@@ -57,6 +57,7 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     own = [_generator(found) for source in sources for found in generators_in(source)]
 
     def put_back() -> None:
+        _forget_numpy()  # Its normal number that waits may be another with the same memory.
         torch.set_rng_state(torch_cpu)
         if torch_cuda:
             torch.cuda.set_rng_state_all(torch_cuda)
@@ -70,6 +71,11 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
 
 _MT19937_BYTES: Final = 624 * 4 + 4  # Key and position: all of its struct that draws move.
 _known: tuple[bytes, Any] | None = None  # A cache: NumPy's generator as it was when last taken.
+
+
+def _forget_numpy() -> None:
+    global _known
+    _known = None
 
 
 def _numpy_state() -> Any:

@@ -68,8 +68,8 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            "optimizer must be a torch.optim.Optimizer or a factory (params) -> Optimizer, got "
-            f"{type(optimizer).__name__}"
+            "optimizer must be a torch.optim.Optimizer (find_and_train and find_batch_size take a "
+            f"factory (params) -> Optimizer as well), got {type(optimizer).__name__}"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS is not supported: it evaluates the loss several times a step")

@@ -2,8 +2,11 @@
 
 import gc
 
+import pytest
 import torch
 from hypothesis import settings
+
+from autobatch.training.mixing import MixingCheck
 
 # The tests run in parallel, one a core; more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -12,3 +15,9 @@ gc.freeze()
 # The same examples each time: a red run is a change of the code, not of the dice.
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is not asked whether it mixes examples: for tests that count its calls."""
+    monkeypatch.setattr(MixingCheck, "ask", lambda *_: None)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ def test_frozen_and_untracked_layers_are_left_alone() -> None:
     torch.testing.assert_close(list(model.buffers()), before, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("unasked")
 def test_a_layer_that_some_micro_batches_pass_by_counts_those_that_met_it() -> None:
     class Sometimes(First):
         def forward(self, x: Tensor) -> Tensor:
@@ -524,3 +526,63 @@ def test_statistics_that_move_past_the_hooks_are_refused_in_pieces() -> None:
     with pytest.raises(InexactStepError, match="without its hooks"):
         Accumulator(model, optimizer, micro_batch=4).step(batch)
     assert fingerprint(model) == before
+
+
+def test_the_table_of_how_far_micro_batches_are_is_what_comes_out() -> None:
+    """docs/exactness.md, relative, median of 20 seeds: rounded there to two digits."""
+    rows: dict[str, list[list[float]]] = {"pooled": [], "naive": [], "rescaled": []}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        base = nn.Sequential(
+            nn.BatchNorm1d(8), nn.Linear(8, 16), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        ).double()
+        x, y = torch.randn(16, 8).double() * 2 + 1, torch.randint(0, 4, (16,))
+        whole = twin(base)
+        assert isinstance(whole, nn.Sequential)
+        expected = far_run(whole, [(x, y)], pooled=False)
+        for name, found in rows.items():
+            model = twin(base)
+            assert isinstance(model, nn.Sequential)
+            if name == "rescaled":
+                for layer in moving_layers(model):
+                    layer.momentum = 1 - (1 - 0.1) ** 0.5
+            halves = list(zip(x.split(8), y.split(8), strict=True))
+            loss, gradient = far_run(model, halves, pooled=name == "pooled")
+            found.append(
+                [
+                    abs(loss - expected[0]) / expected[0],
+                    apart(gradient, expected[1]),
+                    *(
+                        apart(getattr(model[place], kind), getattr(whole[place], kind))
+                        for place in (0, 3)
+                        for kind in ("running_mean", "running_var")
+                    ),
+                ]
+            )
+    medians = {
+        name: [median(column) for column in zip(*found, strict=True)]
+        for name, found in rows.items()
+    }
+    assert medians["pooled"] == pytest.approx(
+        [0.028, 0.68, 0, 0, 0.060, 0.0021], rel=0.06, abs=1e-15
+    )
+    assert medians["naive"][2:] == pytest.approx([0.90, 0.23, 0.90, 0.086], rel=0.06)
+    assert medians["rescaled"][2:] == pytest.approx([0.011, 0.019, 0.059, 0.0027], rel=0.06)
+
+
+def far_run(
+    model: nn.Module, parts: list[tuple[Tensor, Tensor]], *, pooled: bool
+) -> tuple[float, Tensor]:
+    total = 0.0
+    with pooled_statistics(model, len(parts) if pooled else 1) as pool:
+        for x, y in parts:
+            pool.begin()
+            loss = nn.functional.cross_entropy(model(x), y, reduction="sum") / 16
+            pool.end()
+            loss.backward()
+            total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())

@@ -119,6 +119,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     ("nonfinite", "in_step", "afterwards"), [("raise", 1, 0), ("skip", 1, 0), ("ignore", 0, 1)]
 )
 @pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("unasked")
 def test_a_step_waits_once_or_when_its_loss_is_read(
     micro_batch: int, clip: float | None, nonfinite: NonFinite, in_step: int, afterwards: int
 ) -> None:

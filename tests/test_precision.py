@@ -107,6 +107,7 @@ def test_autocast_casts_the_weights_once_a_window(
         assert counting.count == casts
 
 
+@pytest.mark.usefixtures("unasked")
 def test_a_window_that_is_run_again_casts_anew_and_steps_on_what_it_has() -> None:
     ours, theirs = small(), small()
     once = iter([out_of_memory()])

@@ -182,7 +182,8 @@ def test_what_is_no_optimizer_is_a_bad_type(optimizer: Any, kind: str) -> None:
     with pytest.raises(TypeError) as caught:
         check_optimizer(optimizer, nn.Linear(2, 2))
     assert str(caught.value) == (
-        "optimizer must be a torch.optim.Optimizer or a factory (params) -> Optimizer, got " + kind
+        "optimizer must be a torch.optim.Optimizer (find_and_train and find_batch_size take a "
+        f"factory (params) -> Optimizer as well), got {kind}"
     )
 
 

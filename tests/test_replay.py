@@ -102,6 +102,7 @@ def run(
     return [accumulator.step(batch) for batch in batches]
 
 
+@pytest.mark.usefixtures("unasked")
 def test_running_out_once_in_the_second_micro_batch_of_step_2_changes_nothing() -> None:
     ours, whole = Flaky(calls=(5,)), Flaky()  # Three micro-batches a window: 5 is the 2nd of 2.
     steps = run(ours, 4, windows())
@@ -160,6 +161,7 @@ class Moving(nn.Module):
         return scores
 
 
+@pytest.mark.usefixtures("unasked")
 def test_a_replay_finds_everything_where_the_window_found_it() -> None:
     results = []
     for fails_at, micro_batch in ((2, 4), (0, 3)):  # 4 + 3 + 3 fails, and becomes 3 + 3 + 2 + 2.
@@ -232,6 +234,7 @@ def test_running_out_forever_is_an_error_and_nothing_has_moved() -> None:
     assert fingerprint(model, optimizer) == before
 
 
+@pytest.mark.usefixtures("unasked")
 def test_buffers_and_random_generators_are_rolled_back_before_a_replay() -> None:
     torch.manual_seed(0)
     flaky = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
@@ -518,6 +521,7 @@ def test_a_window_that_runs_out_again_and_again_says_what_it_was_and_what_memory
 
 
 @pytest.mark.parametrize("again", [1, 2])
+@pytest.mark.usefixtures("unasked")
 def test_only_one_example_that_fails_twice_does_not_fit(again: int) -> None:
     ours, whole = Flaky(calls=tuple(range(1, again + 1))), Flaky()
     optimizer = adam(ours)

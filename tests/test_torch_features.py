@@ -222,6 +222,7 @@ def tripled(_: nn.Module, gradients: object, __: object) -> tuple[Tensor]:
     return (gradient * 3,)
 
 
+@pytest.mark.usefixtures("unasked")
 def test_module_hooks_run_once_a_micro_batch() -> None:
     ours, whole = small_model(), small_model()
     seen: list[tuple[str, int]] = []
@@ -544,6 +545,7 @@ def test_complex_parameters_are_trained(kind: Callable[..., torch.optim.Optimize
     assert_cut_is_exact(Waves(), optimize=lambda m: kind(m.parameters(), lr=0.1))
 
 
+@pytest.mark.usefixtures("unasked")
 def test_channels_last_stays_channels_last() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -683,6 +685,7 @@ def test_time_in_front_is_a_clear_error_and_a_forward_that_transposes_is_the_way
     assert_same_parameters(ours, whole)
 
 
+@pytest.mark.usefixtures("unasked")
 def test_the_comparison_can_fail() -> None:
     coupled = nn.Sequential(small_model(), nn.Softmax(dim=0))  # Each example sees the others.
     with pytest.raises(AssertionError, match="not close"):

@@ -79,7 +79,7 @@ class MeteredDevice:
         self._meter.limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
         try:
             # A limit inside a limit must not count everything twice.
-            with _eager(), self._meter if outer is None else nullcontext():
+            with eagerly(), self._meter if outer is None else nullcontext():
                 yield
         finally:
             self._meter.limit_bytes = outer
@@ -183,7 +183,7 @@ def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def _eager() -> AbstractContextManager[object]:
+def eagerly() -> AbstractContextManager[object]:
     """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager."""
     if "torch._dynamo" not in sys.modules:  # Nothing was compiled; its import takes seconds.
         return nullcontext()

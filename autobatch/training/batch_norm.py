@@ -268,7 +268,7 @@ class Pool:
     def _for_channels(self, weights: Sequence[Sequence[float]], like: Tensor) -> Sequence[Tensor]:
         """Return each list, one number a layer, as one number a channel, without waiting."""
         numbers = torch.tensor(weights, dtype=like.dtype).to(like.device, non_blocking=True)
-        repeats = self._repeats = self._repeats.to(like.device)
+        repeats = self._repeats = self._repeats.to(like.device, non_blocking=True)
         return numbers.repeat_interleave(repeats, dim=1, output_size=len(like)).unbind()
 
     def put_back(self) -> None:

@@ -1,7 +1,7 @@
 """The objective that is a function of the user's: ``(model, batch) -> (sum, terms)``."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,6 +35,18 @@ class Custom:
     batch_loss: BatchLoss
     _windows: int = field(default=0, init=False)
     _agreed: int = field(default=0, init=False)
+
+    def apart(self) -> "Custom":
+        """Return another with the same function."""
+        return Custom(batch_loss=self.batch_loss)
+
+    def learnt(self) -> dict[str, object]:
+        """Return how often it was asked, and agreed."""
+        return {"windows": self._windows, "agreed": self._agreed}
+
+    def relearn(self, learnt: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self._windows, self._agreed = int(learnt["windows"]), int(learnt["agreed"])
 
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Hold the function to the law with the first and the last example.

@@ -32,6 +32,10 @@ from autobatch.training.witness import LossCheck, refuse_partly_finite
 MOST_REPLAYS: Final = 16  # Of one window: by then it is cut into 65536 times as many pieces.
 MOST_LEFT_OUT: Final = 100  # Steps in a row.
 
+_ALONE: Final = (
+    "a micro-batch had a single example, and BatchNorm normalises by the batch: choose sizes that "
+    'leave no example alone, drop_last=True, or batch_norm="frozen"'
+)
 _COUNTS: Final = ("steps", "left_out", "agreed", "split_windows")
 _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 _Fault = Literal["", "not finite", "overflow"]
@@ -117,6 +121,7 @@ class Driver:
             **counts,
             "size": self.size.state_dict(),
             "moved_buffers": sorted(self.moved_buffers),
+            "learnt": self.recipe.objective.learnt(),
         }
 
     def load_counts(self, counts: Mapping[str, Any]) -> None:
@@ -125,14 +130,11 @@ class Driver:
             setattr(self, name, int(counts[name]))
         self.size.load_state_dict(counts["size"])
         self.moved_buffers = set(counts["moved_buffers"])
+        self.recipe.objective.relearn(counts["learnt"])
 
     def _waits(self, ledger: Ledger) -> bool:
         """Whether something has to be known before the step."""
-        return (
-            self.nonfinite != "ignore"
-            or ledger.terms is not None
-            or self.recipe.update.scaler is not None
-        )
+        return self.nonfinite != "ignore" or ledger.counted or self.recipe.update.scaler is not None
 
     def _run(self, batch: Nest, size: int, denominator: float) -> _Window:
         """The window, run until it fits; its gradient is left in ``.grad``."""
@@ -190,6 +192,8 @@ class Driver:
                 ledger = self.recipe.accumulate(parts, denominator, witness=witness)
         except Exception as error:
             if not _is_too_much(error, sizes, replays):
+                if min(sizes) == 1 and normalises_by_batch(self.recipe.model):
+                    error.add_note(_ALONE)
                 raise
             message = str(error)
         else:
@@ -293,6 +297,9 @@ class Driver:
         ledger, waits = window.ledger, self._waits(window.ledger)
         counted = ledger.read().terms if waits else None
         terms = window.denominator if counted is None else counted
+
+        if not waits:
+            ledger.send()
 
         def loss() -> float:
             return ledger.read().loss_sum / terms

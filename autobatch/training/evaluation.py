@@ -171,8 +171,10 @@ class Evaluator:
         if size_of(part) == 1:
             raise DoesNotFitError(1, None, message=message)
         self.recipe.device.release_cached()
-        self.size = size_of(part) // 2
-        halves = cut_to(part, self.size)[0]
+        half = size_of(part) // 2
+        if self.size is not None and size_of(part) >= self.size:  # A short one says nothing.
+            self.size = half
+        halves = cut_to(part, half)[0]
         return [made for half in halves for made in self._fitting(half, run)]
 
     def _numbers(self, part: Nest) -> "tuple[_Number, dict[str, _Number]]":

@@ -69,6 +69,8 @@ class Feed:
         return copy, self._stream.record_event()
 
     def _copied(self, tensor: Tensor) -> Tensor:
+        if 0 in tensor.stride():  # Expanded: several elements in one place cannot be written to.
+            tensor = tensor.contiguous()
         if (
             tensor.device.type == "cpu"
             and not tensor.is_pinned()

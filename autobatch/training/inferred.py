@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,32 @@ class Inferred:
         """What compares outputs and targets; None where the model does that itself."""
         return None if self._own is not None else self.otherwise
 
+    def apart(self) -> "Inferred":
+        """Return another that knows the same."""
+        other = Inferred(otherwise=self.otherwise.apart())
+        other._own = None if self._own is None else self._own.apart()
+        other._asked = self._asked
+        return other
+
+    def learnt(self) -> dict[str, object]:
+        """Return what is known of the model's own loss, if it has one."""
+        return {"own": None if self._own is None else self._own.state_dict(), "asked": self._asked}
+
+    def relearn(self, learnt: Mapping[str, Any]) -> None:
+        """Know it again."""
+        self._asked = bool(learnt["asked"])
+        self._own = None if learnt["own"] is None else OwnLoss()
+        if self._own is not None:
+            self._own.load_state_dict(learnt["own"])
+
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Ask the model, with one example, and find out what its mean counts."""
         if not self._asked:
             self._own = OwnLoss() if _returns_a_loss(model, batch, move) else None
             self._asked = True
-        if self._own is not None and cut:
+        if self._own is None:
+            self.otherwise.settle(model, batch, move, cut=cut)
+        elif cut:
             self._own.settle(model, batch, move)
 
     def denominator(self, batch: Nest) -> float:

@@ -49,6 +49,7 @@ class Ledger:
         self._counted = False  # Whether the loss gives terms.
         self._count = 0
         self._entries: Entries | None = None
+        self._sent: tuple[Tensor, torch.cuda.Event] | None = None
         if device.type != "cpu":
             rows = max(micro_batches, _ROWS)
             self._held = torch.zeros(2, rows, dtype=torch.float64, device=device)
@@ -71,30 +72,58 @@ class Ledger:
         self._norm = norm
 
     @property
+    def counted(self) -> bool:
+        """Whether the loss gave terms."""
+        return self._counted
+
+    @property
     def terms(self) -> Tensor | float | None:
         """The sum of the terms so far, where it is; None if the loss gave none."""
         if not self._counted:
             return None
+        if self._entries is not None:
+            return self._entries.terms
         return sum(self._terms) if self._held is None else self._held[1].sum()
 
     def read(self) -> Entries:
         """Return the numbers: the first call waits for the device, once."""
         if self._entries is None:
             self._entries = self._read()
+            self._held = self._norm = self._sent = None  # Who keeps the result keeps no more.
         return self._entries
 
+    def send(self) -> None:
+        """Begin to bring the numbers to the host, so that reading them waits for no later work."""
+        if self._held is None or not self._held.is_cuda:
+            return
+        numbers = self._together()
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        self._sent = host, torch.cuda.current_stream(numbers.device).record_event()
+
     def _read(self) -> Entries:
-        norm = None if self._norm is None else self._norm.detach().double()
+        has_norm = self._norm is not None
         if self._held is None:
             terms = sum(self._terms) if self._counted else None
-            return Entries(
-                losses=self._losses, terms=terms, norm=None if norm is None else norm.item()
-            )
-        flat = self._held.flatten()
-        numbers = (flat if norm is None else torch.cat([flat, norm.to(flat.device)[None]])).tolist()
+            norm = None if self._norm is None else self._norm.item()
+            return Entries(losses=self._losses, terms=terms, norm=norm)
         rows = self._held.shape[1]
+        if self._sent is None:
+            numbers = self._together().tolist()
+        else:
+            host, arrived = self._sent
+            arrived.synchronize()
+            numbers = host.tolist()
         return Entries(
             losses=numbers[: self._count],
             terms=math.fsum(numbers[rows : rows + self._count]) if self._counted else None,
-            norm=None if norm is None else numbers[-1],
+            norm=numbers[-1] if has_norm else None,
         )
+
+    def _together(self) -> Tensor:
+        """All numbers in one row: losses, terms, the norm."""
+        assert self._held is not None, "on the CPU nothing is held"
+        flat = self._held.flatten()
+        if self._norm is None:
+            return flat
+        return torch.cat([flat, self._norm.detach().to(flat.device, flat.dtype)[None]])

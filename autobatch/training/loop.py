@@ -91,7 +91,7 @@ class Loop:
             if self._keeper is not None and self._keeper.stop.signal is not None:
                 self._count_seconds()
                 self._keeper.save(self._driver, self._progress, place)
-                self._keeper.stop.go()
+                self._keeper.stop.go(f"stopped between two steps; saved to {self._keeper.path}")
             if self._is_done():
                 return False
         return True
@@ -121,7 +121,7 @@ class Loop:
         if self._keeper is not None:
             self._keeper.save(self._driver, progress, place)
             if self._keeper.stop.signal is not None:
-                self._keeper.stop.go()
+                self._keeper.stop.go(f"stopped between two steps; saved to {self._keeper.path}")
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

@@ -170,8 +170,8 @@ def _way_out(repeated: _Reading, reading: _Reading) -> str:
 
 def _advice(reading: _Reading) -> str:
     coupled = (
-        "a loss that compares examples with one another is not exact in parts: choose a desired "
-        "batch that fits as one micro-batch"
+        "a loss that compares examples with one another is exact in parts as WholeBatch(loss), or "
+        "in a desired batch that fits as one micro-batch"
     )
     if reading.counted:
         return "the sum and the terms that it returns must each add up over examples; " + coupled

@@ -15,6 +15,7 @@ from typing import Final, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autobatch.batches.nest import Nest, describe
 
@@ -39,6 +40,9 @@ class Loss(Protocol):
             targets: Those of the whole logical batch.
             examples: Examples in the logical batch.
         """
+
+    def terms(self, targets: Nest, examples: int) -> Tensor | float:
+        """Return the same for a micro-batch, where its targets are: nothing waits for a device."""
 
     def summed(
         self, outputs: Nest, targets: Nest, examples: int
@@ -91,6 +95,10 @@ class UnrecognisedLoss:
         """Return the example count, which is not the last word on ``(sum, terms)``."""
         return float(examples)
 
+    def terms(self, targets: Nest, examples: int) -> Tensor | float:  # noqa: ARG002
+        """Return the example count."""
+        return float(examples)
+
     def summed(
         self, outputs: Nest, targets: Nest, examples: int
     ) -> tuple[Tensor, Tensor | float | None]:
@@ -121,7 +129,7 @@ class _Recipe:
 
     module: type[nn.Module]
     functional: Callable[..., Tensor]
-    terms: Callable[[Tensor, _Settings], float]
+    terms: Callable[[Tensor, _Settings], Tensor | float]
     elementwise: bool = True
     reductions: tuple[str, ...] = ("mean", "sum")
 
@@ -145,7 +153,10 @@ class _KnownLoss:
     def divides(self) -> bool:
         return self.settings().get("reduction", "mean") != "sum"
 
-    def denominator(self, targets: Nest, examples: int) -> float:  # noqa: ARG002  # The protocol's.
+    def denominator(self, targets: Nest, examples: int) -> float:
+        return float(self.terms(targets, examples))
+
+    def terms(self, targets: Nest, examples: int) -> Tensor | float:  # noqa: ARG002  # As the rest.
         target, settings = self._only_tensor("targets", targets), self.settings()
         if self.recipe.elementwise:
             _refuse_uncuttable(self.recipe, target, settings)
@@ -198,6 +209,9 @@ class _InferredLoss:
 
     def denominator(self, targets: Nest, examples: int) -> float:
         return _infer(targets).denominator(targets, examples)
+
+    def terms(self, targets: Nest, examples: int) -> Tensor | float:
+        return _infer(targets).terms(targets, examples)
 
     def summed(
         self, outputs: Nest, targets: Nest, examples: int
@@ -353,22 +367,42 @@ def _count_elements(target: Tensor, settings: _Settings) -> float:  # noqa: ARG0
     return float(target.numel())
 
 
-def _sum_element_weights(target: Tensor, settings: _Settings) -> float:
+def _sum_element_weights(target: Tensor, settings: _Settings) -> Tensor | float:
     weight = settings.get("weight")  # The same for every example, or it would have been refused.
-    share = weight.detach().cpu().double().mean().item() if isinstance(weight, Tensor) else 1.0
-    return share * target.numel()
+    if isinstance(weight, Tensor):
+        return _beside(weight, target).mean() * target.numel()
+    return float(target.numel())
 
 
-def _sum_class_weights(target: Tensor, settings: _Settings) -> float:
+_COPIES: Final = WeakTensorKeyDictionary()  # Of weights, with the version that was copied.
+
+
+def _beside(weight: Tensor, target: Tensor) -> Tensor:
+    """The weight in float64 where the target is. Fetching it waits for its device, so it is kept.
+
+    Targets wait on the host, and weights may be on the GPU with the model.
+    """
+    if weight.device == target.device:
+        return weight.detach().double()
+    kept: tuple[int, Tensor] | None = _COPIES.get(weight)
+    if kept is None or kept[0] != weight._version or kept[1].device != target.device:
+        kept = weight._version, weight.detach().to(target.device).double()
+        _COPIES[weight] = kept
+    return kept[1]
+
+
+def _sum_class_weights(target: Tensor, settings: _Settings) -> Tensor | float:
     classes = target.long()  # A byte of 156 would count as -100.
     valid = torch.ne(classes, settings.get("ignore_index", -100))  # type: ignore[call-overload]  # An integer, as torch demands.
     weight = settings.get("weight")
     if isinstance(weight, Tensor):
-        return float(weight.detach().cpu().double()[classes[valid].cpu()].sum())
-    return float(torch.count_nonzero(valid))
+        # No mask as an index: how many it picks would have to be waited for.
+        total: Tensor = (_beside(weight, target)[torch.where(valid, classes, 0)] * valid).sum()
+        return total
+    return torch.count_nonzero(valid)
 
 
-def _sum_class_terms(target: Tensor, settings: _Settings) -> float:
+def _sum_class_terms(target: Tensor, settings: _Settings) -> Tensor | float:
     if not target.is_floating_point():
         return _sum_class_weights(target, settings)  # Smoothed or not.
     if target.ndim < 2:

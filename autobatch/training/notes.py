@@ -19,6 +19,7 @@ def notes(
     normalises: bool,
     recipe: Recipe,
     moved: Sequence[str],
+    agreed: int,
 ) -> Iterator[str]:
     """Yield a sentence for each thing that the user should know of.
 
@@ -30,6 +31,7 @@ def notes(
         normalises: Whether a layer normalises with the statistics of the batch that it sees.
         recipe: What a step was made of.
         moved: Names of buffers that a forward pass moves, BatchNorm's apart.
+        agreed: How often an unknown loss was held to the law, and kept it.
     """
     if planned.desired < asked:
         yield (
@@ -37,7 +39,7 @@ def notes(
             f"takes {planned.desired}"
         )
     if max(planned.accumulation_steps, ended.accumulation_steps) > 1:
-        yield from _of_cutting(recipe, moved, normalises=normalises)
+        yield from _of_cutting(recipe, moved, agreed, normalises=normalises)
     lost = sum(not math.isfinite(loss) for loss in done.losses)
     if lost:
         yield f"{lost} of {len(done.losses)} losses are not finite"
@@ -57,7 +59,9 @@ _SKIPPED = {
 }
 
 
-def _of_cutting(recipe: Recipe, moved: Sequence[str], *, normalises: bool) -> Iterator[str]:
+def _of_cutting(
+    recipe: Recipe, moved: Sequence[str], agreed: int, *, normalises: bool
+) -> Iterator[str]:
     """What differs from the undivided batch, or was not proved."""
     if normalises and recipe.batch_norm == "micro":
         yield (
@@ -73,10 +77,12 @@ def _of_cutting(recipe: Recipe, moved: Sequence[str], *, normalises: bool) -> It
             f"step: {', '.join(moved)}"
         )
     if isinstance(recipe.objective, Compared) and recipe.objective.loss.checked:
-        yield (
-            "the loss is none that autobatch knows: it was seen to be a mean over examples (or its "
-            "sum over its terms) in the windows 1, 2, 4, 8 and so on that were cut"
+        seen = (
+            f"it was seen {agreed} times, in the windows 1, 2, 4, 8 and so on that were cut, to be "
+            "a mean over examples (or its sum over its terms)"
         )
+        unseen = "it could not be checked, and is believed to be a mean over examples"
+        yield f"the loss is none that autobatch knows: {seen if agreed else unseen}"
     if isinstance(recipe.objective, Custom):
         yield (
             "batch_loss is a function of yours: its sums and terms were seen to add up for two "

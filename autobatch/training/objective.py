@@ -1,8 +1,8 @@
 """How a micro-batch becomes a summed loss, and what a logical batch's sums are divided by."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from autobatch.batches.pieces import pieces_of
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import Forward, standard_forward, targets_of
 from autobatch.training.losses import Loss
+from autobatch.training.mixing import MixingCheck
 
 Move = Callable[[Nest], Nest]
 Witness = Callable[[Nest, Nest], None]
@@ -18,6 +19,15 @@ Witness = Callable[[Nest, Nest], None]
 
 class Objective(Protocol):
     """What is made smaller: a sum for each micro-batch, and the logical batch's denominator."""
+
+    def apart(self) -> "Objective":
+        """Return one that knows the same, and whatever it learns does not reach this one."""
+
+    def learnt(self) -> dict[str, object]:
+        """Return what ``relearn`` takes: plain values."""
+
+    def relearn(self, learnt: Mapping[str, Any]) -> None:
+        """Know what was learnt before a checkpoint was written."""
 
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Learn from a logical batch what has to be known before its first backward pass.
@@ -63,13 +73,30 @@ class Compared:
     Attributes:
         loss: Resolved.
         forward: The user's, or None for the standard one.
+        mixing: Whether the model mixes examples; None does not ask.
     """
 
     loss: Loss
     forward: Forward | None
+    mixing: MixingCheck | None = field(default_factory=MixingCheck)
+
+    def apart(self) -> "Compared":
+        """Return one that asks nothing of the model."""
+        return Compared(loss=self.loss, forward=self.forward, mixing=None)
+
+    def learnt(self) -> dict[str, object]:
+        """Return nothing."""
+        return {}
+
+    def relearn(self, learnt: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Do nothing: the targets say it all."""
+        """Hold the model to treating each example by itself, where that matters."""
+        if not cut or self.mixing is None:
+            return
+        forward = self.forward or standard_forward
+        self.mixing.ask(model, lambda nest: forward(model, move(nest))[0], batch)
 
     def denominator(self, batch: Nest) -> float:
         """Return what the loss divides by; the examples where a ``forward`` makes the targets."""
@@ -99,5 +126,5 @@ class Compared:
             witness(outputs, targets)
         loss_sum, terms = self.loss.summed(outputs, targets, examples)
         if self.forward is not None and terms is None and self.loss.divides:
-            terms = self.loss.denominator(targets, examples)
+            terms = self.loss.terms(targets, examples)
         return loss_sum, terms

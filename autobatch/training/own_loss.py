@@ -9,13 +9,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import pieces_of
+from autobatch.devices.metered import eagerly
 from autobatch.errors import InexactStepError
 from autobatch.randomness import generators_in
 from autobatch.training.replay import window_start
@@ -94,6 +95,26 @@ class OwnLoss:
     _windows: int = field(default=0, init=False)
     _agreed: int = field(default=0, init=False)  # How often the law was tried, and held.
 
+    def apart(self) -> "OwnLoss":
+        """Return another that knows the same."""
+        other = OwnLoss()
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what was learnt, as plain values."""
+        return {
+            "refuted": [counting.name for counting in self._refuted],
+            "windows": self._windows,
+            "agreed": self._agreed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Know it again."""
+        known = {counting.name: counting for counting in _ALL}
+        self._refuted = [known[name] for name in state["refuted"]]
+        self._windows, self._agreed = int(state["windows"]), int(state["agreed"])
+
     def settle(self, model: nn.Module, batch_on_host: Nest, moved: Callable[[Nest], Nest]) -> None:
         """Find out what the model's mean counts, as far as it matters for this logical batch.
 
@@ -113,6 +134,8 @@ class OwnLoss:
         """
         self._windows += 1
         possible = self._possible(batch_on_host)
+        if _VALID in possible and not _VALID.terms(batch_on_host).any():
+            return  # Nothing to learn from: it is skipped.
         agree = _same_weights(possible, batch_on_host)
         if size_of(batch_on_host) < 2 or (agree and self._windows < 1 << self._agreed):
             return
@@ -299,7 +322,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     )  # The mode is an attribute as others are.
     try:
         model.eval()
-        with torch.no_grad():
+        # Compiled for one example and for two, it would be compiled again for what it trains on.
+        with torch.no_grad(), eagerly():
             yield
     finally:
         start.put_back()
@@ -361,3 +385,4 @@ _EXAMPLES: Final = Counting("examples", lambda labels: labels.new_ones(len(label
 _ELEMENTS: Final = Counting(
     "elements", lambda labels: _count(torch.ones_like(labels, dtype=torch.bool))
 )
+_ALL: Final = (_VALID, _SHIFTED, _EXAMPLES, _ELEMENTS)

@@ -21,8 +21,11 @@ class Stop:
 
     signal: int | None = None
 
-    def go(self) -> NoReturn:
+    def go(self, told: str = "") -> NoReturn:
         """Do now what the signal asks for.
+
+        Args:
+            told: What whoever pressed Ctrl-C should know.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
@@ -30,7 +33,7 @@ class Stop:
         """
         if self.signal == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(told) if told else KeyboardInterrupt
 
 
 @contextmanager

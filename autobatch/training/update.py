@@ -51,8 +51,8 @@ class Update:
 
         Nothing here waits for the device.
         """
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        if self.scaler is not None and any(p.grad is not None for p in self.parameters()):
+            self.scaler.unscale_(self.optimizer)  # It asserts that it has scaled something.
         norm = None
         if self.needs_norm or self.clip_grad_norm is not None or self.scaler is not None:
             norm = nn.utils.get_total_norm(_elements(self.parameters()))

@@ -6,9 +6,10 @@ buffers of the first, takes that gradient back to the parameters (Gao et al., 20
 contrastive learning batch size under memory limited setup").
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ class WholeBatch:
     """A loss ``(outputs, targets) -> scalar`` that is given the whole logical batch at once.
 
     Exact for any loss of outputs: contrastive, batch-hard, correlation. It costs a second forward
-    pass, and memory for the outputs of all examples, wherever the batch is cut::
+    pass, and memory for the outputs of all examples, wherever the batch is cut. The outputs hold
+    one row an example, embeddings say, not a matrix that compares them: that is the loss's part. A
+    tensor without dimensions, such as a temperature, may go with them::
 
         find_and_train(model, pairs, desired=4096, loss=WholeBatch(info_nce))
 
@@ -70,6 +73,17 @@ class Whole:
 
     loss: WholeBatch
     forward: Forward | None
+
+    def apart(self) -> "Whole":
+        """Return itself: it learns nothing."""
+        return self
+
+    def learnt(self) -> dict[str, object]:
+        """Return nothing."""
+        return {}
+
+    def relearn(self, learnt: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Do nothing."""

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, join, part, size_of
 from autobatch.devices.base import MemoryDevice
+from autobatch.devices.failures import verdict_of
 from autobatch.randomness import random_state
+from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms, accumulate, rescale
 from autobatch.training.batch_norm import (
     BatchNormMode,
@@ -76,7 +78,17 @@ class Recipe:
             batch: On the host, or wherever it is.
             cut: Whether it is to be cut, so that the law matters.
         """
-        self.objective.settle(self.model, batch, self.feed.move, cut=cut)
+        try:
+            self.objective.settle(self.model, batch, self.feed.move, cut=cut)
+        except Exception as error:
+            # No search has rehearsed two examples side by side; the window itself may fit.
+            if verdict_of(error) is not Verdict.OUT_OF_MEMORY:
+                raise
+            ran_out = True
+        else:
+            ran_out = False
+        if ran_out:
+            self.device.release_cached()
         return self.objective.denominator(batch)
 
     def begin(self) -> None:
