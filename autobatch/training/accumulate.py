@@ -54,9 +54,10 @@ def accumulate(
 
 def _seed(loss_sum: Tensor, value: float, scaled: Callable[[Tensor], Tensor] | None) -> Tensor:
     """What a backward pass begins with: scaled first, for in 16 bits it might round to 0."""
+    if scaled is None:
+        return torch.full_like(loss_sum.detach(), value)
     wide = torch.promote_types(loss_sum.dtype, torch.float32)
-    seed = torch.full_like(loss_sum.detach(), value, dtype=wide)
-    return (seed if scaled is None else scaled(seed)).to(loss_sum.dtype)
+    return scaled(torch.full_like(loss_sum.detach(), value, dtype=wide)).to(loss_sum.dtype)
 
 
 def rescale(gradients: Sequence[Tensor], factor: Tensor | float) -> None:

@@ -151,17 +151,17 @@ class _Track:
 
 @dataclass(slots=True)
 class _Moments:
-    """Of the layers' n-th calls, over the micro-batches so far.
+    """Of the layers' n-th calls, one entry a micro-batch.
 
     Attributes:
         counts: Values of a channel, for each layer.
-        mean: All layers' channels in a row, as in the next: shape ``(channels,)``.
-        squares: The sum of squared distances from the mean.
+        means: All layers' channels in a row, as in the next: shape ``(channels,)``.
+        variances: The unbiased ones.
     """
 
-    counts: Sequence[int]
-    mean: Tensor
-    squares: Tensor
+    counts: list[Sequence[int]] = field(default_factory=list)
+    means: list[Tensor] = field(default_factory=list)
+    variances: list[Tensor] = field(default_factory=list)
 
 
 class Pool:
@@ -245,31 +245,38 @@ class Pool:
 
     @torch.no_grad()
     def _add(self, place: int, seen: Sequence[tuple[int, Tensor, Tensor]]) -> None:
-        """Add what the layers' calls at this place have seen, all layers at once."""
-        counts, means, variances = zip(*seen, strict=True)
-        mean, variance = _joined(means), _joined(variances)
+        """Keep what the layers' calls at this place have seen: a copy, in two operations."""
         if place == len(self._pooled):
-            zeros = torch.zeros_like(mean)
-            self._pooled.append(_Moments([0] * len(seen), zeros, zeros.clone()))
+            self._pooled.append(_Moments())
         pooled = self._pooled[place]
-        totals = [before + count for before, count in zip(pooled.counts, counts, strict=True)]
-        ratios = [count / max(total, 1) for count, total in zip(counts, totals, strict=True)]
-        weights = (
-            ratios,
-            [max(count - 1, 0) for count in counts],
-            [before * ratio for before, ratio in zip(pooled.counts, ratios, strict=True)],
-        )
-        ratio, within, between = self._for_channels(weights, mean)
-        distance = mean - pooled.mean
-        pooled.mean.addcmul_(distance, ratio)
-        pooled.squares.addcmul_(variance, within).addcmul_(distance.square_(), between)
-        pooled.counts = totals
+        counts, means, variances = zip(*seen, strict=True)
+        pooled.counts.append(counts)
+        pooled.means.append(_joined(means))
+        pooled.variances.append(_joined(variances))
 
-    def _for_channels(self, weights: Sequence[Sequence[float]], like: Tensor) -> Sequence[Tensor]:
-        """Return each list, one number a layer, as one number a channel, without waiting."""
+    def _together(self, pooled: _Moments) -> tuple[list[int], Tensor, Tensor]:
+        """Return counts, means and sums of squared distances over all micro-batches."""
+        totals = [sum(column) for column in zip(*pooled.counts, strict=True)]
+        shares = [
+            [count / max(total, 1) for count, total in zip(row, totals, strict=True)]
+            for row in pooled.counts
+        ]
+        within = [[max(count - 1, 0) for count in row] for row in pooled.counts]
+        rows = len(shares)
+        weights = self._for_channels([*shares, *within, *pooled.counts], pooled.means[0])
+        share, inside, count = (weights[n * rows : (n + 1) * rows] for n in range(3))
+        means, variances = torch.stack(pooled.means), torch.stack(pooled.variances)
+        means = torch.where(count > 0, means, 0)  # What was not called left anything there.
+        variances = torch.where(inside > 0, variances, 0)
+        mean = (means * share).sum(0)
+        squares = (variances * inside).sum(0) + ((means - mean).square_() * count).sum(0)
+        return totals, mean, squares
+
+    def _for_channels(self, weights: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+        """Return each list, one number a layer, as a row, one number a channel, without waiting."""
         numbers = torch.tensor(weights, dtype=like.dtype).to(like.device, non_blocking=True)
         repeats = self._repeats = self._repeats.to(like.device, non_blocking=True)
-        return numbers.repeat_interleave(repeats, dim=1, output_size=len(like)).unbind()
+        return numbers.repeat_interleave(repeats, dim=1, output_size=len(like))
 
     def put_back(self) -> None:
         """Give the layers their own buffers back."""
@@ -280,20 +287,21 @@ class Pool:
     def apply(self) -> None:
         """Move every layer's own statistics once for each of its calls."""
         for place, pooled in enumerate(self._pooled):
+            counts, mean, squares = self._together(pooled)
             momenta = [
                 _next_momentum(layer) if place < track.calls else 0.0
                 for layer, track in self._tracks.items()
             ]
             # One value has no unbiased variance. Undivided, torch would refuse it.
             weights = (
-                [m if n > 0 else 0.0 for m, n in zip(momenta, pooled.counts, strict=True)],
-                [m if n > 1 else 0.0 for m, n in zip(momenta, pooled.counts, strict=True)],
-                [max(n - 1, 1) for n in pooled.counts],
+                [m if n > 0 else 0.0 for m, n in zip(momenta, counts, strict=True)],
+                [m if n > 1 else 0.0 for m, n in zip(momenta, counts, strict=True)],
+                [max(n - 1, 1) for n in counts],
             )
-            for_mean, for_variance, degrees = self._for_channels(weights, pooled.mean)
+            for_mean, for_variance, degrees = self._for_channels(weights, mean)
             own = [_statistics(track.own) for track in self._tracks.values()]
-            self._move([mean for mean, _ in own], pooled.mean, for_mean)
-            self._move([variance for _, variance in own], pooled.squares / degrees, for_variance)
+            self._move([one for one, _ in own], mean, for_mean)
+            self._move([variance for _, variance in own], squares / degrees, for_variance)
 
     def _move(self, own: list[Tensor], pooled: Tensor, weights: Tensor) -> None:
         moved = _joined(own).lerp_(pooled, weights)

@@ -93,11 +93,17 @@ def window_start(
 
 @torch.no_grad()
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, bit for bit; most are BatchNorm's, and are copied in one call."""
-    alike = [t for t in tensors if t.dtype is torch.float32 and t.layout is torch.strided]
-    copied = iter(torch._foreach_mul(alike, 1.0) if alike else ())
-    chosen = {id(tensor) for tensor in alike}
-    return [next(copied) if id(t) in chosen else t.detach().clone() for t in tensors]
+    """A copy of each, bit for bit; most are BatchNorm's, and are copied in two calls."""
+    strided = [t for t in tensors if t.layout is torch.strided]
+    floats = [t for t in strided if t.dtype is torch.float32]
+    counts = [t for t in strided if t.dtype is torch.int64]
+    copies: dict[int, Tensor] = {}
+    for alike, copied in (
+        (floats, torch._foreach_mul(floats, 1.0) if floats else ()),
+        (counts, torch._foreach_add(counts, 0) if counts else ()),
+    ):
+        copies.update(zip(map(id, alike), copied, strict=True))
+    return [copies[id(t)] if id(t) in copies else t.detach().clone() for t in tensors]
 
 
 class MicroBatchSize:
