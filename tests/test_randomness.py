@@ -267,3 +267,16 @@ def test_a_generator_that_is_held_twice_is_put_back_once_more_to_no_harm() -> No
     first = draw()
     put_back()
     assert draw() == first
+
+
+def test_a_normal_number_that_waits_is_not_mistaken_for_one_that_was_handed_out() -> None:
+    np.random.seed(0)
+    np.random.standard_normal()  # A second one waits; handing it out moves nothing else.
+    waiting = random_state()
+    np.random.standard_normal()
+    random_state()
+    waiting()
+    again = random_state()
+    expected = np.random.standard_normal()
+    again()
+    assert np.random.standard_normal() == expected

@@ -275,6 +275,16 @@ def test_a_micro_batch_is_right_though_the_next_one_moves_meanwhile() -> None:
         del part
 
 
+def test_tensors_of_any_strides_reach_the_gpu_with_their_values() -> None:
+    feed = Feed(torch.device("cuda"))
+    grid = torch.arange(24.0).reshape(4, 6)
+    odd = [grid[:1].expand(4, 6), grid.T[:4], grid[:, ::2], grid[0, 0].expand(4)]
+    (moved,) = feed([tuple(odd)])
+    assert isinstance(moved, tuple)
+    for one, other in zip(moved, odd, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_trains_in_less_memory(precision: PrecisionName) -> None:
     memory_limit = limit(GIB)

@@ -1,0 +1,93 @@
+"""What is learnt of a model's own loss is remembered, and stays with whoever learnt it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_exact, sgd
+from torch import Tensor, nn
+
+from autobatch import Accumulator, find_and_train
+from autobatch.training.inferred import Inferred
+from autobatch.training.losses import resolve_loss
+from autobatch.training.objective import Compared
+
+Batch = dict[str, Tensor]
+
+
+class Causal(nn.Module):
+    """Returns a mean over labels shifted by one, as causal language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 7, dtype=torch.float64)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scores = self.table(tokens)
+        loss = F.cross_entropy(scores[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1))
+        return {"loss": loss, "scores": scores}
+
+
+def text(*lengths: int) -> Batch:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = torch.randint(0, 7, (len(lengths), 6), generator=generator)
+    past = torch.arange(6) >= torch.tensor(lengths)[:, None]
+    return {"tokens": tokens, "labels": tokens.masked_fill(past, -100)}
+
+
+def inferred() -> Inferred:
+    return Inferred(otherwise=Compared(loss=resolve_loss(None), forward=None))
+
+
+def same(batch: object) -> object:
+    return batch
+
+
+def test_what_was_learnt_is_known_again_after_a_checkpoint() -> None:
+    objective, model = inferred(), Causal()
+    equal, ragged = text(6, 6, 6), text(6, 2, 4)
+    objective.settle(model, equal, same, cut=True)
+    objective.settle(model, ragged, same, cut=True)
+    assert objective.denominator(ragged) == 5 + 1 + 3
+    again = inferred()
+    again.relearn(objective.learnt())
+    assert again.denominator(equal) == objective.denominator(equal) == 15
+    assert again.learnt() == objective.learnt()
+
+
+def test_what_one_that_stands_apart_learns_does_not_reach_it() -> None:
+    objective, model = inferred(), Causal()
+    objective.settle(model, text(6, 6, 6), same, cut=True)
+    before = objective.learnt()
+    apart = objective.apart()
+    apart.settle(model, text(6, 2, 4), same, cut=True)
+    assert objective.learnt() == before != apart.learnt()
+
+
+def test_evaluation_on_ragged_text_changes_no_bit_of_training() -> None:
+    def losses(**options: object) -> tuple[float, ...]:
+        return find_and_train(
+            Causal(),
+            [text(6, 6, 6, 6), text(6, 6, 6, 6)],
+            4,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            epochs=2,
+            memory_limit="4KiB",
+            progress=False,
+            **options,  # type: ignore[arg-type]
+        ).losses
+
+    assert losses(eval_data=[text(6, 2, 4)]) == losses()
+
+
+@pytest.mark.parametrize("micro_batch", [3, 1])
+def test_a_first_batch_without_a_label_is_skipped_as_any_other(micro_batch: int) -> None:
+    model = Causal()
+    accumulator = Accumulator(model, sgd(model), micro_batch=micro_batch)
+    nothing = {**text(6, 6, 6), "labels": torch.full((3, 6), -100)}
+    assert accumulator.step(nothing).skipped
+    batch = text(6, 2, 4)
+    step = accumulator.step(batch)
+    assert_exact(step.loss, Causal()(**batch)["loss"].item())
+    if micro_batch < 3:  # Uncut, what the mean counts does not matter, and is not asked.
+        assert step.terms == 9
