@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from autobatch.batches.nest import Nest, map_tensors, plain_size, unwrapped
+from autobatch.batches.nest import Nest, map_tensors, unwrapped
 
 
 class Feed:
@@ -20,15 +20,15 @@ class Feed:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_cpu = device.type == "cpu"
         self._stream: torch.cuda.Stream | None = None
 
     def move(self, nest: Nest) -> Nest:
         """Return a copy on the device: a model that works in place must not reach the original."""
-        if plain_size(nest) is not None:
-            assert isinstance(nest, tuple | list), "only these are plain"
-            if self._device.type == "cpu":  # The short way: this is done for every micro-batch.
-                return type(nest)([t.clone() if t.is_cpu else t.cpu() for t in nest])
-            return type(nest)([self._moved(tensor) for tensor in nest])
+        if type(nest) is tuple and self._on_cpu:  # The short way, for every micro-batch.
+            copies = [t.clone() for t in nest if type(t) is Tensor and t.is_cpu]
+            if len(copies) == len(nest):
+                return tuple(copies)
         return unwrapped(map_tensors(self._moved, nest))
 
     def _moved(self, tensor: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
     ``(x, y)`` calls ``model(x)``, more items ``model(*batch[:-1])``, a mapping
     ``model(**batch)`` without its target.
     """
+    if type(batch) is tuple and len(batch) == 2:  # The commonest, and done for every micro-batch.
+        return model(batch[0]), batch[1]
     inputs, targets = _taken_apart(batch)
     if isinstance(inputs, dict):
         return model(**inputs), targets

@@ -174,8 +174,11 @@ class _KnownLoss:
         examples: int,  # noqa: ARG002  # The protocol's.
     ) -> tuple[Tensor, Tensor | float | None]:
         recipe = self.recipe
-        output = _widened(self._only_tensor("outputs", outputs))
-        target = _widened(self._only_tensor("targets", targets))
+        output, target = outputs, targets
+        if type(output) is not Tensor or output.dtype is torch.float16:
+            output = _widened(self._only_tensor("outputs", outputs))
+        if type(target) is not Tensor or target.dtype is torch.float16:
+            target = _widened(self._only_tensor("targets", targets))
         settings = dict(self.settings())
         if recipe.elementwise:
             _refuse_broadcast(recipe, output, target)
