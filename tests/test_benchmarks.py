@@ -21,7 +21,7 @@ from benchmarks import engine, exactness, peers, search
 from benchmarks.engine import Spread, plain_step, turn
 from benchmarks.findings import Findings, as_json, table_text
 from benchmarks.machine import environment, slug, write_atomically
-from benchmarks.samples import Samples, alternated
+from benchmarks.samples import Samples
 
 CPU = torch.device("cpu")
 
@@ -32,19 +32,6 @@ def test_samples_are_told_as_median_and_spread_and_all_are_written() -> None:
     written = as_json(samples)
     assert written == {"median": 2.5, "minimum": 1, "maximum": 10, "samples": [3, 1, 2, 10]}
     assert (as_json(float("nan")), as_json(0.5), as_json("text")) == ("nan", 0.5, "text")
-
-
-def test_pairs_take_turns_at_being_the_first() -> None:
-    order: list[str] = []
-    pairs = list(alternated(lambda: time.sleep(0.02), lambda: order.append("other"), 1))
-    assert pairs[0][0] >= 0.02 > pairs[0][1], "the first of a pair is the first argument's"
-    order.clear()
-    list(alternated(lambda: order.append("one"), lambda: order.append("other"), 3))
-    assert order == ["one", "other", "other", "one", "one", "other"]
-
-
-def test_after_the_deadline_one_pair_is_enough() -> None:
-    assert len(list(alternated(lambda: None, lambda: None, 9, deadline=0.0))) == 1
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import assert_exact, assert_same_parameters, token_model
+from reference import assert_exact, assert_same_parameters, token_model, undivided_steps
 from test_replay import Fails
 from torch import Tensor, nn
 
@@ -26,19 +26,6 @@ def windows(examples: int, desired: int, seed: int) -> Windows:
     lengths = torch.randint(1, 5, (examples, 1), generator=generator)
     y[torch.arange(4) >= lengths] = -100
     return list(zip(x.split(desired), y.split(desired), strict=True))
-
-
-def plain(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Windows, loss: nn.Module
-) -> list[float]:
-    losses = []
-    for x, y in batches:
-        optimizer.zero_grad()
-        value = loss(model(x), y)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses
 
 
 def a_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +77,7 @@ def test_any_training_is_the_plain_one(
         except torch.OutOfMemoryError:  # Where terms are counted, on the host: nothing has moved.
             losses.append(accumulator.step(batch).loss)
         step_hook.remove()
-    assert_exact(losses, plain(whole, ADAM(whole.parameters()), batches, reference))
+    assert_exact(losses, undivided_steps(whole, ADAM(whole.parameters()), reference, batches))
     assert_same_parameters(ours, whole)
     assert accumulator.steps == len(batches)
 
@@ -104,6 +91,6 @@ def test_the_mean_of_means_is_another_training() -> None:
         for a, b in zip(x.split(4), y.split(4), strict=True):
             (F.cross_entropy(ours(a), b) / 3).backward()
         optimizer.step()
-    plain(whole, ADAM(whole.parameters()), batches, nn.CrossEntropyLoss())
+    undivided_steps(whole, ADAM(whole.parameters()), nn.CrossEntropyLoss(), batches)
     with pytest.raises(AssertionError, match="not close"):
         assert_same_parameters(ours, whole)

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from autobatch.batches.nest import Nest, join, size_of, take
+from autobatch.batches.nest import Nest, size_of, take
 from autobatch.batches.pieces import cut_to, largest_piece
 from autobatch.batches.regroup import Source, logical_batches
 from autobatch.batches.sample import read_sample, repeated
@@ -23,7 +23,7 @@ from autobatch.training.inferred import Inferred
 from autobatch.training.losses import read_mean
 from autobatch.training.objective import Compared, Objective
 from autobatch.training.own_loss import undisturbed
-from autobatch.training.whole_batch import Whole
+from autobatch.training.whole_batch import Whole, joined
 from autobatch.training.window import Recipe
 
 Metric = Callable[..., object]
@@ -188,9 +188,7 @@ class Evaluator:
         self, objective: Whole, pairs: Sequence[tuple[Nest, Nest]], examples: int
     ) -> "tuple[_Number, dict[str, _Number]]":
         """The loss of a whole logical batch, weighted by its examples."""
-        together = join(pairs)
-        assert isinstance(together, tuple), "outputs and targets are joined as pairs"
-        outputs, targets = together
+        outputs, targets = joined(pairs)
         with self.recipe.precision.forward():
             loss = objective.loss(outputs, targets)
         return (loss.double() * examples, examples), self._measured(outputs, targets, examples)

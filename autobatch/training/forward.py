@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, describe
+from autobatch.batches.nest import Nest, cut, describe
 
 Forward = Callable[[nn.Module, Any], tuple[Nest, Nest]]  # The batch is the user's structure.
 
@@ -37,6 +37,24 @@ def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
         return model(**inputs), targets
     assert isinstance(inputs, tuple)
     return model(*inputs), targets
+
+
+def own_rows(
+    forward: Forward | None, model: nn.Module, micro_batch: Nest, borrowed: int
+) -> tuple[Nest, Nest]:
+    """Return outputs and targets by the user's ``forward`` or the standard one.
+
+    Args:
+        forward: None for the standard one.
+        model: Run once.
+        micro_batch: On the device.
+        borrowed: Examples at its beginning that are a neighbour's: their rows are left out. Only a
+            single example borrows.
+    """
+    outputs, targets = (forward or standard_forward)(model, micro_batch)
+    if not borrowed:
+        return outputs, targets
+    return cut(outputs, (borrowed, 1))[1], cut(targets, (borrowed, 1))[1]
 
 
 def _taken_apart(batch: Nest) -> tuple[Nest, Nest]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from autobatch.batches.nest import Nest, cut, join, map_tensors, size_of, tensors
 from autobatch.errors import InexactStepError
 from autobatch.randomness import random_state
-from autobatch.training.losses import Loss, UnrecognisedLoss
+from autobatch.training.losses import UnrecognisedLoss
+from autobatch.training.summed import Loss
 
 Value = TypeVar("Value")
 

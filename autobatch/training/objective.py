@@ -6,28 +6,34 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, part, size_of
+from autobatch.batches.nest import Nest, size_of
 from autobatch.batches.pieces import pieces_of
 from autobatch.training.accumulate import Terms
-from autobatch.training.forward import Forward, standard_forward, targets_of
-from autobatch.training.losses import Loss
+from autobatch.training.forward import Forward, own_rows, standard_forward, targets_of
 from autobatch.training.mixing import MixingCheck
+from autobatch.training.summed import Loss
 
 Move = Callable[[Nest], Nest]
 Witness = Callable[[Nest, Nest], None]
 
 
 class Objective(Protocol):
-    """What is made smaller: a sum for each micro-batch, and the logical batch's denominator."""
+    """What is made smaller: a sum for each micro-batch, and the logical batch's denominator.
+
+    Those that derive from it learn nothing, unless they say otherwise.
+    """
 
     def apart(self) -> "Objective":
         """Return one that knows the same, and whatever it learns does not reach this one."""
+        return self
 
     def learnt(self) -> dict[str, object]:
         """Return what ``relearn`` takes: plain values."""
+        return {}
 
-    def relearn(self, learnt: Mapping[str, Any]) -> None:
+    def relearn(self, learnt: Mapping[str, Any]) -> None:  # noqa: ARG002  # Nothing was learnt.
         """Know what was learnt before a checkpoint was written."""
+        return
 
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Learn from a logical batch what has to be known before its first backward pass.
@@ -67,7 +73,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class Compared(Objective):
     """Outputs of the model, compared with targets by a loss.
 
     Attributes:
@@ -83,13 +89,6 @@ class Compared:
     def apart(self) -> "Compared":
         """Return one that asks nothing of the model."""
         return Compared(loss=self.loss, forward=self.forward, mixing=None)
-
-    def learnt(self) -> dict[str, object]:
-        """Return nothing."""
-        return {}
-
-    def relearn(self, learnt: Mapping[str, Any]) -> None:
-        """Do nothing."""
 
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Hold the model to treating each example by itself, where that matters."""
@@ -117,12 +116,9 @@ class Compared:
         witness: Witness | None,
     ) -> tuple[Tensor, Terms]:
         """Return the summed loss of the outputs."""
-        outputs, targets = (self.forward or standard_forward)(model, micro_batch)
-        known = self.forward is None and not self.loss.checked and not borrowed
-        examples = 0 if known else size_of(host)  # Where what is shared is still marked.
-        if borrowed:
-            outputs, targets = (part(nest, borrowed, examples) for nest in (outputs, targets))
-            examples -= borrowed
+        outputs, targets = own_rows(self.forward, model, micro_batch, borrowed)
+        known = self.forward is None and not self.loss.checked  # It does not ask how many.
+        examples = 0 if known else size_of(host) - borrowed  # There, what is shared is marked.
         if witness is not None:
             witness(outputs, targets)
         loss_sum, terms = self.loss.summed(outputs, targets, examples)

@@ -6,21 +6,20 @@ buffers of the first, takes that gradient back to the parameters (Gao et al., 20
 contrastive learning batch size under memory limited setup").
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, cut, describe, join, map_tensors, size_of, tensors
+from autobatch.batches.nest import Nest, describe, join, map_tensors, size_of, tensors
 from autobatch.errors import InexactStepError
 from autobatch.randomness import Restore
 from autobatch.training.accumulate import Terms
-from autobatch.training.forward import Forward, standard_forward
+from autobatch.training.forward import Forward, own_rows
 from autobatch.training.ledger import Ledger
-from autobatch.training.objective import Move, Witness
+from autobatch.training.objective import Move, Objective, Witness
 from autobatch.training.replay import Start
 
 LossOfAll = Callable[..., object]
@@ -63,7 +62,7 @@ class WholeBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
+class Whole(Objective):
     """The objective of a ``WholeBatch``; ``accumulate_whole`` takes its gradient.
 
     Attributes:
@@ -74,17 +73,6 @@ class Whole:
     loss: WholeBatch
     forward: Forward | None
 
-    def apart(self) -> "Whole":
-        """Return itself: it learns nothing."""
-        return self
-
-    def learnt(self) -> dict[str, object]:
-        """Return nothing."""
-        return {}
-
-    def relearn(self, learnt: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Do nothing."""
 
@@ -94,11 +82,7 @@ class Whole:
 
     def encode(self, model: nn.Module, micro_batch: Nest, borrowed: int) -> tuple[Nest, Nest]:
         """Return outputs and targets, without those that are borrowed."""
-        outputs, targets = (self.forward or standard_forward)(model, micro_batch)
-        if not borrowed:
-            return outputs, targets
-        rows = (borrowed, 1)  # Only a single example borrows.
-        return cut(outputs, rows)[1], cut(targets, rows)[1]
+        return own_rows(self.forward, model, micro_batch, borrowed)
 
     def share(
         self,

@@ -10,8 +10,8 @@ from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, t
 from autobatch.batches.pieces import pieces_of, put_together
 from autobatch.errors import InexactStepError
 from autobatch.training.loss_check import check_splits
-from autobatch.training.losses import Loss
 from autobatch.training.objective import Move
+from autobatch.training.summed import Loss
 
 CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
 LARGEST_ROW_BYTES: Final = 2**29  # and one example of the first two micro-batches if not larger.
