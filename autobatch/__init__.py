@@ -6,16 +6,20 @@ from autobatch.devices.failures import verdict_of
 from autobatch.errors import (
     AutobatchError,
     CheckpointError,
+    DeviceLostError,
     DeviceUnavailableError,
     DoesNotFitError,
     InexactStepError,
     NonFiniteLossError,
     ReplayLimitError,
+    SearchTimeoutError,
     StepInterruptedError,
 )
 from autobatch.plan import BatchPlan
+from autobatch.probing.options import SearchOptions
 from autobatch.results import (
     Evaluation,
+    Phase,
     SearchResult,
     StepResult,
     TrainingResult,
@@ -31,13 +35,17 @@ __all__ = [
     "AutobatchError",
     "BatchPlan",
     "CheckpointError",
+    "DeviceLostError",
     "DeviceUnavailableError",
     "DoesNotFitError",
     "Evaluation",
     "InexactStepError",
     "NonFiniteLossError",
+    "Phase",
     "ReplayLimitError",
+    "SearchOptions",
     "SearchResult",
+    "SearchTimeoutError",
     "Shared",
     "StepInterruptedError",
     "StepResult",

@@ -21,6 +21,7 @@ from autobatch.events import Observer
 from autobatch.job import Job, OptimizerFactory, Size
 from autobatch.plan import BatchPlan, check_size, useful_sizes
 from autobatch.probing.finder import Finder
+from autobatch.probing.options import SearchOptions, check_search
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
 from autobatch.training.batch_norm import BatchNormMode
@@ -35,6 +36,7 @@ from autobatch.training.whole_batch import Whole
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
+_STANDARD_SEARCH: Final = SearchOptions()
 
 
 def find_and_train(
@@ -66,6 +68,7 @@ def find_and_train(
     metrics: Mapping[str, Metric] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     on_step: Callable[[StepResult], object] | None = None,
+    search: SearchOptions = _STANDARD_SEARCH,
     seed: int | None = None,
     progress: bool | Observer = True,
 ) -> TrainingResult:
@@ -118,6 +121,7 @@ def find_and_train(
         checkpoint_dir: Save here after each epoch, and at Ctrl-C or SIGTERM once the step that
             runs is done; go on from what is here. The same call again trains on, bit for bit.
         on_step: Called with every ``StepResult``.
+        search: How the tolerable batch is searched for.
         seed: Seeds torch, NumPy and Python first; None leaves them alone.
         progress: True shows trials and a progress bar, False is silent; a callable is told of
             every event instead.
@@ -129,6 +133,8 @@ def find_and_train(
         TypeError, ValueError: A bad argument, before anything is touched.
         DoesNotFitError: Not even one example fits; model and optimizer are as they were, or as
             the checkpoint has them.
+        SearchTimeoutError: The search had no time left; model and optimizer are as they were.
+        DeviceLostError: The device was lost in the search: the process must be restarted.
         InexactStepError: Splitting would change this loss. Found in the first windows that are
             cut: at the first, nothing has been trained; that step has moved nothing.
         NonFiniteLossError: A loss is nan or infinite; that step has moved nothing.
@@ -141,6 +147,7 @@ def find_and_train(
     if max_steps is not None:
         max_steps = check_size("max_steps", max_steps)
     check_seed(seed)
+    check_search(search)
     options = StepOptions(
         loss=loss,
         forward=forward,
@@ -178,7 +185,7 @@ def find_and_train(
             schedule=(scheduler, scheduler_interval),
         )
         seed_all(seed)
-        return _train(course, _observer(progress, stack))
+        return _train(course, search, _observer(progress, stack))
 
 
 def find_batch_size(
@@ -194,6 +201,7 @@ def find_batch_size(
     precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
+    search: SearchOptions = _STANDARD_SEARCH,
     progress: bool | Observer = False,
 ) -> SearchResult:
     """Return the largest batch that trains inside the limit; leave everything as it was.
@@ -214,14 +222,17 @@ def find_batch_size(
         precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
+        search: As for ``find_and_train``.
         progress: As for ``find_and_train``.
 
     Raises:
         TypeError, ValueError: A bad argument, before anything is touched.
         DoesNotFitError: Not even one example fits.
+        SearchTimeoutError, DeviceLostError: As for ``find_and_train``.
     """
     if ceiling is not None:
         ceiling = check_size("ceiling", ceiling)
+    check_search(search)
     job = Job.resolve(
         model,
         data,
@@ -235,11 +246,12 @@ def find_batch_size(
     _refuse_one_pass(job)
     held = job.source.examples
     largest = min(ceiling or held or _UNKNOWN_CEILING, held or ceiling or _UNKNOWN_CEILING)
+    candidates = search.candidates(largest)
     with ExitStack() as stack:
         observer = _observer(progress, stack)
         with job.undisturbed():
-            return _finder(job, read_sample(job.source), observer).largest(
-                range(1, largest + 1),
+            return _finder(job, read_sample(job.source), search, observer).largest(
+                candidates,
                 windows=lambda size: (size, size),
                 reason="data" if largest == held and largest != ceiling else "ceiling",
             )
@@ -258,6 +270,7 @@ def check(
     precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
+    search: SearchOptions = _STANDARD_SEARCH,
 ) -> Trial:
     """Rehearse one size, and leave everything as it was. Not fitting is a value, no exception.
 
@@ -273,11 +286,13 @@ def check(
         precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
+        search: Of it, the timeout.
 
     Raises:
         TypeError, ValueError: A bad argument, before anything is touched.
     """
     size = check_size("size", size)
+    check_search(search)
     job = Job.resolve(
         model,
         data,
@@ -291,13 +306,13 @@ def check(
     _refuse_one_pass(job)
     with job.undisturbed():
         try:
-            finder = _finder(job, read_sample(job.source), lambda _: None)
+            finder = _finder(job, read_sample(job.source), search, lambda _: None)
+            return finder.rehearse((size, size))
         except DoesNotFitError as error:  # The model alone is too large: so is any batch.
             return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
-        return finder.rehearse((size, size))
 
 
-def _train(course: Course, observer: Observer) -> TrainingResult:
+def _train(course: Course, search: SearchOptions, observer: Observer) -> TrainingResult:
     """Search, then train with what was found."""
     job = course.job
     with course.undone_on_error():
@@ -307,7 +322,7 @@ def _train(course: Course, observer: Observer) -> TrainingResult:
         window = course.window(first)
         with job.undisturbed():
             sample = read_sample(job.source) if first is None else first
-            found = _finder(job, sample, observer, desired=window).largest(
+            found = _finder(job, sample, search, observer, desired=window).largest(
                 useful_sizes(window),
                 windows=lambda size: _rehearsed(job, BatchPlan(desired=window, tolerable=size)),
                 reason="ceiling" if window == course.desired else "data",
@@ -328,7 +343,14 @@ def _size_for_inference(job: Job, inference: Inference, candidates: Sequence[int
     return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
 
 
-def _finder(job: Job, sample: Nest, observer: Observer, *, desired: int | None = None) -> Finder:
+def _finder(
+    job: Job,
+    sample: Nest,
+    search: SearchOptions,
+    observer: Observer,
+    *,
+    desired: int | None = None,
+) -> Finder:
     """A search over a job that is undisturbed."""
     return Finder(
         rehearsal=Rehearsal(job.recipe, sample, desired),
@@ -336,6 +358,7 @@ def _finder(job: Job, sample: Nest, observer: Observer, *, desired: int | None =
         limit_bytes=job.limit_bytes,
         breakdown_bytes=job.breakdown_bytes,
         observer=observer,
+        options=search,
     )
 
 

@@ -43,6 +43,7 @@ _VERDICTS: Final = {
     Verdict.TOO_LARGE: "too large",
     Verdict.FATAL: "device lost",
     Verdict.SUSPECT: "perhaps memory",
+    Verdict.TOO_SLOW: "too slow",
     Verdict.OTHER: "error",
 }
 _REASONS: Final[dict[LimitedBy, str]] = {
@@ -50,6 +51,7 @@ _REASONS: Final[dict[LimitedBy, str]] = {
     "ceiling": "limited by the ceiling: nothing larger is wanted",
     "data": "limited by the data",
     "kernel": "limited by a kernel",
+    "time": "limited by the timeout of a trial",
 }
 _HEADER: Final = f"{'size':>7}   {'verdict':<14}   {'peak':>10}   {'seconds':>7}"
 _NARROWEST_BAR: Final = 8

@@ -2,11 +2,13 @@
 
     AutobatchError
     ├── CheckpointError           no checkpoint here can be trained on from
+    ├── DeviceLostError           the device's context is lost, and the process with it
     ├── DeviceUnavailableError    the device asked for is not here
     ├── DoesNotFitError           not even one example fits
     ├── InexactStepError          splitting this step changes its result
     ├── NonFiniteLossError        a loss, or its gradient, is nan or infinite
     ├── ReplayLimitError          memory ran out again and again in one window
+    ├── SearchTimeoutError        the search's time was over before its answer was known
     └── StepInterruptedError      memory ran out in the optimizer's step
 
 ``ValueError`` and ``TypeError`` are for bad arguments; errors of the user's own code pass through.
@@ -99,6 +101,50 @@ class NonFiniteLossError(AutobatchError):
         return (
             f"{what}{where}. Nothing has moved. Look at that batch, lower the learning rate or "
             'clip gradients; nonfinite="skip" leaves such steps out, "ignore" takes them'
+        )
+
+
+class SearchTimeoutError(AutobatchError):
+    """A search had no time left for its next trial. Model and optimizer are as they were.
+
+    Attributes:
+        size: The largest size that had run, or 0.
+        budget_seconds: What the search was given.
+    """
+
+    def __init__(self, size: int, budget_seconds: float) -> None:
+        super().__init__(size, budget_seconds)
+        self.size = size
+        self.budget_seconds = budget_seconds
+
+    def __str__(self) -> str:
+        so_far = f"{self.size} has run" if self.size else "no size has run"
+        return (
+            f"the search had no time left after budget_seconds={self.budget_seconds:g}: {so_far} "
+            "so far, and larger sizes were not ruled out; raise the budget, or lower the ceiling"
+        )
+
+
+class DeviceLostError(AutobatchError):
+    """The device's context is lost: nothing can run on it in this process any more.
+
+    Attributes:
+        size: The largest size that had run, or 0.
+        tried: The size that was being tried.
+        message: What the device said.
+    """
+
+    def __init__(self, size: int, tried: int, message: str) -> None:
+        super().__init__(size, tried, message)
+        self.size = size
+        self.tried = tried
+        self.message = message
+
+    def __str__(self) -> str:
+        so_far = f"{self.size} had run" if self.size else "no size had run"
+        return (
+            f"the device was lost while {self.tried} was tried: {self.message}\nUntil then "
+            f"{so_far}. What is on the device cannot be read any more: restart the process"
         )
 
 

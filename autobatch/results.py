@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 from autobatch.plan import BatchPlan
 from autobatch.units import format_bytes
 
-LimitedBy = Literal["memory", "ceiling", "data", "kernel"]
+LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time"]
 
 
 class Verdict(enum.Enum):
@@ -19,7 +19,16 @@ class Verdict(enum.Enum):
     TOO_LARGE = "too large for an index or a kernel"
     FATAL = "the device's context is lost"
     SUSPECT = "perhaps memory"
+    TOO_SLOW = "too slow"
     OTHER = "the user's error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """The memory of one stretch of a trial, in bytes: at its start, and at most."""
+
+    floor_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +43,10 @@ class Trial:
         reserved_bytes: The most bytes the caching allocator held; None where it has none.
         seconds: How long the rehearsal took.
         message: The text of the failure, or ``""``.
+        phases: Its memory in the first micro-batch, in those after it, and in the optimizer's
+            step; empty for a failed trial, and where nothing was read.
+        explained: Of a failure, whether memory as it was read explains it.
+        repeated: Whether the size had been tried before.
     """
 
     size: int
@@ -43,6 +56,9 @@ class Trial:
     reserved_bytes: int | None = None
     seconds: float = 0.0
     message: str = ""
+    phases: tuple[Phase, ...] = ()
+    explained: bool = True
+    repeated: bool = False
 
     def __bool__(self) -> bool:
         return self.fits
@@ -58,15 +74,22 @@ class Upper:
     """Why nothing larger is tolerable.
 
     Attributes:
-        reason: ``"ran out"`` when the next size was tried, ``"ceiling"`` when there is none.
+        reason: ``"ran out"`` when the next size was tried, ``"extrapolated"`` when what smaller
+            ones used leaves no room for it, ``"ceiling"`` when there is none.
         size: The smallest size known not to be tolerable; None at the ceiling.
+        bytes: What it would need at least, where that is extrapolated.
     """
 
-    reason: Literal["ran out", "ceiling"]
+    reason: Literal["ran out", "extrapolated", "ceiling"]
     size: int | None = None
+    bytes: int | None = None
 
     def __str__(self) -> str:
-        return "at the ceiling" if self.size is None else f"{self.reason} at {self.size}"
+        if self.size is None:
+            return "at the ceiling"
+        if self.bytes is None:
+            return f"{self.reason} at {self.size}"
+        return f"{self.size} would need at least {format_bytes(self.bytes)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ def journal(*events: Event) -> Journal:
 
 def test_a_search_survives_json() -> None:
     fields = json.loads(json.dumps(search_fields(SEARCH), allow_nan=False))
-    assert fields["upper"] == {"reason": "ran out", "size": 5}
+    assert fields["upper"] == {"reason": "ran out", "size": 5, "bytes": None}
     assert (fields["size"], fields["limited_by"], fields["peak_bytes"]) == (4, "kernel", 90)
     assert fields["trials"][1]["failure"] == "too_large"
     assert fields["trials"][0]["failure"] is None

@@ -8,11 +8,13 @@ from autobatch import errors
 from autobatch.errors import (
     AutobatchError,
     CheckpointError,
+    DeviceLostError,
     DeviceUnavailableError,
     DoesNotFitError,
     InexactStepError,
     NonFiniteLossError,
     ReplayLimitError,
+    SearchTimeoutError,
     StepInterruptedError,
 )
 from autobatch.plan import BatchPlan
@@ -46,6 +48,8 @@ ERRORS = [
     DeviceUnavailableError("no such device"),
     DoesNotFitError(1, 2**30, {"parameters": 2**20}, "out of memory"),
     DoesNotFitError(1, None),
+    DeviceLostError(8, 16, "CUDA error: an illegal memory access was encountered"),
+    SearchTimeoutError(8, 1.5),
     InexactStepError("splitting changes it"),
     StepInterruptedError("half done"),
     StepInterruptedError("half done", "runs/step-00000012.pt"),

@@ -2,19 +2,24 @@
 
 import bisect
 import math
+import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.plan import useful_sizes
-from autobatch.probing.search import Outcome, Phase, largest_fitting
+from autobatch.probing.search import Outcome, Search
+from autobatch.results import Phase, Upper
 
 Attempt = Callable[[int], Outcome]
-Search = Callable[..., int]
+Hunt = Callable[..., tuple[int, Upper]]
 
+AT_THE_CEILING = Upper(reason="ceiling")
 FEW = 4  # Trials that readings may cost beyond plain bisection.
 FAR = 64  # How many times what has run may be tried at once.
 drawn = settings(deadline=None, max_examples=150, derandomize=True)
@@ -53,13 +58,21 @@ class Machine:
         return sum(size > self.largest for size in self.tried)
 
 
+def hunt(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[int, Upper]:
+    """Try whatever the search asks for."""
+    search = Search(candidates, **options)
+    while (size := search.next()) is not None:
+        search.learn(size, attempt(size))
+    return search.size, search.upper
+
+
 def test_one_example_is_tried_only_when_all_others_have_failed() -> None:
     for candidates in (range(1, 40), useful_sizes(256), [1, 5]):
         machine = Machine(candidates, largest=0, explained=False)
-        assert largest_fitting(candidates, machine.attempt, limit_bytes=100) == 0
+        assert hunt(candidates, machine.attempt, limit_bytes=100)[0] == 0
         assert machine.tried.index(1) == len(machine.tried) - 1
         above = Machine(candidates, largest=candidates[1], explained=False)
-        assert largest_fitting(candidates, above.attempt, limit_bytes=100) == candidates[1]
+        assert hunt(candidates, above.attempt, limit_bytes=100)[0] == candidates[1]
         assert 1 not in above.tried
 
 
@@ -69,16 +82,25 @@ def expected(machine: Machine) -> int:
     return machine.candidates[following - 1] if following else 0
 
 
-def check(machine: Machine, limit_bytes: int, search: Search = largest_fitting) -> None:
+def check(machine: Machine, limit_bytes: int, search: Hunt = hunt, **options: Any) -> Upper:
     """Hold a search to what it promises."""
     candidates = machine.candidates
-    found = search(candidates, machine.attempt, limit_bytes=limit_bytes)
-    assert found == expected(machine)
+    found, upper = search(candidates, machine.attempt, limit_bytes=limit_bytes, **options)
     assert found == 0 or found in machine.tried, "what is returned did not run"
+    assert found <= machine.largest, "what is returned failed"
     following = bisect.bisect_right(candidates, found)
-    assert set(candidates[following : following + 1]) <= set(machine.tried), "more was not tried"
+    beyond = candidates[following : following + 1]
+    if upper.reason == "extrapolated":
+        assert upper.size == beyond[0]
+        assert upper.bytes is not None, "nothing says what is too much"
+        assert upper.bytes > limit_bytes
+    else:
+        assert found == expected(machine)
+        assert upper == (Upper(reason="ran out", size=beyond[0]) if beyond else AT_THE_CEILING)
+        assert set(beyond) <= set(machine.tried), "more was not tried"
     bisection = math.ceil(math.log2(len(candidates) + 1))
     assert len(machine.tried) <= bisection + FEW + leaps(candidates)
+    return upper
 
 
 def leaps(candidates: Sequence[int]) -> int:
@@ -156,7 +178,10 @@ def test_whatever_is_read_the_search_is_right(
 
     machine.phases = lambda size: phase(read(size))
     machine.explained = explained
+    again = Machine(machine.candidates, machine.largest, machine.phases, explained)
     check(machine, read(machine.largest) + above)
+    upper = check(again, read(machine.largest) + above, confirm="failed")
+    assert upper.reason != "extrapolated"
 
 
 @drawn
@@ -166,24 +191,109 @@ def test_where_memory_is_a_straight_line_a_handful_of_trials_is_enough(
 ) -> None:
     machine = Machine(range(1, 2**20 + 1), largest, lambda size: phase(1000 + slope * size))
     check(machine, 1000 + slope * largest + int(spare * slope))
-    assert len(machine.tried) <= 7
-    assert machine.failures() <= 1
+    assert len(machine.tried) <= 6
+    assert machine.failures() == (largest == FEW)  # One size that ran makes no line.
 
 
 def test_a_known_search_of_few_trials() -> None:
-    """From 4 by the line to its floor, then by the line through two peaks, then the next one."""
+    """From 4 by the line to its floor, then by the line through two peaks: 97 would be too much."""
     machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
-    assert largest_fitting(machine.candidates, machine.attempt, limit_bytes=14_600) == 96
+    upper = check(machine, 14_600)
+    assert machine.tried == [4, 11, 96]
+    assert upper == Upper(reason="extrapolated", size=97, bytes=14_700)
+
+
+def test_a_proof_by_failure_tries_the_next_size_too() -> None:
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    upper = check(machine, 14_600, confirm="failed")
     assert machine.tried == [4, 11, 96, 97]
+    assert upper == Upper(reason="ran out", size=97)
 
 
-def test_several_phases_are_read_by_their_lowest_floor_and_their_highest_peak() -> None:
+def test_what_rounding_may_have_added_proves_nothing() -> None:
+    """97 would be 14,700 bytes as read: 80 more than it may be, but rounding may be 100."""
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    upper = check(machine, 14_620, slack_bytes=100)
+    assert machine.tried[-1] == 97
+    assert upper.reason == "ran out"
+
+
+def test_the_undivided_batch_has_no_later_micro_batches() -> None:
+    """Their phase leaves no room for 256, but 256 is one micro-batch, and is tried."""
+
     def phases(size: int) -> tuple[Phase, ...]:
-        return (*phase(900 + size, floor_bytes=800), *phase(5000 + 100 * size, floor_bytes=500))
+        later = () if size == 256 else phase(2000 + 100 * size)
+        return (*phase(1000 + 100 * size), *later, *phase(3000))
 
-    machine = Machine(range(1, 10_001), 96, phases)
-    assert largest_fitting(machine.candidates, machine.attempt, limit_bytes=14_600) == 96
-    assert machine.tried == [4, 11, 96, 97]
+    candidates = useful_sizes(256)
+    whole = Machine(candidates, 256, phases)
+    assert check(whole, 26_700, undivided=256) == AT_THE_CEILING
+    divided = Machine(candidates, 128, phases)
+    assert check(divided, 26_700).reason == "extrapolated"
+
+
+def test_a_reading_below_the_line_ends_its_use_as_a_proof() -> None:
+    """Checkpointing in chunks of 64: a chunk more at once, and then nothing for a while."""
+
+    def chunked(size: int) -> tuple[Phase, ...]:
+        return phase(1000 + 10 * size + 5000 * -(-size // 64))
+
+    machine = Machine(range(1, 10_001), 512, chunked)
+    check(machine, chunked(512)[0].peak_bytes)
+    assert 513 in machine.tried
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_curves_of_several_phases_take_four_trials_or_fewer(seed: int) -> None:
+    """As those of real steps: each phase is constant, or grows with the size, or bends upwards."""
+    numbers = random.Random(seed)
+    trials, failures = [], []
+    for _ in range(300):
+        curves = [
+            (numbers.randrange(10**9), numbers.randrange(10**5, 10**8), numbers.choice([0, 0, 7]))
+            for _ in range(3)
+        ]
+        largest = int(2 ** numbers.uniform(0, 12))
+
+        def phases(size: int, curves: list[tuple[int, int, int]] = curves) -> tuple[Phase, ...]:
+            return tuple(
+                Phase(floor_bytes=c // 2, peak_bytes=c + slope * size + bend * size**2)
+                for c, slope, bend in curves
+            )
+
+        limit_bytes = max(one.peak_bytes for one in phases(largest))
+        machine = Machine(range(1, 10_001), largest, phases)
+        check(machine, limit_bytes)
+        assert largest in machine.tried, "less was found than there is"
+        trials.append(len(machine.tried))
+        failures.append(machine.failures())
+    assert statistics.median(trials) <= 4
+    assert statistics.median(failures) == 0
+    assert statistics.fmean(failures) <= 0.5
+
+
+def test_a_size_that_is_tried_again_has_its_last_word() -> None:
+    search = Search(range(1, 101), limit_bytes=100)
+    for size, fits in ((4, True), (8, False), (6, True), (7, False)):
+        search.learn(size, Outcome(fits=fits))
+    assert (search.size, search.next()) == (6, None)
+    search.learn(7, Outcome(fits=True))
+    assert (search.size, search.next()) == (7, None)
+    search.learn(8, Outcome(fits=True))
+    assert search.size == 8
+    assert search.next() is not None
+    search.learn(8, Outcome(fits=False))
+    search.learn(7, Outcome(fits=False))
+    assert (search.size, search.next(), search.upper.size) == (6, None, 7)
+
+
+def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
+    search = Search(range(1, 1001), limit_bytes=1000)
+    for size in (4, 90, 100):
+        search.learn(size, Outcome(fits=True, phases=phase(10 * size, floor_bytes=0)))
+    assert search.next() is None
+    search.limit_bytes = 2000
+    assert search.next() == 200
 
 
 def test_without_readings_the_sizes_double_at_first() -> None:
@@ -193,17 +303,17 @@ def test_without_readings_the_sizes_double_at_first() -> None:
 
 
 def test_a_failure_that_the_readings_do_not_explain_ends_the_trust_in_them() -> None:
-    """From the bend on they say that 528 is the last. Doubted, the geometric mean is tried."""
+    """From the bend on they say that 528 is the last. Doubted, a third of the way is tried."""
 
     def bent(size: int) -> tuple[Phase, ...]:
         return phase(1000 + size + max(size - 256, 0))
 
     trusted = Machine(range(1, 1025), 600, bent)
     check(trusted, limit_bytes=1800)
-    assert trusted.tried[:5] == [4, 256, 800, (256 + 800) // 2, 529]
+    assert trusted.tried == [4, 256, 800, (256 + 800) // 2]
     doubted = Machine(range(1, 1025), 600, bent, explained=False)
     check(doubted, limit_bytes=1800)
-    assert doubted.tried[:5] == [4, 256, 800, math.isqrt(256 * 800), math.isqrt(452 * 800)]
+    assert doubted.tried[:5] == [4, 256, 800, 256 + (800 - 256) // 3, 437 + (800 - 437) // 3]
 
 
 def test_host_memory_is_not_asked_for_a_million_examples_after_a_hundred_ran() -> None:
@@ -234,44 +344,71 @@ def test_errors_of_an_attempt_pass_through() -> None:
         raise KeyError("the user's own")
 
     with pytest.raises(KeyError, match="own"):
-        largest_fitting(range(1, 9), attempt, limit_bytes=1)
-
-
-def test_an_outcome_has_the_peak_of_its_highest_phase() -> None:
-    assert Outcome(fits=True).peak_bytes is None
-    assert Outcome(fits=True, phases=(*phase(7), *phase(9), *phase(8))).peak_bytes == 9
+        hunt(range(1, 9), attempt, limit_bytes=1)
 
 
 # Searches that are wrong, each in its own way: the check must see it.
 
 
-def believing(candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int) -> int:
+def believing(
+    candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int
+) -> tuple[int, Upper]:
     """Returns what the line promises, untried."""
-    peak_bytes = attempt(4).peak_bytes or 0
-    return candidates[bisect.bisect_right(candidates, 4 * limit_bytes // peak_bytes) - 1]
+    peak_bytes = attempt(4).phases[0].peak_bytes
+    found = candidates[bisect.bisect_right(candidates, 4 * limit_bytes // peak_bytes) - 1]
+    return found, Upper(reason="ran out", size=found + 1)
 
 
-def doubling(candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int) -> int:  # noqa: ARG001
+def doubling(
+    candidates: Sequence[int],  # noqa: ARG001
+    attempt: Attempt,
+    *,
+    limit_bytes: int,  # noqa: ARG001
+) -> tuple[int, Upper]:
     """Returns a size that ran, but others do too."""
     size = 1
     while attempt(2 * size).fits:
         size *= 2
-    return size
+    return size, AT_THE_CEILING
 
 
-def counting(candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int) -> int:  # noqa: ARG001
+def counting(
+    candidates: Sequence[int],
+    attempt: Attempt,
+    *,
+    limit_bytes: int,  # noqa: ARG001
+) -> tuple[int, Upper]:
     """Is right in the end."""
-    return max(size for size in candidates if attempt(size).fits)
+    found = max(size for size in candidates if attempt(size).fits)
+    return found, Upper(reason="ran out", size=found + 1)
 
 
-def halving(candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int) -> int:  # noqa: ARG001
+def halving(
+    candidates: Sequence[int],
+    attempt: Attempt,
+    *,
+    limit_bytes: int,  # noqa: ARG001
+) -> tuple[int, Upper]:
     """Begins in the middle."""
     attempt(candidates[len(candidates) // 2])
-    return 0
+    return 0, AT_THE_CEILING
 
 
-def forgetful(candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int) -> int:  # noqa: ARG001
-    return max(size for size in (4, 4) if attempt(size).fits)
+def forgetful(
+    candidates: Sequence[int],  # noqa: ARG001
+    attempt: Attempt,
+    *,
+    limit_bytes: int,  # noqa: ARG001
+) -> tuple[int, Upper]:
+    return max(size for size in (4, 4) if attempt(size).fits), AT_THE_CEILING
+
+
+def presuming(
+    candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int
+) -> tuple[int, Upper]:
+    """Says that the next size is too large, and is not."""
+    attempt(4)
+    return 4, Upper(reason="extrapolated", size=candidates[4], bytes=limit_bytes)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +419,10 @@ def forgetful(candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int) 
         (counting, "assert 1000 <= "),
         (halving, "too far beyond"),
         (forgetful, "tried twice"),
+        (presuming, "assert 1000 > 1000"),
     ],
 )
-def test_the_check_can_fail(search: Search, complaint: str) -> None:
+def test_the_check_can_fail(search: Hunt, complaint: str) -> None:
     machine = Machine(range(1, 1001), 100, lambda size: phase(10 * size))
     with pytest.raises(AssertionError, match=complaint):
         check(machine, limit_bytes=1000, search=search)

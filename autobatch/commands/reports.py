@@ -128,7 +128,11 @@ def search_fields(search: SearchResult) -> Fields:
         "limit_bytes": search.limit_bytes,
         "limited_by": search.limited_by,
         "peak_bytes": search.peak_bytes,
-        "upper": {"reason": search.upper.reason, "size": search.upper.size},
+        "upper": {
+            "reason": search.upper.reason,
+            "size": search.upper.size,
+            "bytes": search.upper.bytes,
+        },
         "trials": [trial_fields(trial) for trial in search.trials],
     }
 

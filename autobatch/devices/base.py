@@ -23,6 +23,7 @@ class MemoryReading:
         peak_reserved_bytes: The most ``reserved_bytes``; None where nothing is cached.
         outside_bytes: Held on the device but not by this process's allocator: the driver's
             context, libraries, other processes.
+        retries: How often the allocator had to give its cache back before it found room.
     """
 
     total_bytes: int
@@ -32,6 +33,7 @@ class MemoryReading:
     peak_bytes: int
     peak_reserved_bytes: int | None
     outside_bytes: int
+    retries: int = 0
 
 
 class MemoryDevice(Protocol):
@@ -48,6 +50,10 @@ class MemoryDevice(Protocol):
     @property
     def counts_host(self) -> bool:
         """Whether a batch on the host lies in the memory that is limited."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it reads to the byte, and what failed will always fail."""
 
     def read(self) -> MemoryReading:
         """Return the memory as it is now."""

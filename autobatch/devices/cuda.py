@@ -31,6 +31,11 @@ class CudaDevice:
         """False: the host's memory is another."""
         return False
 
+    @property
+    def is_exact(self) -> bool:
+        """False: the allocator rounds, and memory is torn into pieces of many sizes."""
+        return False
+
     def read(self) -> MemoryReading:
         """Return the driver's free and total bytes and the allocator's own."""
         free, total = torch.cuda.mem_get_info(self._device)
@@ -43,6 +48,7 @@ class CudaDevice:
             peak_bytes=torch.cuda.max_memory_allocated(self._device),
             peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
             outside_bytes=max(total - free - reserved, 0),
+            retries=torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0),
         )
 
     @contextmanager

@@ -109,6 +109,11 @@ def verdict_of(error: BaseException) -> Verdict:
     return _gravest(map(_verdict_of_one, _causes(error)))
 
 
+def requested_bytes(error: BaseException) -> int:
+    """Return what an allocation that failed had asked for; 0 where ``error`` does not say."""
+    return int(max((_first_size(_REQUEST, _text_of(cause)) for cause in _causes(error)), default=0))
+
+
 def _gravest(verdicts: Iterator[Verdict]) -> Verdict:
     return min(verdicts, key=_GRAVEST_FIRST.index, default=Verdict.OTHER)
 

@@ -53,6 +53,11 @@ class MeteredDevice:
         """Whether this is the host itself, and not a stand-in for a device beside it."""
         return self._counts_host
 
+    @property
+    def is_exact(self) -> bool:
+        """True: it counts, and holds no cache."""
+        return True
+
     def read(self) -> MemoryReading:
         """Return the meter's figures, and what the host has left."""
         self._adopt()

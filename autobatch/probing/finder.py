@@ -1,41 +1,51 @@
 """A search, trial by trial: what is tried, what is told, what comes out."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from autobatch.devices.base import MemoryDevice
-from autobatch.errors import DoesNotFitError
+from autobatch.devices.failures import verdict_of
+from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
-from autobatch.probing.search import Outcome, largest_fitting
+from autobatch.probing.options import SearchOptions
+from autobatch.probing.search import Outcome, Search
 from autobatch.probing.trial import Rehearsal, Stage
-from autobatch.results import LimitedBy, SearchResult, Trial, Upper, Verdict
+from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
+
+_ROUNDING_BYTES: Final = 2 << 20  # A caching allocator's segments are multiples of this.
+_MOVED_BYTES: Final = 16 << 20  # Less than any process takes that begins to use a device.
+_MOST_MOVES: Final = 3  # Of others' memory; after so many the search ends with what it has.
+_COLLAPSE: Final = 4.0  # So many times slower an example than at another size is no accident.
+_COLLAPSE_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
+_OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {
+    Verdict.TOO_LARGE: "kernel",
+    Verdict.TOO_SLOW: "time",
+}
 
 
+@dataclass(slots=True, kw_only=True)
 class Finder:
     """Rehearses sizes on one device. The rehearsal disturbs the model; the caller puts it back.
 
-    Args:
+    Attributes:
         rehearsal: Training's own step.
         device: Where it runs.
         limit_bytes: Reads what it may allocate now.
         breakdown_bytes: Names what the step needs whatever the batch; asked if nothing fits.
         observer: Is told of every trial.
+        options: How to search.
     """
 
-    def __init__(
-        self,
-        *,
-        rehearsal: Rehearsal,
-        device: MemoryDevice,
-        limit_bytes: Callable[[], int],
-        breakdown_bytes: Callable[[], Mapping[str, int]],
-        observer: Observer,
-    ) -> None:
-        self._limit_bytes = limit_bytes
-        self._stage = Stage(rehearsal=rehearsal, device=device, limit_bytes=limit_bytes())
-        self._breakdown_bytes = breakdown_bytes
-        self._observer = observer
-        self._trials: list[Trial] = []
+    rehearsal: Rehearsal
+    device: MemoryDevice
+    limit_bytes: Callable[[], int]
+    breakdown_bytes: Callable[[], Mapping[str, int]]
+    observer: Observer
+    options: SearchOptions = field(default_factory=SearchOptions)
+    _trials: list[Trial] = field(default_factory=list, init=False)
+    _valid_from: int = field(default=0, init=False)  # Trials before were made in other memory.
 
     def largest(
         self,
@@ -53,74 +63,167 @@ class Finder:
 
         Raises:
             DoesNotFitError: If none did.
+            SearchTimeoutError: If the time was over before the answer was known.
+            DeviceLostError: If the device was lost.
         """
-        self._make_optimizer_state(candidates[-1])
-        stage = self._stage
-        self._observer(
-            SearchStarted(
-                device=stage.device.name, limit_bytes=stage.limit_bytes, ceiling=candidates[-1]
-            )
-        )
-        size = largest_fitting(
+        began, ceiling = time.monotonic(), candidates[-1]
+        failed = self._make_optimizer_state(ceiling)
+        search = Search(
             candidates,
-            lambda size: self._attempt(windows(size)),
-            limit_bytes=stage.limit_bytes,
+            limit_bytes=self.limit_bytes(),
+            slack_bytes=0 if self.device.is_exact else _ROUNDING_BYTES,
+            confirm=self.options.confirm,
+            undivided=ceiling if len(windows(ceiling)) == 1 else None,
         )
-        if size == 0:
+        self.observer(
+            SearchStarted(device=self.device.name, limit_bytes=search.limit_bytes, ceiling=ceiling)
+        )
+        for trial in failed:
+            if trial.size in candidates:  # What does not fit once does not fit twice.
+                self._learn(search, trial)
+        self._search(search, windows, began)
+        if search.size == 0:
             raise DoesNotFitError(
-                candidates[0], stage.limit_bytes, self._breakdown_bytes(), self._trials[-1].message
+                candidates[0], search.limit_bytes, self.breakdown_bytes(), self._trials[-1].message
             )
-        found = self._result(size, candidates[-1], reason)
-        self._observer(SearchEnded(search=found))
+        found = self._result(search, ceiling, reason)
+        self.observer(SearchEnded(search=found))
         return found
 
     def rehearse(self, sizes: Sequence[int]) -> Trial:
         """Return the trial of one window."""
         self._make_optimizer_state(sizes[0])
-        trial, _ = self._stage.try_sizes(sizes, smaller_fits=False)
-        return trial
+        return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
 
-    def _attempt(self, sizes: Sequence[int]) -> Outcome:
-        self._observer(TrialStarted(size=sizes[0]))
-        trial, outcome = self._stage.try_sizes(
-            sizes,
-            smaller_fits=any(trial.fits for trial in self._trials),
-            larger_ran_out=any(not trial.fits for trial in self._trials),
-        )
+    def _search(
+        self, search: Search, windows: Callable[[int], Sequence[int]], began: float
+    ) -> None:
+        """Try what the search asks for, and again what must not rest on one trial."""
+        outside_bytes, moves = self.device.read().outside_bytes, 0
+        budget = self.options.budget_seconds
+        while True:
+            size = search.next()
+            if size is None:
+                now_bytes = self.device.read().outside_bytes
+                if abs(now_bytes - outside_bytes) > _MOVED_BYTES and moves < _MOST_MOVES:
+                    outside_bytes, moves = now_bytes, moves + 1
+                    search.limit_bytes, self._valid_from = self.limit_bytes(), len(self._trials)
+                size = search.next() or self._doubtful(search)
+            if size is None:
+                return
+            if budget is not None and time.monotonic() - began > budget:
+                raise SearchTimeoutError(search.size, budget)
+            self.observer(TrialStarted(size=size))
+            self._learn(search, self._attempt(windows(size), search))
+
+    def _doubtful(self, search: Search) -> int | None:
+        """What is to be tried again: the failure that ends the search, then the size found.
+
+        A failure may be another's: on a real device it counts if it comes twice. After one, the
+        size that is returned runs once more. So does whatever ran before others' memory moved.
+        """
+        if search.size == 0:
+            return None
+        trials, upper = self._trials, search.upper
+        last = {trial.size: place for place, trial in enumerate(trials)}
+        if upper.reason == "ran out" and upper.size is not None:
+            place = last[upper.size]
+            is_memory = trials[place].failure not in _OTHER_LIMITS
+            again = not self.device.is_exact and not trials[place].repeated
+            if is_memory and (again or place < self._valid_from):
+                return upper.size
+        place = last[search.size]
+        failed_since = any(not trial.fits for trial in trials[place:])
+        return search.size if failed_since or place < self._valid_from else None
+
+    def _attempt(self, sizes: Sequence[int], search: Search) -> Trial:
+        stage, size = self._stage(search.limit_bytes), sizes[0]
+
+        def run() -> Trial:
+            return stage.try_sizes(
+                sizes,
+                smaller_fits=any(trial.fits for trial in self._trials),
+                larger_ran_out=any(not trial.fits for trial in self._trials),
+            )
+
+        try:
+            trial = run()
+            if self._has_collapsed(trial):
+                again = run()
+                trial = _spilt(again) if self._has_collapsed(again) else again
+        except Exception as error:
+            if verdict_of(error) is not Verdict.FATAL:
+                raise
+            raise DeviceLostError(search.size, size, str(error)) from error
+        return replace(trial, repeated=any(size == before.size for before in self._trials))
+
+    def _has_collapsed(self, trial: Trial) -> bool:
+        """Whether a size is so slow that its memory must lie elsewhere: in the host's, say."""
+        if self.device.is_exact or not trial.fits or trial.seconds < _COLLAPSE_SECONDS:
+            return False
+        rates = [before.seconds / before.size for before in self._trials if before.fits]
+        return bool(rates) and trial.seconds / trial.size > _COLLAPSE * min(rates)
+
+    def _learn(self, search: Search, trial: Trial) -> None:
         self._trials.append(trial)
-        self._observer(TrialEnded(trial=trial))
-        return outcome
+        self.observer(TrialEnded(trial=trial))
+        search.learn(
+            trial.size,
+            Outcome(fits=trial.fits, phases=trial.phases, explained=trial.explained),
+        )
 
-    def _make_optimizer_state(self, ceiling: int) -> None:
-        """Take one unmeasured step on few examples, then read the limit once more.
+    def _stage(self, limit_bytes: int) -> Stage:
+        timeout = self.options.timeout_seconds
+        return Stage(
+            rehearsal=self.rehearsal,
+            device=self.device,
+            limit_bytes=limit_bytes,
+            timeout_seconds=float("inf") if timeout is None else timeout,
+        )
+
+    def _make_optimizer_state(self, ceiling: int) -> list[Trial]:
+        """Take one unmeasured step on few examples; return the trials that failed.
 
         Born after the only window of a trial, Adam's state would never overlap activations, and
         the peak would be a quarter too low. A first step also loads kernels and libraries, which
         a GPU holds outside the allocator. Two examples first: BatchNorm may refuse one.
         """
-        ran_out = False
+        failed: list[Trial] = []
+        stage = self._stage(self.limit_bytes())
         for size in (2, 1):
             if size <= ceiling:
-                trial, _ = self._stage.try_sizes(
-                    (size,), smaller_fits=False, larger_ran_out=ran_out
-                )
+                trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
                 if trial.fits:
                     break
-                ran_out = True
-        self._stage = replace(self._stage, limit_bytes=self._limit_bytes())
+                failed.append(trial)
+        return failed
 
-    def _result(self, size: int, ceiling: int, reason: LimitedBy) -> SearchResult:
-        stage, failed = self._stage, [trial for trial in self._trials if not trial.fits]
-        upper, limited_by = Upper(reason="ceiling"), reason
-        if failed:
-            first = min(failed, key=lambda trial: trial.size)
-            upper = Upper(reason="ran out", size=first.size)
-            limited_by = "kernel" if first.failure is Verdict.TOO_LARGE else "memory"
+    def _result(self, search: Search, ceiling: int, reason: LimitedBy) -> SearchResult:
+        upper = search.upper
+        limited_by = reason
+        if upper.reason != "ceiling":
+            failures = {trial.size: trial.failure for trial in self._trials}
+            limited_by = _OTHER_LIMITS.get(failures.get(upper.size or 0), "memory")
         return SearchResult(
-            size=size,
+            size=search.size,
             trials=tuple(self._trials),
             ceiling=ceiling,
-            limit_bytes=stage.limit_bytes,
+            limit_bytes=search.limit_bytes,
             limited_by=limited_by,
             upper=upper,
         )
+
+
+def _spilt(trial: Trial) -> Trial:
+    return replace(
+        trial,
+        fits=False,
+        failure=Verdict.OUT_OF_MEMORY,
+        peak_bytes=None,
+        reserved_bytes=None,
+        phases=(),
+        message=(
+            f"ran, but each example took more than {_COLLAPSE:g} times as long as at a smaller "
+            "size, twice: the driver seems to keep some of it in the host's memory"
+        ),
+    )

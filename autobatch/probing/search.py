@@ -2,21 +2,17 @@
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
+
+from autobatch.results import Phase, Upper
+
+Confirm = Literal["extrapolated", "failed"]
 
 _FIRST: Final = 4  # Large enough for a slope, small enough to fit nearly everywhere.
 _STRETCH: Final = 64  # How far beyond what has run to go at once: the host holds the batch too.
 _SPARE: Final = 4  # Trials that readings may cost beyond plain bisection.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """The memory of one stretch of a trial: at its start, and at most."""
-
-    floor_bytes: int
-    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +21,8 @@ class Outcome:
 
     Attributes:
         fits: Whether the size ran.
-        phases: Its memory; empty for a failure, or where nothing was read.
+        phases: Its memory, in the same stretches at every size: the first micro-batch, those after
+            it, the optimizer's step. Empty for a failure, or where nothing was read.
         explained: For a failure, whether the readings were near the limit when it came. If not,
             something other than the memory that is read keeps sizes out.
     """
@@ -34,101 +31,177 @@ class Outcome:
     phases: tuple[Phase, ...] = ()
     explained: bool = True
 
-    @property
-    def peak_bytes(self) -> int | None:
-        """The largest peak, or None where nothing was read."""
-        return max((phase.peak_bytes for phase in self.phases), default=None)
 
+class Search:
+    """Chooses what to try next, and knows when nothing is left to try.
 
-def largest_fitting(
-    candidates: Sequence[int], attempt: Callable[[int], Outcome], *, limit_bytes: int
-) -> int:
-    """Return the largest candidate that fits, or 0 if none does.
+    Memory is read phase by phase: the peak of all of them bends where another phase takes over,
+    but within one it is convex in the size, as each allocation is constant, or grows with the
+    examples. So the line through the two largest sizes that ran is a lower bound on what any
+    larger one needs. It says what to try next, and what need not be tried. A reading below the
+    line shows that memory is not convex here, and ends its use as a proof; a failure that the
+    readings do not explain ends their use altogether.
 
-    Bisects, with each guess taken from a line through the peaks that were read as long as that
-    pays. Readings only ever choose what to try next: what is returned ran, and the next larger
-    candidate, if there is one, was tried and failed. No candidate is tried twice, none is more
-    than 64 times what has run (where candidates lie that close), and at most
-    ``ceil(log2(len(candidates) + 1)) + 4`` are tried, with one more for each such leap that ran.
+    What is returned ran. No candidate is asked for twice by ``next``, none is more than 64 times
+    what has run (where candidates lie that close), and at most
+    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for each such leap that
+    ran.
 
     Args:
         candidates: Ascending, without repeats.
-        attempt: Must be monotone: what fits at ``n`` fits below ``n``.
-        limit_bytes: Where the line is to be cut.
+        limit_bytes: What a step may allocate; may be changed at any time.
+        slack_bytes: How far readings may be rounded.
+        confirm: ``"extrapolated"``: what the bound excludes is not tried. ``"failed"``: the next
+            larger candidate is always tried.
+        undivided: The candidate that is the whole logical batch: it has no later micro-batches.
     """
-    search = _Search(candidates, limit_bytes)
-    while search.bad - search.good > 1:
-        size = candidates[search.guess()]
-        search.learn(size, attempt(size))
-    return candidates[search.good] if search.good >= 0 else 0
 
-
-class _Search:
-    """The bracket, as positions in ``candidates``, and what was read so far."""
-
-    def __init__(self, candidates: Sequence[int], limit_bytes: int) -> None:
-        self.good, self.bad = -1, len(candidates)  # Seen to fit; seen to fail, or out of range.
+    def __init__(
+        self,
+        candidates: Sequence[int],
+        *,
+        limit_bytes: int,
+        slack_bytes: int = 0,
+        confirm: Confirm = "extrapolated",
+        undivided: int | None = None,
+    ) -> None:
+        self.limit_bytes = limit_bytes
         self._candidates = candidates
-        self._limit_bytes = limit_bytes
+        self._slack_bytes = slack_bytes
+        self._confirm = confirm
+        self._undivided = undivided
         self._budget = math.ceil(math.log2(len(candidates) + 1)) + _SPARE
-        self._passed: list[tuple[int, Outcome]] = []
-        self._readings_explain = True
+        self._outcomes: dict[int, Outcome] = {}  # By size; of one that was repeated, the last.
+        self._good, self._bad = -1, len(candidates)  # Positions: seen to fit; to fail, or the end.
+
+    @property
+    def size(self) -> int:
+        """The largest size that ran, or 0."""
+        return self._candidates[self._good] if self._good >= 0 else 0
+
+    @property
+    def upper(self) -> Upper:
+        """Why nothing larger is to be tried; for a search that has ended."""
+        if self._good + 1 == len(self._candidates):
+            return Upper(reason="ceiling")
+        following = self._candidates[self._good + 1]
+        if self._good + 1 == self._bad:
+            return Upper(reason="ran out", size=following)
+        return Upper(reason="extrapolated", size=following, bytes=self._least(following))
+
+    def next(self) -> int | None:
+        """Return the size to try now, or None if the answer is known."""
+        if self._bad - self._good <= 1 or self._is_excluded():
+            return None
+        return self._candidates[self._guess()]
 
     def learn(self, size: int, outcome: Outcome) -> None:
-        position = bisect.bisect_left(self._candidates, size)
+        """Take note of a trial; of a candidate that was tried before, it is the last word."""
+        candidates = self._candidates
+        position = bisect.bisect_left(candidates, size)
         if not (outcome.fits and position == self._farthest()):  # A leap that ran costs nothing.
             self._budget -= 1
-        if outcome.fits:
-            self.good = position
-            self._passed.append((size, outcome))
-            return
-        self.bad = position
-        self._readings_explain &= outcome.explained
+        self._outcomes[size] = outcome
+        ran = [bisect.bisect_left(candidates, n) for n, o in self._outcomes.items() if o.fits]
+        failed = [
+            bisect.bisect_left(candidates, n) for n, o in self._outcomes.items() if not o.fits
+        ]
+        self._good = max(ran, default=-1)
+        self._bad = min((n for n in failed if n > self._good), default=len(candidates))
 
-    def guess(self) -> int:
+    def _passed(self) -> list[tuple[int, tuple[Phase, ...]]]:
+        """The sizes that ran and were read, ascending, with their phases."""
+        return sorted((n, o.phases) for n, o in self._outcomes.items() if o.fits and o.phases)
+
+    def _is_read(self) -> bool:
+        """Whether readings are there, and explain all that has happened."""
+        return bool(self._passed()) and all(
+            outcome.fits or outcome.explained for outcome in self._outcomes.values()
+        )
+
+    def _is_excluded(self) -> bool:
+        """Whether the next larger candidate cannot fit."""
+        if self._confirm == "failed" or not self._is_read() or len(self._passed()) < 2:
+            return False
+        following = self._candidates[self._good + 1]
+        return self._least(following) > self.limit_bytes and self._is_convex()
+
+    def _is_convex(self) -> bool:
+        """Whether no reading lies below the line through the two before it."""
+        passed = self._passed()
+        return all(
+            phase.peak_bytes >= least
+            for before, last, (size, phases) in zip(passed, passed[1:], passed[2:], strict=False)
+            for phase, least in zip(phases, self._lines(before, last, size), strict=False)
+        )
+
+    def _least(self, size: int) -> int:
+        """What ``size`` needs at least, beyond the two largest that ran."""
+        before, last = self._passed()[-2:]
+        lines = list(self._lines(before, last, size, self._slack_bytes))
+        if size == self._undivided:
+            lines[1:-1] = []
+        return max(lines)
+
+    def _lines(
+        self,
+        before: tuple[int, tuple[Phase, ...]],
+        last: tuple[int, tuple[Phase, ...]],
+        size: int,
+        slack_bytes: int | None = None,
+    ) -> Iterator[int]:
+        """Of each phase, the line through two sizes at a third; as low as rounding allows."""
+        slack = self._slack_bytes if slack_bytes is None else slack_bytes
+        between, beyond = last[0] - before[0], size - last[0]
+        for early, late in zip(before[1], last[1], strict=False):
+            low = late.peak_bytes - slack
+            yield low - max(low - early.peak_bytes, 0) * beyond // -between  # Rounded up: bytes.
+
+    def _guess(self) -> int:
         """The next position to try, always inside the bracket."""
-        bisects = self._budget <= math.ceil(math.log2(self.bad - self.good))
-        wanted = (self.good + self.bad) // 2 if bisects else self._hint()
-        position = min(max(min(wanted, self._farthest()), self.good + 1), self.bad - 1)
+        bisects = self._budget <= math.ceil(math.log2(self._bad - self._good))
+        wanted = (self._good + self._bad) // 2 if bisects else self._hint()
+        position = min(max(min(wanted, self._farthest()), self._good + 1), self._bad - 1)
         # One example last: a model may refuse it for a reason of its own, as BatchNorm does.
-        alone = self._candidates[position] == 1 and self.bad > 1
+        alone = self._candidates[position] == 1 and self._bad > 1
         return position + 1 if alone else position
 
     def _farthest(self) -> int:
         """The last position that what has run is a measure of."""
-        size = self._passed[-1][0] if self._passed else _FIRST
-        return bisect.bisect_right(self._candidates, _STRETCH * size) - 1
+        return bisect.bisect_right(self._candidates, _STRETCH * (self.size or _FIRST)) - 1
 
     def _hint(self) -> int:
-        candidates, untried = self._candidates, self.bad == len(self._candidates)
-        if not self._passed:
-            first = bisect.bisect_right(candidates, _FIRST) - 1
-            return first if untried else (self.good + self.bad) // 2
-        size, outcome = self._passed[-1]
-        if self._readings_explain and outcome.peak_bytes is not None:
-            reach = self._reach()
-            inside = bisect.bisect_right(candidates, reach) - 1
-            if inside < self.bad:
-                return inside
-        if self._readings_explain and not untried:
-            return (self.good + self.bad) // 2
-        # Nothing to go by: doubling, then the geometric mean. A size far too large costs time, host
-        # memory for its batch, and a failure.
-        far = 2 * size if untried else math.isqrt(size * candidates[self.bad])
-        return bisect.bisect_right(candidates, far) - 1
+        candidates, untried = self._candidates, self._bad == len(self._candidates)
+        middle = (self._good + self._bad) // 2
+        if self._good < 0:
+            return bisect.bisect_right(candidates, _FIRST) - 1 if untried else middle
+        if self._is_read():
+            inside = self._last_inside()
+            return inside if untried else min(inside, middle)
+        # Nothing to go by: double, then a third of the way. A size that is too large costs time,
+        # host memory for its batch, and a failure.
+        size, doubled = self.size, 2 * self.size
+        if untried:
+            return bisect.bisect_right(candidates, doubled) - 1
+        third = size + max(1, (candidates[self._bad] - size) // 3)
+        return bisect.bisect_left(candidates, min(doubled, third))
 
-    def _reach(self) -> int:
-        """The size at which the line through the last two passes meets the limit.
+    def _last_inside(self) -> int:
+        """The last position in the bracket that is inside the limit by the lines as read."""
+        positions = range(self._good + 1, self._bad)
+        outside = bisect.bisect_right(
+            positions, self.limit_bytes, key=lambda place: self._read_at(self._candidates[place])
+        )
+        return self._good + outside
 
-        With one pass the line starts at its floor, which is too steep: it stays short.
-        """
-        (size, last) = self._passed[-1]
-        floor = min(phase.floor_bytes for phase in last.phases)
-        before, low = (0, floor) if len(self._passed) == 1 else self._line_start()
-        peak = last.peak_bytes or 0
-        slope = max(peak - low, 1) / (size - before)
-        return size + max(0, math.floor((self._limit_bytes - peak) / slope))
-
-    def _line_start(self) -> tuple[int, int]:
-        size, outcome = self._passed[-2]
-        return size, outcome.peak_bytes or 0
+    def _read_at(self, size: int) -> int:
+        """What the lines say of ``size``; with one reading they start at its floors: too steep."""
+        passed = self._passed()
+        if len(passed) > 1:
+            return max(self._lines(passed[-2], passed[-1], size, 0))
+        known, phases = passed[-1]
+        return max(
+            phase.peak_bytes
+            + max(phase.peak_bytes - phase.floor_bytes, 0) * (size - known) // known
+            for phase in phases
+        )

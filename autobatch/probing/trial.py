@@ -1,5 +1,6 @@
 """One trial: a rehearsed window at one size, its verdict and its measurement."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -8,9 +9,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
-from autobatch.probing.search import Outcome, Phase
-from autobatch.results import Trial, Verdict
+from autobatch.devices.failures import requested_bytes, verdict_of
+from autobatch.results import Phase, Trial, Verdict
 
 _MESSAGE_LENGTH: Final = 500
 _NEAR: Final = 0.5  # A failure below this share of the limit is not explained by what was read.
@@ -19,8 +19,13 @@ _NEAR: Final = 0.5  # A failure below this share of the limit is not explained b
 class Rehearsal(Protocol):
     """Training's own step, ready to be tried at any size."""
 
-    def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
-        """Return a window of micro-batches and its optimizer step, not yet run."""
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
+        """Return a window of micro-batches and its optimizer step, not yet run.
+
+        Args:
+            sizes: Of the micro-batches.
+            mark: To be called where one phase ends and the next begins.
+        """
 
     def clear(self) -> None:
         """Let go of what a window leaves: gradients."""
@@ -34,15 +39,17 @@ class Stage:
         rehearsal: What they run.
         device: Whose memory they use.
         limit_bytes: What they may allocate.
+        timeout_seconds: What they may take.
     """
 
     rehearsal: Rehearsal
     device: MemoryDevice
     limit_bytes: int
+    timeout_seconds: float = math.inf
 
     def try_sizes(
         self, sizes: Sequence[int], *, smaller_fits: bool, larger_ran_out: bool = False
-    ) -> tuple[Trial, Outcome]:
+    ) -> Trial:
         """Rehearse a window once; an error that says nothing of the size passes through.
 
         Args:
@@ -52,58 +59,120 @@ class Stage:
             larger_ran_out: Whether a larger size ran out of memory. Only then does it count
                 against the size if a single example is refused, as BatchNorm does.
         """
-        counted = {Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE}
+        counted = {Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE, Verdict.TOO_SLOW}
         if larger_ran_out and min(sizes) == 1:
             counted.add(Verdict.OTHER)
         again = counted | {Verdict.SUSPECT}
-        trial, outcome = self._run(sizes, again if smaller_fits else counted)
-        if trial.failure is Verdict.SUSPECT:
-            return self._run(sizes, again)
-        return trial, outcome
+        trial = self._run(sizes, again if smaller_fits else counted)
+        return self._run(sizes, again) if trial.failure is Verdict.SUSPECT else trial
 
-    def _run(self, sizes: Sequence[int], counted: AbstractSet[Verdict]) -> tuple[Trial, Outcome]:
+    def _run(self, sizes: Sequence[int], counted: AbstractSet[Verdict]) -> Trial:
         """Rehearse once; a failure whose verdict does not count passes through."""
-        started = time.perf_counter()
         failure: Verdict | None = None
-        message = ""
-        floor_bytes = 0
+        message, requested = "", 0
+        record = _Record(self.device, self.timeout_seconds)
         try:
-            self.device.reset_peak()
-            floor_bytes = self.device.read().allocated_bytes
-            self._rehearse(sizes)
+            self._rehearse(sizes, record)
+        except _TooSlowError as error:
+            failure, message = Verdict.TOO_SLOW, str(error)
         except Exception as error:
             failure = verdict_of(error)
             if failure not in counted:
                 raise
-            message = str(error)[:_MESSAGE_LENGTH]
+            message, requested = str(error)[:_MESSAGE_LENGTH], requested_bytes(error)
         # Only here has the error let go of the failed window's tensors (its traceback holds every
         # frame), so only here does releasing the cache give them back.
-        reading = self.device.read()
+        record.end_phase()
         self.rehearsal.clear()
+        if failure is None and record.retries():
+            failure, message = Verdict.OUT_OF_MEMORY, _retried(record.retries())
         if failure is not None:
             self.device.release_cached()
-        trial = Trial(
+        reached = max(record.peak_bytes, record.last_bytes + requested)
+        return Trial(
             size=sizes[0],
             fits=failure is None,
             failure=failure,
-            peak_bytes=reading.peak_bytes if failure is None else None,
-            reserved_bytes=reading.peak_reserved_bytes if failure is None else None,
-            seconds=time.perf_counter() - started,
+            peak_bytes=record.peak_bytes if failure is None else None,
+            reserved_bytes=record.reserved_bytes if failure is None else None,
+            seconds=record.seconds(),
             message=message,
+            phases=tuple(record.phases) if failure is None else (),
+            explained=failure is None or reached >= _NEAR * self.limit_bytes,
         )
-        return trial, self._outcome(trial, floor_bytes, reading.peak_bytes)
 
-    def _rehearse(self, sizes: Sequence[int]) -> None:
+    def _rehearse(self, sizes: Sequence[int], record: "_Record") -> None:
         """Run the window under the limit; its batch, which may count as well, ends with this."""
         limited = self.device.limited_to(self.limit_bytes)
         with limited if self.device.counts_host else nullcontext():
-            window = self.rehearsal.prepare(sizes)
+            window = self.rehearsal.prepare(sizes, record.mark)
             with nullcontext() if self.device.counts_host else limited:
                 window()
                 self.device.synchronize()
+                record.check_time()
 
-    def _outcome(self, trial: Trial, floor_bytes: int, peak_bytes: int) -> Outcome:
-        if trial.fits:
-            phase = Phase(floor_bytes=floor_bytes, peak_bytes=peak_bytes)
-            return Outcome(fits=True, phases=(phase,))
-        return Outcome(fits=False, explained=peak_bytes >= _NEAR * self.limit_bytes)
+
+class _TooSlowError(Exception):
+    """A trial has taken longer than it may."""
+
+
+class _Record:
+    """What is read in a trial, phase by phase; it begins now."""
+
+    def __init__(self, device: MemoryDevice, timeout_seconds: float) -> None:
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self._began = time.perf_counter()
+        self.phases: list[Phase] = []
+        self.reserved_bytes: int | None = None
+        device.reset_peak()
+        reading = device.read()
+        self.last_bytes = reading.allocated_bytes
+        self._retries_before = self._retries = reading.retries
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes allocated at once so far."""
+        return max(phase.peak_bytes for phase in self.phases)
+
+    def mark(self) -> None:
+        """Begin the next phase.
+
+        Raises:
+            _TooSlowError: If it is too late for one.
+        """
+        self.end_phase()
+        self.check_time()
+        self._device.reset_peak()
+
+    def end_phase(self) -> None:
+        """Read what the phase that ends has used."""
+        reading = self._device.read()
+        self.phases.append(Phase(floor_bytes=self.last_bytes, peak_bytes=reading.peak_bytes))
+        self.last_bytes = reading.allocated_bytes
+        self._retries = reading.retries
+        if reading.peak_reserved_bytes is not None:
+            self.reserved_bytes = max(self.reserved_bytes or 0, reading.peak_reserved_bytes)
+
+    def retries(self) -> int:
+        """Return how often the allocator had to give its cache back to make room."""
+        return self._retries - self._retries_before
+
+    def seconds(self) -> float:
+        """Return how long it has taken."""
+        return time.perf_counter() - self._began
+
+    def check_time(self) -> None:
+        """Refuse to take longer than the timeout."""
+        if self.seconds() > self._timeout_seconds:
+            raise _TooSlowError(
+                f"took longer than timeout_seconds={self._timeout_seconds:g} allows: "
+                f"{self.seconds():.1f} s so far"
+            )
+
+
+def _retried(times: int) -> str:
+    return (
+        f"ran, but only because the allocator gave its cache back {times} times to make room: "
+        "every step of training would wait for that"
+    )

@@ -45,7 +45,7 @@ class Inference:
         self._run = run
         self._sample = sample
 
-    def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # It is one phase.
         """Return one pass over the largest of ``sizes`` examples, not yet run."""
         batch = repeated(self._sample, max(sizes))
 

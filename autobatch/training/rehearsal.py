@@ -25,10 +25,11 @@ class Rehearsal:
         scaler = recipe.update.scaler
         self._put_scaler_back = attributes_of(scaler) if scaler is not None else lambda: None
 
-    def prepare(self, sizes: Sequence[int]) -> Callable[[], None]:
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
         """Return a window of micro-batches of ``sizes`` and its optimizer step, not yet run.
 
-        Its batch is made here, on the host.
+        Its batch is made here, on the host. The window calls ``mark`` after its first micro-batch,
+        and before its optimizer's step.
         """
         recipe = self._recipe
         batches = {size: repeated(self._sample, size) for size in set(sizes)}
@@ -39,7 +40,9 @@ class Rehearsal:
         def window() -> None:
             recipe.begin()
             start = recipe.start()  # Held as training holds it.
-            ledger = recipe.accumulate(micro_batches, denominator, more_follow=more_follow)
+            ledger = recipe.accumulate(
+                micro_batches, denominator, more_follow=more_follow, mark=mark
+            )
             recipe.check_gradient()
             recipe.update.rehearse()
             del start, ledger

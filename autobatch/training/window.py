@@ -1,7 +1,7 @@
 """One window: the gradient of one logical batch, from its micro-batches."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -107,6 +107,7 @@ class Recipe:
         *,
         witness: Witness | None = None,
         more_follow: bool = False,
+        mark: Callable[[], None] | None = None,
     ) -> Ledger:
         """Leave the logical batch's finished gradient in ``.grad``, which must be empty.
 
@@ -117,15 +118,17 @@ class Recipe:
             denominator: The logical batch's.
             witness: Is shown each micro-batch's outputs and its targets.
             more_follow: Whether they stand for a window of more.
+            mark: Called before the second micro-batch, and after the last one. Not where the loss
+                is that of the whole batch, whose memory belongs to no single micro-batch.
         """
         ledger = Ledger(len(parts), self.device.torch_device)
         parameters = self.members.parameters
         wide = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
         with self.precision.window(), self._statistics(len(parts)) as pool:
-            run = _Run(self, pool, ledger, wide, more_follow)
             if isinstance(self.objective, Whole) and len(parts) > 1:
-                run.whole(parts, self.objective)
+                _Run(self, pool, ledger, wide, more_follow).whole(parts, self.objective)
             else:
+                run = _Run(self, pool, ledger, wide, more_follow, mark)
                 run.shares(parts, denominator, witness)
         sums = [p.grad for p in parameters if p.grad is not None]
         if wide is not None:
@@ -181,6 +184,7 @@ class _Run:
     ledger: Ledger
     wide: WideSums | None
     more_follow: bool
+    mark: Callable[[], None] | None = None
 
     def shares(self, parts: Sequence[Nest], denominator: float, witness: Witness | None) -> None:
         """Forward and backward, micro-batch by micro-batch."""
@@ -211,6 +215,8 @@ class _Run:
             scaled=recipe.update.scaled(),
             after_backward=self.wide.absorb if self.wide is not None else None,
         )
+        if self.mark is not None:
+            self.mark()
 
     def whole(self, parts: Sequence[Nest], objective: Whole) -> None:
         """All outputs, the loss of all, and each micro-batch once more."""
@@ -253,7 +259,9 @@ class _Run:
         if len(parts) > 1 and any(size_of(nest) == 1 for nest in parts) and self._may_borrow():
             parts, borrowed = _with_neighbours(parts)
         moved = recipe.feed(parts, more_follow=self.more_follow)
-        for host, count in zip(parts, borrowed, strict=True):
+        for place, (host, count) in enumerate(zip(parts, borrowed, strict=True)):
+            if place == 1 and self.mark is not None:
+                self.mark()
             yield next(moved), host, count
 
     def _may_borrow(self) -> bool:

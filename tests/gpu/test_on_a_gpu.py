@@ -108,11 +108,11 @@ def test_ten_failures_in_a_row_leave_the_memory_as_it_was() -> None:
             device=job.device,
             limit_bytes=job.limit_bytes(),
         )
-        assert stage.try_sizes((8, 8), smaller_fits=False)[0].fits  # Warm: state, workspaces.
+        assert stage.try_sizes((8, 8), smaller_fits=False).fits  # Warm: state, workspaces.
         stage.try_sizes((4096, 4096), smaller_fits=True)
         before = torch.cuda.memory_allocated()
         for _ in range(10):
-            assert not stage.try_sizes((4096, 4096), smaller_fits=True)[0].fits
+            assert not stage.try_sizes((4096, 4096), smaller_fits=True).fits
             assert torch.cuda.memory_allocated() == before
         assert torch.cuda.memory_reserved() <= before + 64 * 2**20
 

@@ -1,0 +1,70 @@
+"""How a search is to be made: the user's options, checked before anything is touched."""
+
+import math
+from dataclasses import dataclass
+from typing import Final, get_args
+
+from autobatch.plan import check_size
+from autobatch.probing.search import Confirm
+
+_CONFIRM: Final = get_args(Confirm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """How the tolerable batch is searched for.
+
+    Attributes:
+        confirm: Why nothing larger is taken. ``"extrapolated"``: the next larger size has run out,
+            or what smaller ones used leaves no room for it. ``"failed"``: it has run out.
+        multiple_of: Only multiples of this are candidates, as tensor cores like them.
+        timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
+            at between micro-batches, so a trial that never returns is not ended.
+        budget_seconds: No trial begins later; None sets no end.
+
+    Raises:
+        TypeError, ValueError: With the value that came and the way out.
+    """
+
+    confirm: Confirm = "extrapolated"
+    multiple_of: int = 1
+    timeout_seconds: float | None = None
+    budget_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.confirm not in _CONFIRM:
+            raise ValueError(f"confirm must be one of {_CONFIRM}, got {self.confirm!r}")
+        object.__setattr__(self, "multiple_of", check_size("multiple_of", self.multiple_of))
+        for name in ("timeout_seconds", "budget_seconds"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+
+    def candidates(self, largest: int) -> range:
+        """Return the sizes up to ``largest`` that may be tried.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        step = self.multiple_of
+        if largest < step:
+            raise ValueError(f"no multiple of {step} is at most {largest}: lower multiple_of")
+        return range(step, largest + 1, step)
+
+
+def check_search(search: object) -> None:
+    """Refuse what are no options of a search.
+
+    Raises:
+        TypeError: With the value that came.
+    """
+    if not isinstance(search, SearchOptions):
+        raise TypeError(f"search must be SearchOptions(...), got {search!r}")
+
+
+def _seconds(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds or None, got {value!r}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return float(value)

@@ -1,0 +1,347 @@
+"""A search on devices that are made up: flaky, shared, slow, spilling, lost."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from autobatch.devices.base import MemoryReading
+from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
+from autobatch.events import Event, SearchEnded, SearchStarted, TrialEnded, TrialStarted
+from autobatch.probing.finder import Finder
+from autobatch.probing.options import SearchOptions
+from autobatch.results import SearchResult, Upper, Verdict
+
+MIB = 2**20
+LIMIT = 1000 * MIB
+AN_EXAMPLE = 10 * MIB  # So 90 fit beside what is resident.
+RESIDENT = 100 * MIB
+FATAL = "CUDA error: an illegal memory access was encountered"
+
+
+@dataclass
+class Machine:
+    """A device and a step on it: memory is a straight line, and ``happens`` may interfere.
+
+    Attributes:
+        is_exact: As a meter is, and no GPU.
+        happens: Called with the sizes of each window that runs, and how many have run before.
+    """
+
+    is_exact: bool = False
+    happens: Callable[[int, int], None] = lambda _size, _place: None
+    limit_bytes: int = LIMIT
+    outside_bytes: int = 0
+    retries: int = 0
+    seconds: float = 0.0  # What the clock shows.
+    ran: list[int] = field(default_factory=list)
+    peak_bytes: int = RESIDENT
+    released: int = 0
+
+    name = "a machine"
+    counts_host = False
+    torch_device = torch.device("cpu")
+
+    def read(self) -> MemoryReading:
+        return MemoryReading(
+            total_bytes=2 * LIMIT,
+            free_bytes=LIMIT,
+            allocated_bytes=RESIDENT,
+            reserved_bytes=RESIDENT,
+            peak_bytes=self.peak_bytes,
+            peak_reserved_bytes=self.peak_bytes,
+            outside_bytes=self.outside_bytes,
+            retries=self.retries,
+        )
+
+    @contextmanager
+    def limited_to(self, limit_bytes: int) -> Iterator[None]:
+        self.limit_bytes = limit_bytes
+        yield
+
+    def reset_peak(self) -> None:
+        self.peak_bytes = RESIDENT
+
+    def release_cached(self) -> None:
+        self.released += 1
+
+    def synchronize(self) -> None: ...
+
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
+        def window() -> None:
+            self.ran.append(sizes[0])
+            self.seconds += 0.01 * sizes[0]
+            self.happens(sizes[0], len(self.ran) - 1)
+            needed = RESIDENT + AN_EXAMPLE * sizes[0]
+            self.peak_bytes = min(needed, self.limit_bytes)
+            if needed > self.limit_bytes:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 MiB.")
+            mark()
+            self.peak_bytes = needed
+            mark()
+
+        return window
+
+    def clear(self) -> None: ...
+
+    def finder(
+        self,
+        limit_bytes: Callable[[], int] = lambda: LIMIT,
+        observer: Callable[[Event], None] = lambda _: None,
+        **options: Any,
+    ) -> Finder:
+        return Finder(
+            rehearsal=self,
+            device=self,
+            limit_bytes=limit_bytes,
+            breakdown_bytes=lambda: {"parameters": RESIDENT},
+            observer=observer,
+            options=SearchOptions(**options),
+        )
+
+    def largest(self, ceiling: int = 1000, **options: Any) -> SearchResult:
+        return search(self.finder(**options), ceiling)
+
+
+def search(finder: Finder, ceiling: int = 1000) -> SearchResult:
+    return finder.largest(
+        range(1, ceiling + 1), windows=lambda size: (size, size), reason="ceiling"
+    )
+
+
+@pytest.fixture(name="machine")
+def _machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine whose clock is the one that trials read."""
+    made = Machine()
+    monkeypatch.setattr(time, "perf_counter", lambda: made.seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: made.seconds)
+    return made
+
+
+def test_three_trials_and_no_failure_where_memory_is_a_straight_line() -> None:
+    machine = Machine(is_exact=True)
+    found = machine.largest()
+    assert [trial.size for trial in found.trials] == [4, 90]
+    assert all(trial.fits for trial in found.trials)
+    assert (found.size, found.limited_by) == (90, "memory")
+    assert found.upper == Upper(reason="extrapolated", size=91, bytes=RESIDENT + 91 * AN_EXAMPLE)
+    assert machine.ran == [2, 4, 90]
+
+
+def test_a_proof_by_failure_is_followed_by_the_size_once_more() -> None:
+    found = Machine(is_exact=True).largest(confirm="failed")
+    assert [(trial.size, trial.fits, trial.repeated) for trial in found.trials] == [
+        (4, True, False),
+        (90, True, False),
+        (91, False, False),
+        (90, True, True),
+    ]
+
+
+def test_on_a_real_device_the_last_failure_is_repeated_once() -> None:
+    found = Machine().largest(confirm="failed")
+    assert [(trial.size, trial.fits, trial.repeated) for trial in found.trials][2:] == [
+        (91, False, False),
+        (91, False, True),
+        (90, True, True),
+    ]
+    assert found.upper == Upper(reason="ran out", size=91)
+
+
+def test_a_failure_that_was_another_s_does_not_end_the_search() -> None:
+    """The first failure is above the limit by chance: at 60, once."""
+
+    def fails_once(size: int, _: int) -> None:
+        if size >= 60 and machine.ran.count(size) == 1 and not flaked:
+            flaked.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 MiB.")
+
+    flaked: list[int] = []
+    machine = Machine(happens=fails_once)
+    found = machine.largest()
+    assert flaked, "nothing failed by chance"
+    assert found.size == 90
+    assert found.upper.size == 91
+
+
+def test_a_size_that_runs_no_more_is_not_returned() -> None:
+    """90 ran, then 91 did not, twice; and since then nothing above 80 does."""
+
+    def torn(size: int, _: int) -> None:
+        if 91 in machine.ran[:-1] and size > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 MiB.")
+
+    machine = Machine(happens=torn)
+    found = machine.largest(confirm="failed")
+    assert found.size == 80
+    assert found.trials[-1].size == 80
+    assert found.trials[-1].fits
+
+
+def test_when_another_process_comes_the_limit_is_read_again() -> None:
+    def comes(_size: int, place: int) -> None:
+        if place == 2:
+            machine.outside_bytes = 300 * MIB
+
+    machine = Machine(happens=comes)
+    found = search(machine.finder(limit_bytes=lambda: LIMIT - machine.outside_bytes))
+    assert found.limit_bytes == LIMIT - 300 * MIB
+    assert found.size == 60
+    assert found.trials[-1].fits
+    assert found.trials[-1].size == 60
+
+
+def test_when_another_process_goes_more_is_found() -> None:
+    def goes(_size: int, place: int) -> None:
+        if place == 2:
+            machine.outside_bytes = 0
+
+    machine = Machine(happens=goes, outside_bytes=300 * MIB)
+    found = search(machine.finder(limit_bytes=lambda: LIMIT - machine.outside_bytes))
+    assert (found.size, found.limit_bytes) == (90, LIMIT)
+
+
+def test_a_search_beside_restless_others_ends() -> None:
+    def restless(_size: int, place: int) -> None:
+        machine.outside_bytes = (place % 2) * 300 * MIB
+
+    machine = Machine(happens=restless)
+    found = search(machine.finder(limit_bytes=lambda: LIMIT - machine.outside_bytes))
+    assert found.size in (60, 90)
+
+
+def test_what_ran_because_the_cache_was_given_back_is_not_tolerable() -> None:
+    def retries(size: int, _: int) -> None:
+        machine.retries += size > 70
+
+    machine = Machine(happens=retries)
+    found = machine.largest()
+    assert found.size == 70
+    failed = [trial for trial in found.trials if not trial.fits]
+    assert all(trial.failure is Verdict.OUT_OF_MEMORY for trial in failed)
+    assert "gave its cache back 1 times" in failed[0].message
+    assert found.limited_by == "memory"
+
+
+def test_a_size_at_which_speed_collapses_is_not_tolerable(machine: Machine) -> None:
+    """Windows lends host memory to a GPU that is full: everything runs, a hundred times slower."""
+
+    def spills(size: int, _: int) -> None:
+        machine.seconds += size * (size > 50)
+
+    machine.happens = spills
+    found = machine.largest()
+    assert (found.size, found.limited_by) == (50, "memory")
+    assert any("keep some of it in the host's memory" in trial.message for trial in found.trials)
+
+
+def test_a_size_that_was_slow_once_is_tolerable(machine: Machine) -> None:
+    def stutters(size: int, _: int) -> None:
+        machine.seconds += 100 * (size == 90 and machine.ran.count(90) == 1)
+
+    machine.happens = stutters
+    found = machine.largest()
+    assert found.size == 90
+    assert machine.ran.count(90) == 2
+
+
+def test_a_meter_is_not_suspected_of_spilling(machine: Machine) -> None:
+    machine.is_exact = True
+    machine.happens = lambda size, _: setattr(machine, "seconds", machine.seconds + size * size)
+    assert machine.largest().size == 90
+
+
+def test_a_trial_that_takes_longer_than_its_timeout_is_not_tolerable(machine: Machine) -> None:
+    found = machine.largest(timeout_seconds=0.5)
+    assert (found.size, found.limited_by) == (50, "time")
+    failed = [trial for trial in found.trials if not trial.fits]
+    assert all(trial.failure is Verdict.TOO_SLOW for trial in failed)
+    assert "timeout_seconds=0.5" in failed[0].message
+    assert found.upper.reason == "ran out"
+    assert not any(trial.repeated for trial in failed), "it will not be faster"
+
+
+def test_a_search_whose_time_is_over_says_what_has_run(machine: Machine) -> None:
+    machine.happens = lambda _size, _: setattr(machine, "seconds", machine.seconds + 1)
+    with pytest.raises(SearchTimeoutError, match="budget_seconds=2: 4 has run") as caught:
+        machine.largest(budget_seconds=2)
+    assert caught.value.size == 4
+
+
+def test_a_lost_device_ends_the_search_with_what_had_run() -> None:
+    def dies(size: int, _: int) -> None:
+        if size > 50:
+            raise RuntimeError(FATAL)
+
+    with pytest.raises(DeviceLostError, match="restart the process") as caught:
+        Machine(happens=dies).largest()
+    assert (caught.value.size, caught.value.tried) == (4, 90)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_the_users_own_error_passes_through() -> None:
+    def raises(size: int, _: int) -> None:
+        if size > 50:
+            raise IndexError("out of memory slots")
+
+    with pytest.raises(IndexError, match="slots"):
+        Machine(happens=raises).largest()
+
+
+@pytest.mark.parametrize("fit", [0, 1])
+def test_what_does_not_fit_alone_is_not_tried_with_another(fit: int) -> None:
+    machine = Machine(is_exact=True)
+    finder = machine.finder(limit_bytes=lambda: RESIDENT + fit * AN_EXAMPLE)
+    if fit:
+        found = search(finder)
+        assert [(trial.size, trial.fits) for trial in found.trials] == [(2, False), (1, True)]
+        assert found.upper == Upper(reason="ran out", size=2)
+        return
+    with pytest.raises(DoesNotFitError, match=r"a batch of 1 does not fit"):
+        search(finder)
+    assert machine.ran == [2, 1]
+
+
+def test_the_observer_is_told_of_everything_in_order() -> None:
+    events: list[Event] = []
+    found = search(Machine().finder(observer=events.append))
+    assert isinstance(events[0], SearchStarted)
+    assert events[-1] == SearchEnded(search=found)
+    for begun, ended in pairwise(events[1:-1]):
+        if isinstance(begun, TrialStarted):
+            assert isinstance(ended, TrialEnded)
+            assert ended.trial.size == begun.size
+    assert [event.trial for event in events if isinstance(event, TrialEnded)] == list(found.trials)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8, 64])
+def test_only_multiples_are_candidates(multiple_of: int) -> None:
+    options = SearchOptions(multiple_of=multiple_of)
+    candidates = options.candidates(100)
+    assert list(candidates) == [size for size in range(1, 101) if size % multiple_of == 0]
+    with pytest.raises(ValueError, match="no multiple of 128 is at most 100"):
+        SearchOptions(multiple_of=128).candidates(100)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind", "words"),
+    [
+        ("confirm", "perhaps", ValueError, "confirm must be one of .*, got 'perhaps'"),
+        ("multiple_of", 0, ValueError, "multiple_of must be at least 1, got 0"),
+        ("multiple_of", 1.5, TypeError, "multiple_of must be an integer"),
+        ("timeout_seconds", 0, ValueError, "timeout_seconds must be above 0, got 0"),
+        ("timeout_seconds", float("nan"), ValueError, "timeout_seconds must be above 0, got nan"),
+        ("budget_seconds", "1 min", TypeError, "budget_seconds must be a number .* '1 min'"),
+        ("budget_seconds", True, TypeError, "budget_seconds must be a number"),
+    ],
+)
+def test_bad_options_are_refused(
+    option: str, value: object, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        SearchOptions(**{option: value})  # type: ignore[arg-type]  # That is the test.
