@@ -15,6 +15,7 @@ from autobatch.errors import (
     SearchTimeoutError,
     StepInterruptedError,
 )
+from autobatch.largest import find_largest
 from autobatch.plan import BatchPlan
 from autobatch.probing.options import SearchOptions
 from autobatch.results import (
@@ -57,5 +58,6 @@ __all__ = [
     "check",
     "find_and_train",
     "find_batch_size",
+    "find_largest",
     "verdict_of",
 ]

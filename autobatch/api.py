@@ -15,13 +15,13 @@ from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import Data
 from autobatch.batches.sample import read_sample
 from autobatch.course import Course
-from autobatch.display import Display
+from autobatch.display import observer_of
 from autobatch.errors import DoesNotFitError
 from autobatch.events import Observer
-from autobatch.job import Job, OptimizerFactory, Size
+from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import BatchPlan, check_size, useful_sizes
 from autobatch.probing.finder import Finder
-from autobatch.probing.options import SearchOptions, check_search
+from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
 from autobatch.training.batch_norm import BatchNormMode
@@ -33,10 +33,10 @@ from autobatch.training.precision import PrecisionName
 from autobatch.training.rehearsal import Rehearsal
 from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
 from autobatch.training.whole_batch import Whole
+from autobatch.units import Size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
-_STANDARD_SEARCH: Final = SearchOptions()
 
 
 def find_and_train(
@@ -68,7 +68,7 @@ def find_and_train(
     metrics: Mapping[str, Metric] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     on_step: Callable[[StepResult], object] | None = None,
-    search: SearchOptions = _STANDARD_SEARCH,
+    search: SearchOptions = STANDARD_SEARCH,
     seed: int | None = None,
     progress: bool | Observer = True,
 ) -> TrainingResult:
@@ -185,7 +185,7 @@ def find_and_train(
             schedule=(scheduler, scheduler_interval),
         )
         seed_all(seed)
-        return _train(course, search, _observer(progress, stack))
+        return _train(course, search, observer_of(progress, stack))
 
 
 def find_batch_size(
@@ -201,7 +201,7 @@ def find_batch_size(
     precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
-    search: SearchOptions = _STANDARD_SEARCH,
+    search: SearchOptions = STANDARD_SEARCH,
     progress: bool | Observer = False,
 ) -> SearchResult:
     """Return the largest batch that trains inside the limit; leave everything as it was.
@@ -248,7 +248,7 @@ def find_batch_size(
     largest = min(ceiling or held or _UNKNOWN_CEILING, held or ceiling or _UNKNOWN_CEILING)
     candidates = search.candidates(largest)
     with ExitStack() as stack:
-        observer = _observer(progress, stack)
+        observer = observer_of(progress, stack)
         with job.undisturbed():
             return _finder(job, read_sample(job.source), search, observer).largest(
                 candidates,
@@ -270,7 +270,7 @@ def check(
     precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
-    search: SearchOptions = _STANDARD_SEARCH,
+    search: SearchOptions = STANDARD_SEARCH,
 ) -> Trial:
     """Rehearse one size, and leave everything as it was. Not fitting is a value, no exception.
 
@@ -373,12 +373,6 @@ def _rehearsed(job: Job, plan: BatchPlan) -> tuple[int, ...]:
         return plan.micro_batch_sizes
     sizes = (plan.micro_batch,) * min(2, plan.accumulation_steps)
     return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes
-
-
-def _observer(progress: bool | Observer, stack: ExitStack) -> Observer:
-    if callable(progress):
-        return progress
-    return stack.enter_context(Display()) if progress else lambda _: None
 
 
 def _refuse_one_pass(job: Job) -> None:

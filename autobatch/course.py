@@ -278,7 +278,7 @@ class Course:
         job = self.job
         # The CPU is metered only where a limit was asked for: the meter costs time, and without
         # one the search has left the headroom.
-        limited = job.memory_limit_bytes is not None or job.device.torch_device.type != "cpu"
+        limited = job.budget.memory_limit_bytes is not None or job.device.torch_device.type != "cpu"
         driver = Driver(
             recipe=job.recipe,
             size=MicroBatchSize(found.size),

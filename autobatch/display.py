@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -26,6 +27,7 @@ from autobatch.events import (
     EpochEnded,
     Evaluated,
     Event,
+    Observer,
     Replayed,
     Resumed,
     SearchEnded,
@@ -60,6 +62,13 @@ _ANY_WIDTH: Final = 10_000
 _NO_LOSS: Final = "loss -     "  # As wide as what will stand there.
 _NO_SPEED: Final = "     - examples/s"
 _BESIDE_THE_BAR: Final = 65  # Columns of the terminal that the rest of the line takes.
+
+
+def observer_of(progress: bool | Observer, stack: ExitStack) -> Observer:
+    """Return what ``progress`` stands for: a display that ``stack`` closes, silence, or itself."""
+    if callable(progress):
+        return progress
+    return stack.enter_context(Display()) if progress else lambda _: None
 
 
 class Display:

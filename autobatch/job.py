@@ -9,17 +9,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from autobatch.batches.regroup import Data, Source, open_source
-from autobatch.devices.base import MemoryDevice, limit_of
+from autobatch.devices.base import Budget, MemoryDevice
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.state import attributes_of, preserved, training_mode
 from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
-from autobatch.units import format_bytes, parse_bytes
+from autobatch.units import Size, format_bytes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-Size = int | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +29,13 @@ class Job:
         recipe: The step.
         source: The data.
         loss_module: The loss where it is a module: it moves, and is put back, with the model.
-        memory_limit_bytes: The whole process's, or None for what is free.
-        headroom_bytes: Kept free, or None for the standard.
+        budget: What memory is allowed.
     """
 
     recipe: Recipe
     source: Source
     loss_module: nn.Module | None
-    memory_limit_bytes: int | None
-    headroom_bytes: int | None
+    budget: Budget
 
     @classmethod
     def resolve(
@@ -62,12 +59,7 @@ class Job:
         check_one_process()
         check_model(model)
         options.objective()  # Refused before data is opened and an optimizer made.
-        memory_limit_bytes = (
-            None if memory_limit is None else parse_bytes(memory_limit, name="memory_limit")
-        )
-        headroom_bytes = (
-            headroom if headroom in (None, 0) else parse_bytes(headroom, name="headroom")
-        )
+        budget = Budget.parse(memory_limit, headroom)
         source = open_source(data, batch_size=batch_size)
         present = next(model.parameters()).device
         chosen = choose_device(device, present)
@@ -77,14 +69,13 @@ class Job:
         memory = open_device(
             chosen,
             lambda: _residents(modules, own_optimizer),
-            counts_host=memory_limit_bytes is None,
+            counts_host=budget.memory_limit_bytes is None,
         )
         return cls(
             recipe=options.recipe(model, own_optimizer, memory),
             source=source,
             loss_module=loss,
-            memory_limit_bytes=memory_limit_bytes,
-            headroom_bytes=headroom_bytes,
+            budget=budget,
         )
 
     @property
@@ -126,14 +117,11 @@ class Job:
         Raises:
             DoesNotFitError: If the model alone does not fit.
         """
-        limit = limit_of(
-            self.device.read(),
-            memory_limit_bytes=self.memory_limit_bytes,
-            headroom_bytes=self.headroom_bytes,
-        )
-        if limit <= 0 < (self.headroom_bytes or 0):
+        limit = self.budget.limit_bytes(self.device.read())
+        headroom_bytes = self.budget.headroom_bytes or 0
+        if limit <= 0 < headroom_bytes:
             raise ValueError(
-                f"headroom of {format_bytes(self.headroom_bytes or 0)} leaves nothing to train in"
+                f"headroom of {format_bytes(headroom_bytes)} leaves nothing to train in"
             )
         breakdown = self.breakdown_bytes()
         if limit < breakdown["parameters"] + breakdown["buffers"]:

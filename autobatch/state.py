@@ -24,6 +24,8 @@ _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 # Exactly these are put back item by item: a class of the user's may have other rules.
 _MAPPINGS: Final = (dict, OrderedDict, defaultdict, Counter)
 _COLLECTIONS: Final = (list, deque, set, tuple)
+LOOSE: Final = (Tensor, dict, list, deque, set, tuple)
+"""What is put back itself; of other objects, their attributes are."""
 
 
 @contextmanager
@@ -31,6 +33,7 @@ def preserved(
     modules: Sequence[nn.Module],
     optimizers: Sequence[Optimizer] = (),
     *,
+    others: Iterable[object] = (),
     random_sources: Iterable[object] = (),
 ) -> Iterator[None]:
     """Put everything back afterwards, whatever happens inside; gradients are set aside meanwhile.
@@ -44,23 +47,27 @@ def preserved(
     Args:
         modules: Roots: the model, and the loss where it is a module.
         optimizers: Their state may be empty; it is empty again afterwards.
+        others: Schedulers, scalers, tensors, lists and mappings, objects of the user's own.
         random_sources: Objects (loaders, datasets, samplers) whose own generators are restored.
     """
     # In this order, and put back in this order: a gradient needs its parameter's device and dtype.
     restores: list[Restore] = []
     try:
         children = [child for root in modules for child in root.modules()]
-        holders: list[nn.Module | Optimizer] = [*children, *optimizers]
+        others = list(others)
+        loose = [other for other in others if isinstance(other, LOOSE)]
+        holders = [*children, *optimizers, *(other for other in others if has_attributes(other))]
         restores += [attributes_of(holder) for holder in holders]
+        restores += [contents_of(reachable(loose))]
         restores += [_odd_state(optimizer) for optimizer in optimizers]
-        tensors = _tensors(modules, holders)
+        tensors = _tensors(modules, [*map(vars, holders), *loose])
         restores += [_tensor(tensor) for tensor in tensors]
         # No comprehension: each is undone if a later one fails, or Ctrl-C comes.
         with uninterrupted():
             for tensor in tensors:
                 if tensor.is_leaf:
                     restores.append(_gradient_set_aside(tensor))
-        restores.append(random_state([*random_sources, *modules]))
+        restores.append(random_state([*random_sources, *modules, *others]))
         yield
     finally:
         with uninterrupted():
@@ -156,11 +163,14 @@ def reachable(values: Iterable[object]) -> list[object]:
     return list(found.values())
 
 
-def _tensors(
-    modules: Iterable[nn.Module], holders: Iterable[nn.Module | Optimizer]
-) -> list[Tensor]:
-    """All that belong to the modules and the optimizers and have values, each once."""
-    own: list[object] = [*map(vars, holders)]
+def has_attributes(other: object) -> bool:
+    """Whether what an object holds is in its attributes, and not in itself."""
+    return hasattr(other, "__dict__") and not isinstance(other, LOOSE)
+
+
+def _tensors(modules: Iterable[nn.Module], held: Iterable[object]) -> list[Tensor]:
+    """All that belong to the modules or are held, and have values, each once."""
+    own = list(held)
     for root in modules:  # Where a class of its own keeps them.
         own += [*root.parameters(), *root.buffers()]
     return [item for item in reachable(own) if isinstance(item, Tensor) and not item.is_meta]

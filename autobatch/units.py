@@ -4,6 +4,8 @@ import re
 from fractions import Fraction
 from typing import Final
 
+Size = int | str  # Bytes, or text with a unit.
+
 _FACTORS: Final[dict[str, int]] = {
     "": 1,
     "b": 1,
@@ -13,7 +15,7 @@ _FACTORS: Final[dict[str, int]] = {
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 
-def parse_bytes(size: int | str, *, name: str = "size") -> int:
+def parse_bytes(size: Size, *, name: str = "size") -> int:
     """Return ``size`` in bytes: ``"24GiB"`` counts by 1024, ``"24GB"`` by 1000, a number is bytes.
 
     Args:

@@ -12,8 +12,8 @@ import torch
 from autobatch.devices import choose
 from autobatch.devices.base import (
     HEADROOM_BYTES,
+    Budget,
     MemoryReading,
-    limit_of,
 )
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.devices.cuda import CudaDevice
@@ -219,30 +219,30 @@ def test_without_a_limit_it_is_what_is_free_or_held_less_the_headroom(
     total: int, headroom: int
 ) -> None:
     seen = reading(total=total, free=6 * GIB, reserved=3 * GIB, outside=GIB)
-    limit = limit_of(seen, memory_limit_bytes=None, headroom_bytes=None)
+    limit = Budget(memory_limit_bytes=None, headroom_bytes=None).limit_bytes(seen)
     assert limit == 9 * GIB - headroom
 
 
 @pytest.mark.parametrize("headroom", [0, 1, GIB])
 def test_a_headroom_that_is_given_replaces_the_standard_one(headroom: int) -> None:
     seen = reading(total=10 * GIB, free=6 * GIB, reserved=3 * GIB, outside=GIB)
-    limit = limit_of(seen, memory_limit_bytes=None, headroom_bytes=headroom)
+    limit = Budget(memory_limit_bytes=None, headroom_bytes=headroom).limit_bytes(seen)
     assert limit == 9 * GIB - headroom
-    limit = limit_of(seen, memory_limit_bytes=5 * GIB, headroom_bytes=headroom)
+    limit = Budget(memory_limit_bytes=5 * GIB, headroom_bytes=headroom).limit_bytes(seen)
     assert limit == 4 * GIB - headroom
 
 
 def test_a_memory_limit_is_the_whole_processs_and_needs_no_headroom() -> None:
     seen = reading(total=80 * GIB, free=70 * GIB, reserved=8 * GIB, outside=2 * GIB)
-    assert limit_of(seen, memory_limit_bytes=24 * GIB, headroom_bytes=None) == 22 * GIB
+    assert Budget(memory_limit_bytes=24 * GIB, headroom_bytes=None).limit_bytes(seen) == 22 * GIB
 
 
 def test_a_memory_limit_above_what_is_there_is_cut_to_it() -> None:
     seen = reading(total=10 * GIB, free=6 * GIB, reserved=3 * GIB, outside=GIB)
-    assert limit_of(seen, memory_limit_bytes=99 * GIB, headroom_bytes=None) == 9 * GIB
+    assert Budget(memory_limit_bytes=99 * GIB, headroom_bytes=None).limit_bytes(seen) == 9 * GIB
 
 
 def test_where_nothing_is_left_the_limit_is_not_positive() -> None:
     seen = reading(total=10 * GIB, free=0, outside=10 * GIB)
-    assert limit_of(seen, memory_limit_bytes=None, headroom_bytes=None) < 0
-    assert limit_of(seen, memory_limit_bytes=GIB, headroom_bytes=None) <= 0
+    assert Budget(memory_limit_bytes=None, headroom_bytes=None).limit_bytes(seen) < 0
+    assert Budget(memory_limit_bytes=GIB, headroom_bytes=None).limit_bytes(seen) <= 0

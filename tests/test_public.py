@@ -35,6 +35,7 @@ NAMES = [
     "check",
     "find_and_train",
     "find_batch_size",
+    "find_largest",
     "verdict_of",
 ]
 LOSS = ["loss", "forward", "batch_loss"]
@@ -48,6 +49,9 @@ SIGNATURES = {
         *["search", "seed", "progress"],
     ],
     "find_batch_size": ["model", "data", "ceiling", *JOB, "search", "progress"],
+    "find_largest": [
+        *["run", "ceiling", "state", "device", "memory_limit", "headroom", "search", "progress"],
+    ],
     "check": ["model", "data", "size", *JOB, "search"],
     "Accumulator": [
         *["model", "optimizer", "loss", "micro_batch", "forward", "batch_loss", "scheduler"],

@@ -6,6 +6,8 @@ from typing import Final, Protocol
 
 import torch
 
+from autobatch.units import Size, parse_bytes
+
 HEADROOM_FRACTION: Final = 0.02
 HEADROOM_BYTES: Final = 300 * 2**20
 
@@ -71,18 +73,45 @@ class MemoryDevice(Protocol):
         """Wait until the device has done, and failed at, all that it was asked."""
 
 
-def limit_of(
-    reading: MemoryReading, *, memory_limit_bytes: int | None, headroom_bytes: int | None
-) -> int:
-    """Return the bytes that the allocator may hold; zero or less where nothing is left.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the user allows, in bytes.
 
-    Without a ``memory_limit`` that is what is free or held already, less the headroom (2 % of the
-    device, at least 300 MiB). A ``memory_limit`` is the whole process's, so what the driver's
-    context and other processes hold comes off it, and it needs no headroom: 24 GiB on a larger
-    card plans for a card of 24 GiB.
+    Attributes:
+        memory_limit_bytes: The whole process's, or None for what is free.
+        headroom_bytes: Kept free, or None for the standard.
     """
-    reachable = reading.free_bytes + reading.reserved_bytes
-    if memory_limit_bytes is None:
-        standard = max(int(reading.total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
-        return reachable - (standard if headroom_bytes is None else headroom_bytes)
-    return min(memory_limit_bytes - reading.outside_bytes, reachable) - (headroom_bytes or 0)
+
+    memory_limit_bytes: int | None
+    headroom_bytes: int | None
+
+    @classmethod
+    def parse(cls, memory_limit: Size | None, headroom: Size | None) -> "Budget":
+        """Read ``memory_limit`` and ``headroom`` as the public functions take them.
+
+        Raises:
+            TypeError, ValueError: With the value that came.
+        """
+        return cls(
+            memory_limit_bytes=(
+                None if memory_limit is None else parse_bytes(memory_limit, name="memory_limit")
+            ),
+            headroom_bytes=(
+                headroom if headroom in (None, 0) else parse_bytes(headroom, name="headroom")
+            ),
+        )
+
+    def limit_bytes(self, reading: MemoryReading) -> int:
+        """Return the bytes that the allocator may hold; zero or less where nothing is left.
+
+        Without a ``memory_limit`` that is what is free or held already, less the headroom (2 % of
+        the device, at least 300 MiB). A ``memory_limit`` is the whole process's, so what the
+        driver's context and other processes hold comes off it, and it needs no headroom: 24 GiB on
+        a larger card plans for a card of 24 GiB.
+        """
+        reachable = reading.free_bytes + reading.reserved_bytes
+        if self.memory_limit_bytes is None:
+            standard = max(int(reading.total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
+            return reachable - (standard if self.headroom_bytes is None else self.headroom_bytes)
+        allowed = self.memory_limit_bytes - reading.outside_bytes
+        return min(allowed, reachable) - (self.headroom_bytes or 0)

@@ -67,7 +67,7 @@ class Finder:
             DeviceLostError: If the device was lost.
         """
         began, ceiling = time.monotonic(), candidates[-1]
-        failed = self._make_optimizer_state(ceiling)
+        failed = self._make_optimizer_state(candidates[:2])
         search = Search(
             candidates,
             limit_bytes=self.limit_bytes(),
@@ -78,9 +78,8 @@ class Finder:
         self.observer(
             SearchStarted(device=self.device.name, limit_bytes=search.limit_bytes, ceiling=ceiling)
         )
-        for trial in failed:
-            if trial.size in candidates:  # What does not fit once does not fit twice.
-                self._learn(search, trial)
+        for trial in failed:  # What does not fit once does not fit twice.
+            self._learn(search, trial)
         self._search(search, windows, began)
         if search.size == 0:
             raise DoesNotFitError(
@@ -92,7 +91,7 @@ class Finder:
 
     def rehearse(self, sizes: Sequence[int]) -> Trial:
         """Return the trial of one window."""
-        self._make_optimizer_state(sizes[0])
+        self._make_optimizer_state(range(1, min(2, sizes[0]) + 1))
         return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
 
     def _search(
@@ -181,7 +180,7 @@ class Finder:
             timeout_seconds=float("inf") if timeout is None else timeout,
         )
 
-    def _make_optimizer_state(self, ceiling: int) -> list[Trial]:
+    def _make_optimizer_state(self, smallest: Sequence[int]) -> list[Trial]:
         """Take one unmeasured step on few examples; return the trials that failed.
 
         Born after the only window of a trial, Adam's state would never overlap activations, and
@@ -190,12 +189,11 @@ class Finder:
         """
         failed: list[Trial] = []
         stage = self._stage(self.limit_bytes())
-        for size in (2, 1):
-            if size <= ceiling:
-                trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
-                if trial.fits:
-                    break
-                failed.append(trial)
+        for size in reversed(smallest):
+            trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
+            if trial.fits:
+                break
+            failed.append(trial)
         return failed
 
     def _result(self, search: Search, ceiling: int, reason: LimitedBy) -> SearchResult:

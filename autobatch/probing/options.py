@@ -68,3 +68,6 @@ def _seconds(name: str, value: object) -> float | None:
     if math.isnan(value) or value <= 0:
         raise ValueError(f"{name} must be above 0, got {value}")
     return float(value)
+
+
+STANDARD_SEARCH: Final = SearchOptions()

@@ -1,0 +1,144 @@
+"""The largest size of any function of one: two optimizers, reinforcement learning, generation."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autobatch.devices.base import Budget
+from autobatch.devices.choose import choose_device, open_device
+from autobatch.display import observer_of
+from autobatch.events import Observer
+from autobatch.plan import check_size
+from autobatch.probing.finder import Finder
+from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
+from autobatch.randomness import generators_in
+from autobatch.refusals import check_one_process
+from autobatch.results import SearchResult
+from autobatch.state import LOOSE, has_attributes, preserved
+from autobatch.units import Size
+
+
+def find_largest(
+    run: Callable[[int], object],
+    *,
+    ceiling: int,
+    state: Iterable[object] | nn.Module = (),
+    device: str | torch.device | None = None,
+    memory_limit: Size | None = None,
+    headroom: Size | None = None,
+    search: SearchOptions = STANDARD_SEARCH,
+    progress: bool | Observer = False,
+) -> SearchResult:
+    """Return the largest size at which ``run`` does its work inside the limit.
+
+    For what is no single model with one optimizer. The sizes grow as well as shrink, errors are
+    read as those of training are, and what ``state`` names is put back.
+
+    Args:
+        run: Does at a size what shall be done at it: a whole step, with backward passes and
+            optimizers where there are some. It is called with the smallest sizes first, so that
+            optimizers have their state.
+        ceiling: The largest size of interest.
+        state: What ``run`` changes, or the module that does: modules, optimizers, schedulers,
+            scalers, tensors, generators, containers, objects with attributes. Gradients of the
+            modules are let go between trials, and those that there were are put back. Arrays of
+            NumPy and what a closure holds are not put back.
+        device: Whose memory counts; None is where the first tensor of ``state`` is, or a GPU if it
+            is on the CPU and there is one. Nothing is moved.
+        memory_limit: As for ``find_and_train``.
+        headroom: As for ``find_and_train``.
+        search: As for ``find_and_train``.
+        progress: As for ``find_and_train``.
+
+    Raises:
+        TypeError, ValueError: A bad argument, before anything is touched.
+        DoesNotFitError: It does not even run at the smallest size.
+        SearchTimeoutError, DeviceLostError: As for ``find_and_train``.
+    """
+    if not callable(run):
+        raise TypeError(f"run must be callable with a size, got {run!r}")
+    check_search(search)
+    candidates = search.candidates(check_size("ceiling", ceiling))
+    check_one_process()
+    parts = _Parts(state)
+    budget = Budget.parse(memory_limit, headroom)
+    memory = open_device(
+        choose_device(device, parts.device),
+        parts.tensors,
+        counts_host=budget.memory_limit_bytes is None,
+    )
+    with ExitStack() as stack:
+        observer = observer_of(progress, stack)
+        stack.enter_context(preserved(parts.modules, parts.optimizers, others=parts.others))
+        return Finder(
+            rehearsal=_Runs(run, parts.modules),
+            device=memory,
+            limit_bytes=lambda: budget.limit_bytes(memory.read()),
+            breakdown_bytes=lambda: {"what state names": sum(t.nbytes for t in parts.tensors())},
+            observer=observer,
+            options=search,
+        ).largest(candidates, windows=lambda size: (size,), reason="ceiling")
+
+
+class _Parts:
+    """What ``state`` names, sorted by what putting it back takes."""
+
+    def __init__(self, state: Iterable[object] | nn.Module) -> None:
+        named = [state] if isinstance(state, nn.Module) else list(state)
+        for part in named:
+            if not _has_state(part):
+                raise TypeError(
+                    "state must hold what run changes: modules, optimizers, tensors, containers, "
+                    f"objects with attributes; got {part!r}"
+                )
+        self.modules = [part for part in named if isinstance(part, nn.Module)]
+        self.optimizers = [part for part in named if isinstance(part, Optimizer)]
+        self.others = [p for p in named if not isinstance(p, nn.Module | Optimizer)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor is."""
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that live between two runs."""
+        found = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
+        found += [
+            value
+            for optimizer in self.optimizers
+            for entry in optimizer.state.values()
+            for value in entry.values()
+            if isinstance(value, Tensor)
+        ]
+        return found + [part for part in self.others if isinstance(part, Tensor)]
+
+
+def _has_state(part: object) -> bool:
+    if isinstance(part, type):
+        return False
+    return isinstance(part, LOOSE) or has_attributes(part) or any(generators_in(part))
+
+
+class _Runs:
+    """``run``, ready to be tried at any size."""
+
+    def __init__(self, run: Callable[[int], object], modules: Sequence[nn.Module]) -> None:
+        self._run = run
+        self._modules = modules
+
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # It is one phase.
+        """Return the run at a size, not yet run; what it returns is let go."""
+
+        def window() -> None:
+            self._run(sizes[0])
+
+        return window
+
+    def clear(self) -> None:
+        """Let go of gradients."""
+        for module in self._modules:
+            for parameter in module.parameters():
+                parameter.grad = None
