@@ -4,14 +4,13 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import Data
 from autobatch.batches.sample import read_sample
 from autobatch.course import Course
@@ -26,7 +25,7 @@ from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
-from autobatch.training.evaluation import Inference, Metric
+from autobatch.training.evaluation import Inference, Metric, inference
 from autobatch.training.forward import Forward
 from autobatch.training.options import LossLike, NonFinite, StepOptions
 from autobatch.training.precision import PrecisionName
@@ -36,6 +35,8 @@ from autobatch.training.whole_batch import Whole
 from autobatch.units import Size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
+Mode = Literal["train", "inference"]
+_PASSES: Final[dict[Mode, int]] = {"train": 2, "inference": 1}  # Micro-batches in a trial.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
 
 
@@ -201,13 +202,15 @@ def find_batch_size(
     precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
+    mode: Mode = "train",
     search: SearchOptions = STANDARD_SEARCH,
     progress: bool | Observer = False,
 ) -> SearchResult:
-    """Return the largest batch that trains inside the limit; leave everything as it was.
+    """Return the largest batch that runs inside the limit; leave everything as it was.
 
     Every size up to ``ceiling`` is a candidate. A trial runs two micro-batches and the optimizer's
-    step, as training with accumulation does. Arguments are those of ``find_and_train``.
+    step, as training with accumulation does; or a forward pass. Arguments are those of
+    ``find_and_train``.
 
     Args:
         model: Put back bit for bit: parameters, buffers, gradients, modes, device.
@@ -222,6 +225,8 @@ def find_batch_size(
         precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
+        mode: ``"train"``, or ``"inference"`` for forward passes in evaluation mode, without
+            gradients and optimizer: batches may lack targets then.
         search: As for ``find_and_train``.
         progress: As for ``find_and_train``.
 
@@ -233,11 +238,13 @@ def find_batch_size(
     if ceiling is not None:
         ceiling = check_size("ceiling", ceiling)
     check_search(search)
+    _check_mode(mode)
+    options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
     job = Job.resolve(
         model,
         data,
         batch_size=_SAMPLE,
-        options=StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision),
+        options=options,
         optimizer=optimizer,
         device=device,
         memory_limit=memory_limit,
@@ -250,9 +257,9 @@ def find_batch_size(
     with ExitStack() as stack:
         observer = observer_of(progress, stack)
         with job.undisturbed():
-            return _finder(job, read_sample(job.source), search, observer).largest(
+            return _probe(job, mode, options, search, observer).largest(
                 candidates,
-                windows=lambda size: (size, size),
+                windows=lambda size: (size,) * _PASSES[mode],
                 reason="data" if largest == held and largest != ceiling else "ceiling",
             )
 
@@ -270,6 +277,7 @@ def check(
     precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
+    mode: Mode = "train",
     search: SearchOptions = STANDARD_SEARCH,
 ) -> Trial:
     """Rehearse one size, and leave everything as it was. Not fitting is a value, no exception.
@@ -277,7 +285,7 @@ def check(
     Args:
         model: As for ``find_batch_size``.
         data: As for ``find_batch_size``; its examples are repeated if it holds fewer than ``size``.
-        size: Examples in each of the rehearsal's two micro-batches.
+        size: Examples in each of the rehearsal's two micro-batches, or in its forward pass.
         loss: As for ``find_and_train``.
         forward: As for ``find_and_train``.
         batch_loss: As for ``find_and_train``.
@@ -286,6 +294,7 @@ def check(
         precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
+        mode: As for ``find_batch_size``.
         search: Of it, the timeout.
 
     Raises:
@@ -293,11 +302,13 @@ def check(
     """
     size = check_size("size", size)
     check_search(search)
+    _check_mode(mode)
+    options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
     job = Job.resolve(
         model,
         data,
         batch_size=min(size, _SAMPLE),
-        options=StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision),
+        options=options,
         optimizer=optimizer,
         device=device,
         memory_limit=memory_limit,
@@ -306,8 +317,8 @@ def check(
     _refuse_one_pass(job)
     with job.undisturbed():
         try:
-            finder = _finder(job, read_sample(job.source), search, lambda _: None)
-            return finder.rehearse((size, size))
+            finder = _probe(job, mode, options, search, lambda _: None)
+            return finder.rehearse((size,) * _PASSES[mode])
         except DoesNotFitError as error:  # The model alone is too large: so is any batch.
             return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
 
@@ -322,7 +333,8 @@ def _train(course: Course, search: SearchOptions, observer: Observer) -> Trainin
         window = course.window(first)
         with job.undisturbed():
             sample = read_sample(job.source) if first is None else first
-            found = _finder(job, sample, search, observer, desired=window).largest(
+            rehearsal = Rehearsal(job.recipe, sample, window)
+            found = _finder(job, rehearsal, search, observer).largest(
                 useful_sizes(window),
                 windows=lambda size: _rehearsed(job, BatchPlan(desired=window, tolerable=size)),
                 reason="ceiling" if window == course.desired else "data",
@@ -331,29 +343,34 @@ def _train(course: Course, search: SearchOptions, observer: Observer) -> Trainin
     return course.train(found, window, observer, functools.partial(_size_for_inference, job))
 
 
-def _size_for_inference(job: Job, inference: Inference, candidates: Sequence[int]) -> int:
+def _size_for_inference(job: Job, run: Inference, candidates: Sequence[int]) -> int:
     """The largest size that inference really ran at, beside the weights and the optimizer."""
-    finder = Finder(
-        rehearsal=inference,
-        device=job.device,
-        limit_bytes=job.limit_bytes,
-        breakdown_bytes=job.breakdown_bytes,
-        observer=lambda _: None,
-    )
+    finder = _finder(job, run, STANDARD_SEARCH, lambda _: None)
     return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
 
 
-def _finder(
-    job: Job,
-    sample: Nest,
-    search: SearchOptions,
-    observer: Observer,
-    *,
-    desired: int | None = None,
+def _probe(
+    job: Job, mode: Mode, options: StepOptions, search: SearchOptions, observer: Observer
 ) -> Finder:
-    """A search over a job that is undisturbed."""
+    """A search over a job that is undisturbed, in training or in inference."""
+    sample = read_sample(job.source)
+    if mode == "train":
+        return _finder(job, Rehearsal(job.recipe, sample), search, observer)
+    job.recipe.model.eval()
+    forward = options.batch_loss or options.forward
+    return _finder(job, inference(job.recipe, forward, sample), search, observer)
+
+
+def _check_mode(mode: object) -> None:
+    if mode not in _PASSES:
+        raise ValueError(f"mode must be one of {tuple(_PASSES)}, got {mode!r}")
+
+
+def _finder(
+    job: Job, rehearsal: Rehearsal | Inference, search: SearchOptions, observer: Observer
+) -> Finder:
     return Finder(
-        rehearsal=Rehearsal(job.recipe, sample, desired),
+        rehearsal=rehearsal,
         device=job.device,
         limit_bytes=job.limit_bytes,
         breakdown_bytes=job.breakdown_bytes,

@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from black_box import RAN, BlackBox, Where
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,7 +87,7 @@ def test_77_rows_are_a_ceiling_of_77() -> None:
 class Mlp(nn.Module):
     """Activations that outweigh the optimizer's step, so that every example counts."""
 
-    def __init__(self, width: int = 64, fails: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, width: int = 64, fails: Callable[[int], object] = lambda _: None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.inner = nn.Sequential(
@@ -265,3 +267,52 @@ def constant(outputs: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001  # Tha
 def test_a_loss_that_does_not_depend_on_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="no parameter received a gradient"):
         find_batch_size(Mlp(), images(8), loss=constant)
+
+
+def scores_only(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return model(batch[0]), batch[1]
+
+
+def sum_and_terms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
+
+@pytest.mark.parametrize(
+    ("data", "how"),
+    [
+        (images(300), {}),
+        (TensorDataset(images(300)[0]), {}),
+        ([images(300)[0]], {}),
+        ({"images": images(300)[0]}, {}),
+        ({"images": images(300)[0], "labels": images(300)[1]}, {}),
+        (images(300), {"forward": scores_only}),
+        (images(300), {"batch_loss": sum_and_terms}),
+    ],
+    ids=["pairs", "no targets", "bare tensor", "mapping", "labels", "forward", "batch_loss"],
+)
+def test_inference_holds_more_and_needs_no_targets(data: Any, how: dict[str, Any]) -> None:
+    model = Mlp()
+    before = fingerprint(model)
+    limit = 120 * 1024
+    found = find_batch_size(model, data, mode="inference", memory_limit=limit, ceiling=300, **how)
+    assert fingerprint(model) == before
+    assert model.training
+    trained = find_batch_size(model, images(300), memory_limit=limit)
+    assert trained.size < found.size < 300
+    assert check(model, data, found.size, mode="inference", memory_limit=limit, **how).fits
+    above = check(model, data, found.size + 1, mode="inference", memory_limit=limit, **how)
+    assert above.failure is Verdict.OUT_OF_MEMORY
+
+
+def test_inference_runs_forward_in_evaluation_mode_without_a_graph() -> None:
+    seen: set[tuple[bool, bool]] = set()
+    model = Mlp(fails=lambda _: seen.add((model.inner[2].training, torch.is_grad_enabled())))
+    found = find_batch_size(model, images(9), mode="inference")
+    assert seen == {(False, False)}
+    assert found.size == 9
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mode must be one of \('train', 'inference'\), got 'x'"):
+        find_batch_size(Mlp(), images(9), mode="x")  # type: ignore[arg-type]  # That is the test.

@@ -48,11 +48,11 @@ SIGNATURES = {
         *["batch_norm", "snapshot_steps", "eval_data", "metrics", "checkpoint_dir", "on_step"],
         *["search", "seed", "progress"],
     ],
-    "find_batch_size": ["model", "data", "ceiling", *JOB, "search", "progress"],
+    "find_batch_size": ["model", "data", "ceiling", *JOB, "mode", "search", "progress"],
     "find_largest": [
         *["run", "ceiling", "state", "device", "memory_limit", "headroom", "search", "progress"],
     ],
-    "check": ["model", "data", "size", *JOB, "search"],
+    "check": ["model", "data", "size", *JOB, "mode", "search"],
     "Accumulator": [
         *["model", "optimizer", "loss", "micro_batch", "forward", "batch_loss", "scheduler"],
         *["scaler", "precision", "clip_grad_norm", "clip_grad_value", "nonfinite", "batch_norm"],

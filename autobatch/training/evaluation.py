@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, size_of, take
 from autobatch.batches.pieces import cut_to, largest_piece
@@ -19,6 +19,7 @@ from autobatch.errors import DoesNotFitError
 from autobatch.plan import useful_sizes
 from autobatch.randomness import random_state
 from autobatch.results import Evaluation, Verdict
+from autobatch.training.forward import outputs_of
 from autobatch.training.inferred import Inferred
 from autobatch.training.losses import read_mean
 from autobatch.training.objective import Compared, Objective
@@ -57,6 +58,25 @@ class Inference:
 
     def clear(self) -> None:
         """Do nothing: no gradient is left."""
+
+
+def inference(
+    recipe: Recipe, forward: Callable[[nn.Module, Nest], object] | None, sample: Nest
+) -> Inference:
+    """Return the forward pass alone, in the mode that the model is in then.
+
+    Args:
+        recipe: What a training step would be made of.
+        forward: The user's; None is the standard one.
+        sample: Real examples, with or without targets.
+    """
+    call = outputs_of if forward is None else forward
+
+    def run(batch: Nest) -> None:
+        with recipe.precision.forward():
+            call(recipe.model, recipe.feed.move(batch))
+
+    return Inference(run, sample)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -39,6 +39,17 @@ def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
     return model(*inputs), targets
 
 
+def outputs_of(model: nn.Module, batch: Nest) -> Nest:
+    """Return the outputs for a batch that may lack targets: then all of it is inputs."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping) and not any(key in batch for key in _TARGET_KEYS):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return model(*batch)
+    return standard_forward(model, batch)[0]
+
+
 def own_rows(
     forward: Forward | None, model: nn.Module, micro_batch: Nest, borrowed: int
 ) -> tuple[Nest, Nest]:
