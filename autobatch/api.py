@@ -3,8 +3,9 @@
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Final, Literal
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from typing import Final, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,11 +17,12 @@ from autobatch.batches.sample import read_sample
 from autobatch.course import Course
 from autobatch.display import observer_of
 from autobatch.errors import DoesNotFitError
-from autobatch.events import Observer
+from autobatch.events import Observer, SizesTimed
 from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import BatchPlan, check_size, useful_sizes
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
+from autobatch.probing.speed import sizes_to_time, speeds
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
 from autobatch.training.batch_norm import BatchNormMode
@@ -36,6 +38,8 @@ from autobatch.units import Size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 Mode = Literal["train", "inference"]
+Prefer = Literal["largest", "fastest"]
+_PREFER: Final = get_args(Prefer)
 _PASSES: Final[dict[Mode, int]] = {"train": 2, "inference": 1}  # Micro-batches in a trial.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
 
@@ -69,6 +73,7 @@ def find_and_train(
     metrics: Mapping[str, Metric] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     on_step: Callable[[StepResult], object] | None = None,
+    prefer: Prefer = "largest",
     search: SearchOptions = STANDARD_SEARCH,
     seed: int | None = None,
     progress: bool | Observer = True,
@@ -122,6 +127,9 @@ def find_and_train(
         checkpoint_dir: Save here after each epoch, and at Ctrl-C or SIGTERM once the step that
             runs is done; go on from what is here. The same call again trains on, bit for bit.
         on_step: Called with every ``StepResult``.
+        prefer: ``"largest"``: the fewest micro-batches. ``"fastest"``: the smallest size within 2 %
+            of the most examples a second, among the tolerable batch and a few sizes below it, each
+            timed over whole logical batches.
         search: How the tolerable batch is searched for.
         seed: Seeds torch, NumPy and Python first; None leaves them alone.
         progress: True shows trials and a progress bar, False is silent; a callable is told of
@@ -149,6 +157,8 @@ def find_and_train(
         max_steps = check_size("max_steps", max_steps)
     check_seed(seed)
     check_search(search)
+    if prefer not in _PREFER:
+        raise ValueError(f"prefer must be one of {_PREFER}, got {prefer!r}")
     options = StepOptions(
         loss=loss,
         forward=forward,
@@ -186,7 +196,7 @@ def find_and_train(
             schedule=(scheduler, scheduler_interval),
         )
         seed_all(seed)
-        return _train(course, search, observer_of(progress, stack))
+        return _train(course, prefer, search, observer_of(progress, stack))
 
 
 def find_batch_size(
@@ -323,7 +333,9 @@ def check(
             return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
 
 
-def _train(course: Course, search: SearchOptions, observer: Observer) -> TrainingResult:
+def _train(
+    course: Course, prefer: Prefer, search: SearchOptions, observer: Observer
+) -> TrainingResult:
     """Search, then train with what was found."""
     job = course.job
     with course.undone_on_error():
@@ -339,8 +351,26 @@ def _train(course: Course, search: SearchOptions, observer: Observer) -> Trainin
                 windows=lambda size: _rehearsed(job, BatchPlan(desired=window, tolerable=size)),
                 reason="ceiling" if window == course.desired else "data",
             )
+            if prefer == "fastest":
+                found = _timed(job, rehearsal, found, window)
+                observer(SizesTimed(search=found))
     del first, sample  # The largest that there is: the epochs hold it for as long as it is needed.
     return course.train(found, window, observer, functools.partial(_size_for_inference, job))
+
+
+def _timed(job: Job, rehearsal: Rehearsal, found: SearchResult, window: int) -> SearchResult:
+    """The search, with how fast the size that it found and smaller ones train."""
+    limited = functools.partial(job.device.limited_to, found.limit_bytes)
+    timed = speeds(
+        rehearsal,
+        job.device,
+        {
+            size: BatchPlan(desired=window, tolerable=size).micro_batch_sizes
+            for size in sizes_to_time(useful_sizes(window), found.size)
+        },
+        limited if job.trains_limited else nullcontext,
+    )
+    return replace(found, speeds=timed)
 
 
 def _size_for_inference(job: Job, run: Inference, candidates: Sequence[int]) -> int:

@@ -19,8 +19,10 @@ import typer
 from autobatch.commands.inventory import HEADERS, take_inventory
 from autobatch.commands.reports import Fields, Journal, Report, plan_fields
 from autobatch.commands.runs import (
+    ModeChoice,
     OptimizerName,
     PrecisionChoice,
+    PreferChoice,
     SearchRun,
     TrainingRun,
     Watch,
@@ -93,6 +95,9 @@ def train(
     seed: Seed = None,
     device: Device = None,
     precision: Precision = PrecisionChoice.FP32,
+    prefer: Annotated[
+        PreferChoice, typer.Option(help="The fewest micro-batches, or the most examples a second.")
+    ] = PreferChoice.LARGEST,
     clip_grad_norm: Annotated[
         float | None, typer.Option(help="Largest norm of a step's gradient.")
     ] = None,
@@ -121,6 +126,7 @@ def train(
             epochs=epochs,
             max_steps=max_steps,
             precision=precision,
+            prefer=prefer,
             clip_grad_norm=clip_grad_norm,
             checkpoint_dir=checkpoint_dir,
             save=save,
@@ -137,6 +143,10 @@ def find(
         int | None, typer.Option(min=1, help="Largest size of interest. Default: the data's.")
     ] = None,
     memory_limit: MemoryLimit = None,
+    mode: Annotated[
+        ModeChoice, typer.Option(help="A training step, or a forward pass without gradients.")
+    ] = ModeChoice.TRAIN,
+    multiple_of: Annotated[int, typer.Option(min=1, help="Try only multiples of this.")] = 1,
     optimizer: Optimizer = OptimizerName.ADAMW,
     lr: LearningRate = 1e-3,
     pixels: Pixels = 64,
@@ -147,7 +157,7 @@ def find(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Find the largest batch with which MODEL can train."""
+    """Find the largest batch with which MODEL can train, or infer."""
 
     def work(watch: Watch) -> Report:
         return SearchRun(
@@ -160,6 +170,8 @@ def find(
             device=device,
             seed=seed,
             ceiling=ceiling,
+            mode=mode,
+            multiple_of=multiple_of,
             precision=precision,
         ).run(watch)
 

@@ -241,6 +241,7 @@ class Course:
             recipe=job.recipe,
             moved=sorted(driver.moved_buffers),
             agreed=driver.agreed,
+            found=found,
         )
         return self._result(found, ended, tuple(told))
 
@@ -248,7 +249,7 @@ class Course:
         """Return the result of a training that its checkpoint has finished."""
         assert self.saved is not None, "only a checkpoint can have finished"
         found = _search_from(self.saved["facts"]["search"])
-        plan = BatchPlan(desired=self.window(None), tolerable=found.size)
+        plan = BatchPlan(desired=self.window(None), tolerable=self.saved["facts"]["tolerable"])
         return self._result(found, plan, ("nothing was left to do: the checkpoint is complete",))
 
     def _result(
@@ -269,6 +270,7 @@ class Course:
             epochs=place.epoch if place.windows else place.epoch - 1,
             examples=progress.examples,
             seconds=progress.seconds,
+            loading_seconds=progress.loading_seconds,
             replays=progress.replays,
             evaluations=tuple(progress.evaluations),
             notes=(*resumed, *told),
@@ -276,20 +278,17 @@ class Course:
 
     def _driver(self, found: SearchResult, window: int, observer: Observer) -> Driver:
         job = self.job
-        # The CPU is metered only where a limit was asked for: the meter costs time, and without
-        # one the search has left the headroom.
-        limited = job.budget.memory_limit_bytes is not None or job.device.torch_device.type != "cpu"
         driver = Driver(
             recipe=job.recipe,
-            size=MicroBatchSize(found.size),
+            size=MicroBatchSize(found.fastest),
             nonfinite=self.nonfinite,
             schedule=self.schedule,
-            limit_bytes=found.limit_bytes if limited else None,
+            limit_bytes=found.limit_bytes if job.trains_limited else None,
             observer=observer,
         )
         facts: dict[str, object] = {
             "window": window,
-            "tolerable": found.size,
+            "tolerable": found.fastest,
             "device": job.device.name,
             "search": _plain(found),
         }
@@ -300,7 +299,7 @@ class Course:
             if same_device and before["tolerable"] <= found.size:
                 facts["tolerable"] = before["tolerable"]  # The same pieces round the same way.
             else:
-                driver.size = MicroBatchSize(found.size)
+                driver.size = MicroBatchSize(found.fastest)
         if self.keeper is not None:
             self.keeper.facts = facts
         return driver

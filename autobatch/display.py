@@ -32,6 +32,7 @@ from autobatch.events import (
     Resumed,
     SearchEnded,
     SearchStarted,
+    SizesTimed,
     StepEnded,
     TrainingStarted,
     TrialEnded,
@@ -150,6 +151,11 @@ class Display:
     @_show.register
     def _(self, event: SearchEnded) -> None:
         self.log(_tolerable(event.search))
+
+    @_show.register
+    def _(self, event: SizesTimed) -> None:
+        timed = ", ".join(f"{s.size}: {s.examples_per_second:,.4g}" for s in event.search.speeds)
+        self.log(f"examples a second at {timed}; trains with {event.search.fastest}")
 
     @_show.register
     def _(self, event: TrainingStarted) -> None:

@@ -44,6 +44,17 @@ class SearchEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SizesTimed:
+    """It is known how fast the tolerable batch and smaller ones train.
+
+    Attributes:
+        search: With its ``speeds``.
+    """
+
+    search: SearchResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStarted:
     """The first window is about to run.
 
@@ -128,6 +139,7 @@ Event = (
     | TrialStarted
     | TrialEnded
     | SearchEnded
+    | SizesTimed
     | TrainingStarted
     | StepEnded
     | EpochEnded

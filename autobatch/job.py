@@ -88,6 +88,16 @@ class Job:
         """The model, and the loss where it is a module."""
         return [module for module in (self.recipe.model, self.loss_module) if module is not None]
 
+    @property
+    def trains_limited(self) -> bool:
+        """Whether training itself is held to the limit.
+
+        The CPU is metered only where a limit was asked for: the meter costs time, and without one
+        the search has left the headroom.
+        """
+        asked = self.budget.memory_limit_bytes is not None
+        return asked or self.device.torch_device.type != "cpu"
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Leave no trace of what happens inside, on the model, the data or the generators."""

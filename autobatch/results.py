@@ -4,11 +4,12 @@ import enum
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from autobatch.plan import BatchPlan
 from autobatch.units import format_bytes
 
+_AS_FAST: Final = 0.02  # A difference that is not worth more memory.
 LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time"]
 
 
@@ -93,6 +94,24 @@ class Upper:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast micro-batches of one size train.
+
+    Attributes:
+        size: Examples in the largest of them.
+        examples_per_second: The median over whole logical batches, without loading.
+        windows: So many were timed.
+    """
+
+    size: int
+    examples_per_second: float
+    windows: int
+
+    def __str__(self) -> str:
+        return f"{self.size}: {self.examples_per_second:.4g} examples a second"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """The tolerable batch, and how it was found. Usable as an ``int``.
 
@@ -103,6 +122,7 @@ class SearchResult:
         limit_bytes: What the step was allowed to allocate.
         limited_by: What kept the size from being larger.
         upper: Why nothing larger was taken.
+        speeds: How fast it and a few smaller sizes train, where ``prefer="fastest"`` asked.
     """
 
     size: int
@@ -111,6 +131,7 @@ class SearchResult:
     limit_bytes: int
     limited_by: LimitedBy
     upper: Upper
+    speeds: tuple[Speed, ...] = ()
 
     def __int__(self) -> int:
         return self.size
@@ -123,6 +144,14 @@ class SearchResult:
         """The peak of the last trial that ran at ``size``; None where it was not measured."""
         peaks = (t.peak_bytes for t in reversed(self.trials) if t.fits and t.size == self.size)
         return next(peaks, None)
+
+    @property
+    def fastest(self) -> int:
+        """The smallest size within 2 % of the fastest; ``size`` where none was timed."""
+        if not self.speeds:
+            return self.size
+        enough = (1 - _AS_FAST) * max(speed.examples_per_second for speed in self.speeds)
+        return min(s.size for s in self.speeds if s.examples_per_second >= enough)
 
     def __str__(self) -> str:
         failed = sum(not trial.fits for trial in self.trials)
@@ -222,6 +251,7 @@ class TrainingResult:
         epochs: Epochs that were begun.
         examples: Examples that entered a step.
         seconds: Time spent in training, without the search.
+        loading_seconds: Of it, how long steps waited for their data.
         replays: How often memory ran out and a window was run again.
         evaluations: One per epoch, where there was ``eval_data``.
         notes: What was not exact, or not as asked, and why.
@@ -233,6 +263,7 @@ class TrainingResult:
     epochs: int
     examples: int
     seconds: float
+    loading_seconds: float = 0.0
     replays: int = 0
     evaluations: tuple[Evaluation, ...] = ()
     notes: tuple[str, ...] = ()

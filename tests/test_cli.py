@@ -163,6 +163,23 @@ def test_finding_prints_the_tolerable_batch_alone_on_the_output(run: Run) -> Non
     assert found["peak_bytes"] <= found["limit_bytes"] == 200_000
 
 
+def test_finding_for_inference_in_steps_of_eight(run: Run) -> None:
+    limit = ("--memory-limit", "200kB", "--device", "cpu", "--json", "--quiet")
+    _, trained, _ = run("find", *TINY, *limit)
+    code, out, _ = run("find", *TINY, *limit, "--mode", "inference", "--multiple-of", "8")
+    assert code == ExitCode.DONE
+    found = json.loads(out)
+    assert found["size"] > json.loads(trained)["size"]
+    assert {trial["size"] % 8 for trial in found["trials"]} == {0}
+
+
+def test_training_can_prefer_the_fastest(run: Run) -> None:
+    code, out, err = run("train", *TINY, "--desired", "64", "--prefer", "fastest", "--json")
+    assert code == ExitCode.DONE
+    assert json.loads(out)["search"]["speeds"]
+    assert "examples a second at" in err
+
+
 def test_finding_stops_at_the_ceiling(run: Run) -> None:
     code, out, _ = run("find", *TINY, "--ceiling", "7", "--quiet")
     assert code == ExitCode.DONE

@@ -25,6 +25,7 @@ NAMES = [
     "SearchResult",
     "SearchTimeoutError",
     "Shared",
+    "Speed",
     "StepInterruptedError",
     "StepResult",
     "TrainingResult",
@@ -46,7 +47,7 @@ SIGNATURES = {
         *["epochs", "max_steps", "drop_last", "device", "precision", "scaler", "gradient_dtype"],
         *["memory_limit", "headroom", "clip_grad_norm", "clip_grad_value", "nonfinite"],
         *["batch_norm", "snapshot_steps", "eval_data", "metrics", "checkpoint_dir", "on_step"],
-        *["search", "seed", "progress"],
+        *["prefer", "search", "seed", "progress"],
     ],
     "find_batch_size": ["model", "data", "ceiling", *JOB, "mode", "search", "progress"],
     "find_largest": [

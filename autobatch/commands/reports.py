@@ -1,7 +1,7 @@
 """What the command line says at the end: text for people, fields for machines."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
@@ -134,6 +134,7 @@ def search_fields(search: SearchResult) -> Fields:
             "bytes": search.upper.bytes,
         },
         "trials": [trial_fields(trial) for trial in search.trials],
+        "speeds": [asdict(speed) for speed in search.speeds],
     }
 
 
@@ -147,6 +148,7 @@ def training_fields(result: TrainingResult) -> Fields:
         "epochs": result.epochs,
         "examples": result.examples,
         "seconds": result.seconds,
+        "loading_seconds": result.loading_seconds,
         "examples_per_second": result.examples_per_second,
         "replays": result.replays,
         "notes": list(result.notes),

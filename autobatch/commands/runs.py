@@ -18,6 +18,7 @@ from autobatch.commands.sources import DataSource, accuracy, load_data, load_mod
 from autobatch.devices.choose import choose_device
 from autobatch.events import Event, SearchEnded
 from autobatch.plan import check_size
+from autobatch.probing.options import SearchOptions
 from autobatch.training.precision import check_precision
 from autobatch.units import parse_bytes
 
@@ -35,6 +36,20 @@ class PrecisionChoice(enum.StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+
+
+class PreferChoice(enum.StrEnum):
+    """What training can prefer."""
+
+    LARGEST = "largest"
+    FASTEST = "fastest"
+
+
+class ModeChoice(enum.StrEnum):
+    """What a search can rehearse."""
+
+    TRAIN = "train"
+    INFERENCE = "inference"
 
 
 _MOMENTUM: Final = 0.9
@@ -105,9 +120,13 @@ class SearchRun(Setting):
 
     Attributes:
         ceiling: The largest size of interest; None goes as far as the data.
+        mode: What is rehearsed.
+        multiple_of: Only multiples of this are tried.
     """
 
     ceiling: int | None = None
+    mode: ModeChoice = ModeChoice.TRAIN
+    multiple_of: int = 1
 
     def run(self, watch: Watch) -> Report:
         """Find the tolerable batch."""
@@ -120,6 +139,8 @@ class SearchRun(Setting):
             device=self.device,
             precision=check_precision(self.precision),
             memory_limit=self.memory_limit,
+            mode="inference" if self.mode is ModeChoice.INFERENCE else "train",
+            search=SearchOptions(multiple_of=self.multiple_of),
             # How it ended is the report itself.
             progress=lambda event: None if isinstance(event, SearchEnded) else watch(event),
         )
@@ -136,6 +157,7 @@ class TrainingRun(Setting):
         epochs: How often all data is seen.
         max_steps: Optimizer steps after which it ends, or None.
         save: Where the trained weights go, or None.
+        prefer: The largest size, or the fastest.
         clip_grad_norm: The largest norm of a step's gradient, or None.
         checkpoint_dir: Where checkpoints go and are trained on from, or None.
     """
@@ -144,6 +166,7 @@ class TrainingRun(Setting):
     epochs: int = 1
     max_steps: int | None = None
     save: Path | None = None
+    prefer: PreferChoice = PreferChoice.LARGEST
     clip_grad_norm: float | None = None
     checkpoint_dir: Path | None = None
 
@@ -168,6 +191,7 @@ class TrainingRun(Setting):
             precision=check_precision(self.precision),
             memory_limit=self.memory_limit,
             clip_grad_norm=self.clip_grad_norm,
+            prefer="fastest" if self.prefer is PreferChoice.FASTEST else "largest",
             checkpoint_dir=self.checkpoint_dir,
             seed=self.seed,
             progress=watch,

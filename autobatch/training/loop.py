@@ -80,7 +80,7 @@ class Loop:
 
     def _epoch(self, place: Place, batches: Iterator[Nest]) -> bool:
         """Step through the rest of one epoch; return whether it came to its end."""
-        for batch in batches:
+        for batch in self._waited_for(batches):
             step = self._driver.step(batch)
             place.windows += 1
             self._progress.count(step)
@@ -95,6 +95,17 @@ class Loop:
             if self._is_done():
                 return False
         return True
+
+    def _waited_for(self, batches: Iterator[Nest]) -> Iterator[Nest]:
+        """The batches; how long each was waited for is counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._progress.loading_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+            del batch
 
     def _end_epoch(self, place: Place, seconds: float, steps_before: int, *, whole: bool) -> None:
         """Evaluate, tell, schedule and save. An epoch that max_steps ended may go on later."""

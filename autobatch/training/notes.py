@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from autobatch.plan import BatchPlan
+from autobatch.results import SearchResult
 from autobatch.training.custom import Custom
 from autobatch.training.objective import Compared
 from autobatch.training.progress import Progress
@@ -20,6 +22,7 @@ def notes(
     recipe: Recipe,
     moved: Sequence[str],
     agreed: int,
+    found: SearchResult,
 ) -> Iterator[str]:
     """Yield a sentence for each thing that the user should know of.
 
@@ -32,6 +35,7 @@ def notes(
         recipe: What a step was made of.
         moved: Names of buffers that a forward pass moves, BatchNorm's apart.
         agreed: How often an unknown loss was held to the law, and kept it.
+        found: The search.
     """
     if planned.desired < asked:
         yield (
@@ -40,6 +44,18 @@ def notes(
         )
     if max(planned.accumulation_steps, ended.accumulation_steps) > 1:
         yield from _of_cutting(recipe, moved, agreed, normalises=normalises)
+    speeds = {speed.size: speed.examples_per_second for speed in found.speeds}
+    if found.fastest != found.size:
+        yield (
+            f"micro-batches of {found.fastest} were preferred to the tolerable {found.size}: "
+            f"{speeds[found.fastest]:,.4g} examples a second against "
+            f"{speeds.get(found.size, 0.0):,.4g}"
+        )
+    if done.loading_seconds > max(_LOADING_SHARE * done.seconds, 1.0):
+        yield (
+            f"steps waited for their data in {done.loading_seconds / done.seconds:.0%} of the "
+            "time: loading is the limit, and no micro-batch trains faster than that"
+        )
     lost = sum(not math.isfinite(loss) for loss in done.losses)
     if lost:
         yield f"{lost} of {len(done.losses)} losses are not finite"
@@ -52,6 +68,7 @@ def notes(
         yield f"{count} logical batches {_SKIPPED.get(reason, reason)}"
 
 
+_LOADING_SHARE: Final = 0.5
 _SKIPPED = {
     "no valid term": "held no valid term and were skipped",
     "not finite": "had a loss or gradient that is not finite and were skipped",

@@ -19,6 +19,7 @@ class Progress:
         skipped: Logical batches that were left out, by reason.
         evaluations: One per epoch that was evaluated.
         seconds: Spent in steps and on reading their data.
+        loading_seconds: Of it, spent on reading.
         epoch_begins: How many steps had been taken when this epoch began.
     """
 
@@ -28,6 +29,7 @@ class Progress:
     skipped: dict[str, int] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     seconds: float = 0.0
+    loading_seconds: float = 0.0
     epoch_begins: int = 0
     _unread: StepResult | None = None
 
