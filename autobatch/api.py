@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches.regroup import Data
 from autobatch.batches.sample import read_sample
+from autobatch.batches.worst import worst_case_of
 from autobatch.course import Course
 from autobatch.display import observer_of
 from autobatch.errors import DoesNotFitError
@@ -345,8 +346,9 @@ def _train(
         window = course.window(first)
         with job.undisturbed():
             sample = read_sample(job.source) if first is None else first
+            sample, said = worst_case_of(job.source, sample, search.worst_case)
             rehearsal = Rehearsal(job.recipe, sample, window)
-            found = _finder(job, rehearsal, search, observer).largest(
+            found = _finder(job, rehearsal, search, observer, said).largest(
                 useful_sizes(window),
                 windows=lambda size: _rehearsed(job, BatchPlan(desired=window, tolerable=size)),
                 reason="ceiling" if window == course.desired else "data",
@@ -375,7 +377,7 @@ def _timed(job: Job, rehearsal: Rehearsal, found: SearchResult, window: int) -> 
 
 def _size_for_inference(job: Job, run: Inference, candidates: Sequence[int]) -> int:
     """The largest size that inference really ran at, beside the weights and the optimizer."""
-    finder = _finder(job, run, STANDARD_SEARCH, lambda _: None)
+    finder = _finder(job, run, STANDARD_SEARCH, lambda _: None, "")
     return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
 
 
@@ -383,12 +385,12 @@ def _probe(
     job: Job, mode: Mode, options: StepOptions, search: SearchOptions, observer: Observer
 ) -> Finder:
     """A search over a job that is undisturbed, in training or in inference."""
-    sample = read_sample(job.source)
+    sample, said = worst_case_of(job.source, read_sample(job.source), search.worst_case)
     if mode == "train":
-        return _finder(job, Rehearsal(job.recipe, sample), search, observer)
+        return _finder(job, Rehearsal(job.recipe, sample), search, observer, said)
     job.recipe.model.eval()
     forward = options.batch_loss or options.forward
-    return _finder(job, inference(job.recipe, forward, sample), search, observer)
+    return _finder(job, inference(job.recipe, forward, sample), search, observer, said)
 
 
 def _check_mode(mode: object) -> None:
@@ -397,7 +399,11 @@ def _check_mode(mode: object) -> None:
 
 
 def _finder(
-    job: Job, rehearsal: Rehearsal | Inference, search: SearchOptions, observer: Observer
+    job: Job,
+    rehearsal: Rehearsal | Inference,
+    search: SearchOptions,
+    observer: Observer,
+    worst_case: str,
 ) -> Finder:
     return Finder(
         rehearsal=rehearsal,
@@ -406,6 +412,7 @@ def _finder(
         breakdown_bytes=job.breakdown_bytes,
         observer=observer,
         options=search,
+        worst_case=worst_case,
     )
 
 

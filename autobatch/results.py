@@ -122,6 +122,7 @@ class SearchResult:
         limit_bytes: What the step was allowed to allocate.
         limited_by: What kept the size from being larger.
         upper: Why nothing larger was taken.
+        worst_case: What the trials repeated, in words.
         speeds: How fast it and a few smaller sizes train, where ``prefer="fastest"`` asked.
     """
 
@@ -131,6 +132,7 @@ class SearchResult:
     limit_bytes: int
     limited_by: LimitedBy
     upper: Upper
+    worst_case: str = ""
     speeds: tuple[Speed, ...] = ()
 
     def __int__(self) -> int:

@@ -59,7 +59,7 @@ SIGNATURES = {
         *["scaler", "precision", "clip_grad_norm", "clip_grad_value", "nonfinite", "batch_norm"],
         *["gradient_dtype", "snapshot_steps"],
     ],
-    "SearchOptions": ["confirm", "multiple_of", "timeout_seconds", "budget_seconds"],
+    "SearchOptions": ["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case"],
     "Shared": ["value"],
     "WholeBatch": ["loss"],
     "BatchPlan": ["desired", "tolerable"],

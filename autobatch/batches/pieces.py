@@ -50,14 +50,17 @@ def cut_to(batch: Nest, tolerable: int) -> tuple[list[Nest], tuple[int, ...]]:
 
 def largest_piece(batch: Nest) -> Nest:
     """Return the piece with the most bytes an example: what a trial repeats."""
-    return max(pieces_of(batch), key=_example_bytes)
+    return max(pieces_of(batch), key=example_bytes)
 
 
 def _row_shapes(batch: Nest) -> list[tuple[int, ...]]:
     return [tuple(item.shape[1:]) for item in counted(batch) if isinstance(item, Tensor)]
 
 
-def _example_bytes(batch: Nest) -> float:
-    """What is shared is left out: it is the same in all pieces, however few examples they hold."""
+def example_bytes(batch: Nest) -> float:
+    """Return the bytes of an example, on average.
+
+    What is shared is left out: it is the same in all pieces, however few examples they hold.
+    """
     held = sum(tensor.nbytes for item in counted(batch) for tensor in tensors(item))
     return held / size_of(batch)

@@ -133,6 +133,7 @@ def search_fields(search: SearchResult) -> Fields:
             "size": search.upper.size,
             "bytes": search.upper.bytes,
         },
+        "worst_case": search.worst_case,
         "trials": [trial_fields(trial) for trial in search.trials],
         "speeds": [asdict(speed) for speed in search.speeds],
     }

@@ -36,6 +36,7 @@ class Finder:
         breakdown_bytes: Names what the step needs whatever the batch; asked if nothing fits.
         observer: Is told of every trial.
         options: How to search.
+        worst_case: What trials repeat, in words.
     """
 
     rehearsal: Rehearsal
@@ -44,6 +45,7 @@ class Finder:
     breakdown_bytes: Callable[[], Mapping[str, int]]
     observer: Observer
     options: SearchOptions = field(default_factory=SearchOptions)
+    worst_case: str = ""
     _trials: list[Trial] = field(default_factory=list, init=False)
     _valid_from: int = field(default=0, init=False)  # Trials before were made in other memory.
 
@@ -209,6 +211,7 @@ class Finder:
             limit_bytes=search.limit_bytes,
             limited_by=limited_by,
             upper=upper,
+            worst_case=self.worst_case,
         )
 
 

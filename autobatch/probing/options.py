@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, get_args
 
+from autobatch.batches.worst import WorstCase, check_worst_case
 from autobatch.plan import check_size
 from autobatch.probing.search import Confirm
 
@@ -21,6 +22,9 @@ class SearchOptions:
         timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
             at between micro-batches, so a trial that never returns is not ended.
         budget_seconds: No trial begins later; None sets no end.
+        worst_case: What trials repeat. ``"longest"``: the longest example of the first batch or, if
+            a Dataset or a DataLoader without workers has longer ones, of some that are looked at.
+            ``"first"``: that of the first batch. Or a batch to use instead.
 
     Raises:
         TypeError, ValueError: With the value that came and the way out.
@@ -30,11 +34,13 @@ class SearchOptions:
     multiple_of: int = 1
     timeout_seconds: float | None = None
     budget_seconds: float | None = None
+    worst_case: WorstCase = "longest"
 
     def __post_init__(self) -> None:
         if self.confirm not in _CONFIRM:
             raise ValueError(f"confirm must be one of {_CONFIRM}, got {self.confirm!r}")
         object.__setattr__(self, "multiple_of", check_size("multiple_of", self.multiple_of))
+        check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
 
