@@ -30,8 +30,8 @@ _HELD_BACK_FRACTION: Final = 0.016
 # Words of a name that tell no two cards apart.
 _FILLERS: Final = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
 
-# Where a capacity was read, as it stands there: logs of no one address, in many public repositories.
-# Both programs print cudaDeviceProp.totalGlobalMem in MiB.
+# Where a capacity was read, as it stands there: in logs that many public repositories hold. Both
+# programs print cudaDeviceProp.totalGlobalMem in MiB.
 _TORCH: Final = "torch.cuda.get_device_properties: major={}, minor={}, total_memory={}MB"
 _LLAMA: Final = "llama.cpp (ggml_cuda_init): compute capability {}.{}, VMM: yes, VRAM: {} MiB"
 
@@ -165,6 +165,7 @@ def _card(
     listed = listed_mib * _MIB
     least, most = (round(multiprocessors * each) for each in _CONTEXT_PER_MULTIPROCESSOR)
     context = (least, max(most, _CONTEXT_AT_LEAST))
+    published = source.format(*compute_capability, visible_mib)
     if context_gib is not None:
         context = (round(context_gib[0] * 2**30), round(context_gib[1] * 2**30))
     return Gpu(
@@ -173,7 +174,7 @@ def _card(
         capacity_bytes=visible_bytes(listed) if visible_mib is None else visible_mib * _MIB,
         compute_capability=compute_capability,
         context_bytes=context,
-        source=source.format(*compute_capability, visible_mib) or "derived from what nvidia-smi lists",
+        source=published or "derived from what nvidia-smi lists",
         derived=visible_mib is None,
         also=also,
     )
