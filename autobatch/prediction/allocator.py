@@ -79,7 +79,8 @@ def replay(
     Args:
         events: In order. Tensors of no bytes take no block and have no events.
         limit_bytes: What the driver can give this process in all, without what the context and
-            libraries hold beside the allocator; None for no end.
+            libraries hold beside the allocator; None for no end. More is not always better: a
+            stream that fits can, under a slightly larger limit, be one that fragments and fails.
         expandable: Replay with ``expandable_segments:True``.
 
     Raises:
@@ -110,8 +111,9 @@ class CachingAllocator:
     Args:
         limit_bytes: What the driver gives in all; None for no end. With plain segments
             ``torch.cuda.set_per_process_memory_fraction`` is the same limit. With expandable ones
-            torch holds a full new segment against its fraction, although it maps only the pages
-            that are missing: it can refuse up to a request earlier than the driver would.
+            it is not quite: before torch maps the pages that are missing it holds a whole new
+            segment against the fraction, so it refuses up to a request earlier than the driver,
+            or maps up to a page more than the fraction.
         expandable: Whether segments grow.
     """
 
