@@ -28,7 +28,7 @@ _HELD_BACK_BYTES: Final = 544 * _MIB
 _HELD_BACK_FRACTION: Final = 0.016
 
 # Words of a name that tell no two cards apart.
-_FILLERS: Final = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
+_FILLERS: Final = re.compile("nvidia|geforce|tesla|rtx|generation|gpu")
 
 # Where a capacity was read, as it stands there: in logs that many public repositories hold. Both
 # programs print cudaDeviceProp.totalGlobalMem in MiB.
@@ -139,8 +139,8 @@ def custom_gpu(memory: int | str, *, like: str = "RTX 4090") -> Gpu:
 
 def _words(name: str) -> set[str]:
     """Letters and numbers apart, so that ``"A100-80GB"`` and ``"a 100 80"`` are the same."""
-    without_unit = re.sub(r"(\d)\s?gi?b\b", r"\1", name.lower())
-    return set(re.findall(r"[a-z]+|\d+", without_unit)) - _FILLERS
+    bare = re.sub(r"(\d)\s?gi?b\b", r"\1", _FILLERS.sub(" ", name.lower()))
+    return set(re.findall(r"[a-z]+|\d+", bare))
 
 
 def _nearest(name: str) -> list[str]:
