@@ -129,6 +129,7 @@ def test_a_card_shows_less_than_is_listed_and_no_less_than_the_rule_expects(gpu:
 def test_a_context_is_a_small_part_of_the_card(gpu: Gpu) -> None:
     least, most = gpu.context_bytes
     assert 50 * MIB < least < most < GIB
+    assert most >= 0.25 * GIB or gpu.name == "T4"  # The one card that was seen to need less.
     assert most < gpu.capacity_bytes / 10
 
 
