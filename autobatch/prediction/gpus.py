@@ -211,7 +211,7 @@ CATALOGUE: Final[tuple[Gpu, ...]] = (
     _card("A100 40GB", 40960, 40326, (8, 0), 108, _TORCH, also="SXM4 PCIe"),
     _card("A100 80GB", 81920, 81151, (8, 0), 108, _LLAMA, also="SXM4 PCIe"),
     # Ada
-    _card("RTX 4060", 8188, None, (8, 9), 24, also="8GB"),
+    _card("RTX 4060", 8188, 7932, (8, 9), 24, "https://arxiv.org/abs/2510.21048", also="8GB"),
     _card("RTX 4060 Ti 8GB", 8188, None, (8, 9), 34),
     _card("RTX 4060 Ti 16GB", 16380, 15944, (8, 9), 34, _LLAMA),
     _card("RTX 4070", 12282, 11866, (8, 9), 46, _LLAMA, also="12GB"),
