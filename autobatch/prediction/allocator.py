@@ -1,9 +1,10 @@
 """PyTorch's CUDA caching allocator as rules over integers: what it holds, and where memory ends.
 
-The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` in torch 2.13.0 (its constants in
-``c10/core/AllocatorConfig.h``), for one device and one stream, with every option at its default
-but ``expandable_segments``. They have stood unchanged since torch 2.1. Each rule names the
-function that it follows.
+The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` for one device and one stream, with
+every option at its default but ``expandable_segments``. They were read at commits eb42ad6
+and 001074d of pytorch/pytorch and in a later version, which agree; the constants and the
+defaults are those of ``c10/core/AllocatorConfig.h`` in torch 2.13.0. Each rule names the function
+that it follows.
 
 Assumed, and not modelled: no ``max_split_size_mb``, ``roundup_power2_divisions``,
 ``garbage_collection_threshold`` or ``large_segment_size_mb``; no CUDA graphs or memory pools; no
