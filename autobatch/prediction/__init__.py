@@ -1,0 +1,1 @@
+"""The memory of a step on a GPU that is not here."""
