@@ -117,6 +117,7 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Put:
             "memory_reserved": card.reads("reserved"),
             "max_memory_allocated": card.reads("peak"),
             "max_memory_reserved": card.reads("peak_reserved"),
+            "memory_stats": lambda _: {"num_alloc_retries": 3} if kind == "xpu" else {},
             "reset_peak_memory_stats": card.reset_peak,
             "empty_cache": card.empty_cache,
             "get_memory_info": card.memory_info,
@@ -217,6 +218,7 @@ def test_an_xpu_is_read_through_torch_accelerator(put: Put) -> None:
     assert type(device) is AcceleratorDevice
     assert (device.name, device.torch_device) == ("Intel Arc 0", torch.device("xpu", 0))
     assert not device.counts_host
+    assert not device.is_exact
     assert device.others() == ()
     card.allocate(3 * GIB)
     card.free(2 * GIB)
@@ -224,7 +226,7 @@ def test_an_xpu_is_read_through_torch_accelerator(put: Put) -> None:
     assert (found.allocated_bytes, found.reserved_bytes) == (GIB, 3 * GIB)
     assert (found.peak_bytes, found.peak_reserved_bytes) == (3 * GIB, 3 * GIB)
     assert (found.total_bytes, found.free_bytes) == (TOTAL, TOTAL - HELD_BY_OTHERS - 3 * GIB)
-    assert found.outside_bytes == HELD_BY_OTHERS
+    assert (found.outside_bytes, found.retries) == (HELD_BY_OTHERS, 3)
     device.release_cached()
     device.reset_peak()
     assert (device.read().reserved_bytes, device.read().peak_bytes) == (GIB, GIB)
@@ -321,6 +323,11 @@ def test_a_backend_that_cannot_limit_is_judged_afterwards(put: Put) -> None:
         with pytest.raises(torch.OutOfMemoryError, match="counted afterwards") as caught:
             device.synchronize()
         device.reset_peak()
+        with device.limited_to(9 * GIB), pytest.raises(torch.OutOfMemoryError):
+            device.synchronize()
+        with pytest.raises(torch.OutOfMemoryError, match=r"peak of 3\.0 GiB passes"):
+            device.synchronize()
+    with device.limited_to(GIB):
         device.synchronize()
     assert verdict_of(caught.value) is Verdict.OUT_OF_MEMORY
 
@@ -331,10 +338,11 @@ class Window:
     def __init__(self, card: Card) -> None:
         self.card = card
 
-    def prepare(self, sizes: Any) -> Callable[[], None]:
+    def prepare(self, sizes: Any, mark: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             self.card.allocate(sizes[0] * GIB)
             self.card.free(sizes[0] * GIB)
+            mark()
 
         return run
 
@@ -352,7 +360,7 @@ def test_a_trial_fits_up_to_the_limit_and_no_further(put: Put, kind: str, counts
     card = put(kind, counts=counts)
     stage = Stage(rehearsal=Window(card), device=opened(kind), limit_bytes=4 * GIB)
     for size, fits in ((3, True), (5, False), (4, True), (5, False), (1, True)):
-        trial, _ = stage.try_sizes((size,), smaller_fits=True)
+        trial = stage.try_sizes((size,), smaller_fits=True)
         assert trial.fits == fits
         assert trial.peak_bytes == (size * GIB if fits else None)
         assert trial.failure is (None if fits else Verdict.OUT_OF_MEMORY)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autobatch import SearchResult, Verdict, WholeBatch, check, find_batch_size
 from autobatch.batches.nest import Nest
 from autobatch.devices.metered import MeteredDevice
+from autobatch.errors import DeviceLostError
 from autobatch.training import large, rehearsal
 from autobatch.training.evaluation import Inference
 from autobatch.training.large import LargeCheck, elements_at
@@ -183,7 +184,7 @@ def test_an_error_that_loses_the_context_is_not_hidden() -> None:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             return rows
 
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
         find(Ordinary(Lost()))
 
 

@@ -37,6 +37,7 @@ class AcceleratorDevice:
         self._device = torch_device
         self._set_limit = _limiter(torch_device)
         self._limit_bytes: int | None = None
+        self._peak_bytes = 0  # Since the limit was set, as far as it was counted before a reset.
 
     @property
     def torch_device(self) -> torch.device:
@@ -52,6 +53,11 @@ class AcceleratorDevice:
     @property
     def counts_host(self) -> bool:
         """False: even where the memory is one, the limit is that of the device's allocator."""
+        return False
+
+    @property
+    def is_exact(self) -> bool:
+        """False: a caching allocator may have more room, or less, another time."""
         return False
 
     def read(self) -> MemoryReading:
@@ -70,6 +76,7 @@ class AcceleratorDevice:
             peak_bytes=max(read.max_memory_allocated(index), allocated),
             peak_reserved_bytes=max(read.max_memory_reserved(index), reserved),
             outside_bytes=outside,
+            retries=read.memory_stats(index).get("num_alloc_retries", 0),
         )
 
     def others(self) -> tuple[OtherProcess, ...]:
@@ -81,6 +88,8 @@ class AcceleratorDevice:
         """Hold the allocator to ``limit_bytes`` inside; a limit inside a limit is only tighter."""
         outer = self._limit_bytes
         self._limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
+        if outer is None:
+            self._peak_bytes = 0
         try:
             self._apply_limit()
             yield
@@ -90,6 +99,7 @@ class AcceleratorDevice:
 
     def reset_peak(self) -> None:
         """Count peaks from here on."""
+        self._peak_bytes = max(self._peak_bytes, self.read().peak_bytes)
         torch.accelerator.reset_peak_memory_stats(self._device.index)
 
     def release_cached(self) -> None:
@@ -106,7 +116,7 @@ class AcceleratorDevice:
         torch.accelerator.synchronize(self._device.index)
         if self._set_limit is not None or self._limit_bytes is None:
             return
-        peak_bytes = self.read().peak_bytes
+        peak_bytes = max(self._peak_bytes, self.read().peak_bytes)
         if peak_bytes > self._limit_bytes:
             raise torch.OutOfMemoryError(
                 f"{self.name} out of memory, as counted afterwards: the peak of "
@@ -131,25 +141,25 @@ class MpsDevice(AcceleratorDevice):
     """Apple's GPU where torch.accelerator cannot read its allocator (pytorch#167447).
 
     ``torch.mps`` counts no peaks. What is read instead is what the driver holds for this process,
-    which keeps all that a trial needed until its cache is released: so each trial begins with an
-    empty cache, and the peak is an upper bound, rounded up to the allocator's blocks.
+    which keeps all that was needed until its cache is released: so counting begins with an empty
+    cache, and the peak is an upper bound, rounded up to the allocator's blocks.
     """
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)
-        self._peak_bytes = 0
+        self._held_bytes = 0  # The most since the peak was reset.
 
     def read(self) -> MemoryReading:
         """Return what Metal holds for this process, and what it recommends to hold at most."""
         total, reserved = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
-        self._peak_bytes = max(self._peak_bytes, reserved)
+        self._held_bytes = max(self._held_bytes, reserved)
         return MemoryReading(
             total_bytes=total,
             free_bytes=max(min(total - reserved, host_memory()[1]), 0),
             allocated_bytes=torch.mps.current_allocated_memory(),
             reserved_bytes=reserved,
-            peak_bytes=self._peak_bytes,
-            peak_reserved_bytes=self._peak_bytes,
+            peak_bytes=self._held_bytes,
+            peak_reserved_bytes=self._held_bytes,
             outside_bytes=0,
         )
 
@@ -157,7 +167,7 @@ class MpsDevice(AcceleratorDevice):
         """Empty the cache: what the driver holds afterwards is what is needed from here on."""
         torch.mps.synchronize()
         torch.mps.empty_cache()
-        self._peak_bytes = 0
+        self._held_bytes = 0
 
     def release_cached(self) -> None:
         """Collect reference cycles, then give unused blocks back to the driver."""
