@@ -127,6 +127,8 @@ class Display:
     def _(self, event: SearchStarted) -> None:
         limit = format_bytes(event.limit_bytes)
         self.log(f"{event.device}, limit {limit}, sizes up to {event.ceiling}")
+        for other in event.others:
+            self.log(f"on the same device {other}")
         self.log(_HEADER, style="dim")
 
     @_show.register

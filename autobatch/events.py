@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autobatch.plan import BatchPlan
-from autobatch.results import Evaluation, SearchResult, StepResult, Trial
+from autobatch.results import Evaluation, OtherProcess, SearchResult, StepResult, Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,11 +15,13 @@ class SearchStarted:
         device: The device's name, for people.
         limit_bytes: What a step may allocate.
         ceiling: The largest size of interest.
+        others: Other processes on the device, as far as told.
     """
 
     device: str
     limit_bytes: int
     ceiling: int
+    others: tuple[OtherProcess, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

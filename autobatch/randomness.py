@@ -51,7 +51,7 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
         A function that puts all of them back, as often as it is called.
     """
     torch_cpu = torch.get_rng_state()
-    torch_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    accelerators = _accelerators()
     numpy_global = _numpy_state()
     python_global = random.getstate()
     own = [_generator(found) for source in sources for found in generators_in(source)]
@@ -59,14 +59,26 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     def put_back() -> None:
         _forget_numpy()  # Its normal number that waits may be another with the same memory.
         torch.set_rng_state(torch_cpu)
-        if torch_cuda:
-            torch.cuda.set_rng_state_all(torch_cuda)
+        for restore in accelerators:
+            restore()
         np.random.set_state(numpy_global)
         random.setstate(python_global)
         for restore in own:
             restore()
 
     return put_back
+
+
+def _accelerators() -> list[Restore]:
+    """Take the generators of the GPUs that are in use; a GPU that is idle is not started."""
+    found: list[Restore] = [
+        functools.partial(module.set_rng_state_all, module.get_rng_state_all())
+        for module in (torch.cuda, torch.xpu)
+        if module.is_initialized()
+    ]
+    if torch.mps.is_available():
+        found.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return found
 
 
 _MT19937_BYTES: Final = 624 * 4 + 4  # Key and position: all of its struct that draws move.

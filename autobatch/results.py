@@ -33,6 +33,23 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OtherProcess:
+    """Another process that computes on the same device.
+
+    Attributes:
+        pid: Its number where the driver lives: in a container, not the number known inside.
+        used_bytes: What it holds; None where that is not told.
+    """
+
+    pid: int
+    used_bytes: int | None
+
+    def __str__(self) -> str:
+        held = "memory" if self.used_bytes is None else format_bytes(self.used_bytes)
+        return f"process {self.pid} holds {held}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """One rehearsed window at one size.
 
@@ -124,6 +141,7 @@ class SearchResult:
         upper: Why nothing larger was taken.
         worst_case: What the trials repeated, in words.
         speeds: How fast it and a few smaller sizes train, where ``prefer="fastest"`` asked.
+        others: Other processes on the device when the search began, as far as told.
     """
 
     size: int
@@ -134,6 +152,7 @@ class SearchResult:
     upper: Upper
     worst_case: str = ""
     speeds: tuple[Speed, ...] = ()
+    others: tuple[OtherProcess, ...] = ()
 
     def __int__(self) -> int:
         return self.size

@@ -22,7 +22,16 @@ from autobatch.events import (
     TrialStarted,
 )
 from autobatch.plan import BatchPlan
-from autobatch.results import Evaluation, LimitedBy, SearchResult, StepResult, Trial, Upper, Verdict
+from autobatch.results import (
+    Evaluation,
+    LimitedBy,
+    OtherProcess,
+    SearchResult,
+    StepResult,
+    Trial,
+    Upper,
+    Verdict,
+)
 
 MIB = 2**20
 PLAN = BatchPlan(desired=256, tolerable=93)
@@ -135,6 +144,15 @@ def test_columns_are_aligned_whatever_the_trial(verdict: Verdict | None, size: i
     assert len(header) == len(row)
     assert row[7:10] == "   "
     assert row[24:27] == "   "
+
+
+def test_other_processes_on_the_device_are_named() -> None:
+    others = (OtherProcess(pid=7, used_bytes=3 * MIB), OtherProcess(pid=8, used_bytes=None))
+    out, file = console(terminal=False)
+    display = Display(out)
+    display(SearchStarted(device="a card", limit_bytes=MIB, ceiling=8, others=others))
+    assert "on the same device process 7 holds 3.0 MiB" in file.getvalue()
+    assert "on the same device process 8 holds memory" in file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutErro
 from autobatch.events import Event, SearchEnded, SearchStarted, TrialEnded, TrialStarted
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import SearchOptions
-from autobatch.results import SearchResult, Upper, Verdict
+from autobatch.results import OtherProcess, SearchResult, Upper, Verdict
 
 MIB = 2**20
 LIMIT = 1000 * MIB
@@ -86,6 +86,12 @@ class Machine:
             mark()
 
         return window
+
+    def others(self) -> tuple[OtherProcess, ...]:
+        return ()
+
+    def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's.
+        return ""
 
     def clear(self) -> None: ...
 

@@ -6,7 +6,15 @@ import pytest
 from autobatch.commands.reports import Journal, count, search_fields, training_fields
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted
 from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Upper, Verdict
+from autobatch.results import (
+    OtherProcess,
+    SearchResult,
+    StepResult,
+    TrainingResult,
+    Trial,
+    Upper,
+    Verdict,
+)
 
 PLAN = BatchPlan(desired=10, tolerable=4)
 SEARCH = SearchResult(
@@ -19,6 +27,7 @@ SEARCH = SearchResult(
     limit_bytes=100,
     limited_by="kernel",
     upper=Upper(reason="ran out", size=5),
+    others=(OtherProcess(pid=7, used_bytes=None), OtherProcess(pid=8, used_bytes=9)),
 )
 
 
@@ -42,6 +51,7 @@ def test_a_search_survives_json() -> None:
     assert (fields["size"], fields["limited_by"], fields["peak_bytes"]) == (4, "kernel", 90)
     assert fields["trials"][1]["failure"] == "too_large"
     assert fields["trials"][0]["failure"] is None
+    assert fields["others"] == [{"pid": 7, "used_bytes": None}, {"pid": 8, "used_bytes": 9}]
 
 
 def test_a_training_survives_json_and_a_loss_that_is_no_number_is_null() -> None:

@@ -136,6 +136,7 @@ def search_fields(search: SearchResult) -> Fields:
         "worst_case": search.worst_case,
         "trials": [trial_fields(trial) for trial in search.trials],
         "speeds": [asdict(speed) for speed in search.speeds],
+        "others": [{"pid": other.pid, "used_bytes": other.used_bytes} for other in search.others],
     }
 
 

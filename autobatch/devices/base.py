@@ -6,10 +6,12 @@ from typing import Final, Protocol
 
 import torch
 
+from autobatch.results import OtherProcess
 from autobatch.units import Size, parse_bytes
 
 HEADROOM_FRACTION: Final = 0.02
 HEADROOM_BYTES: Final = 300 * 2**20
+SLACK_BYTES: Final = 16 * 2**20  # Less than any process takes that begins to use a device.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,9 @@ class MemoryDevice(Protocol):
 
     def read(self) -> MemoryReading:
         """Return the memory as it is now."""
+
+    def others(self) -> tuple[OtherProcess, ...]:
+        """Return other processes that compute here, as far as told; for people to read."""
 
     def limited_to(self, limit_bytes: int) -> AbstractContextManager[None]:
         """Let the allocator hold at most ``limit_bytes`` inside; the old limit is put back."""
@@ -115,3 +120,12 @@ class Budget:
             return reachable - (standard if self.headroom_bytes is None else self.headroom_bytes)
         allowed = self.memory_limit_bytes - reading.outside_bytes
         return min(allowed, reachable) - (self.headroom_bytes or 0)
+
+
+def moved(before: MemoryReading, after: MemoryReading, *, slack_bytes: int = SLACK_BYTES) -> bool:
+    """Return whether memory outside this process's allocator came or went.
+
+    Then a failure between the two may have another cause than its size. Take ``before`` after a
+    first step: that loads libraries, which lie there as well.
+    """
+    return abs(after.outside_bytes - before.outside_bytes) > slack_bytes

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from autobatch.devices.base import MemoryReading
+from autobatch.devices.nvml import by_uuid
+from autobatch.results import OtherProcess
 
 
 class CudaDevice:
@@ -49,6 +51,22 @@ class CudaDevice:
             peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
             outside_bytes=max(total - free - reserved, 0),
             retries=torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0),
+        )
+
+    def others(self) -> tuple[OtherProcess, ...]:
+        """Return what NVML tells of other processes on this card.
+
+        In a container they have the host's numbers, and we may be among them: whoever is said to
+        hold more than all others together do is left out.
+        """
+        gpu = by_uuid(getattr(torch.cuda.get_device_properties(self._device), "uuid", ""))
+        if gpu is None:
+            return ()
+        outside = self.read().outside_bytes
+        return tuple(
+            OtherProcess(pid=process.pid, used_bytes=process.used_bytes)
+            for process in gpu.processes
+            if (process.used_bytes or 0) <= outside
         )
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.host import host_memory
+from autobatch.results import OtherProcess
 from autobatch.units import format_bytes
 
 
@@ -72,6 +73,10 @@ class MeteredDevice:
             peak_reserved_bytes=None,
             outside_bytes=0,
         )
+
+    def others(self) -> tuple[OtherProcess, ...]:
+        """Return nothing: what others hold of the host is no memory of this device."""
+        return ()
 
     @contextmanager
     def limited_to(self, limit_bytes: int) -> Iterator[None]:

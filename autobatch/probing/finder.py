@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from autobatch.devices.base import MemoryDevice
+from autobatch.devices.base import MemoryDevice, moved
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
@@ -15,7 +15,6 @@ from autobatch.probing.trial import Rehearsal, Stage
 from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
 
 _ROUNDING_BYTES: Final = 2 << 20  # A caching allocator's segments are multiples of this.
-_MOVED_BYTES: Final = 16 << 20  # Less than any process takes that begins to use a device.
 _MOST_MOVES: Final = 3  # Of others' memory; after so many the search ends with what it has.
 _COLLAPSE: Final = 4.0  # So many times slower an example than at another size is no accident.
 _COLLAPSE_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
@@ -77,17 +76,27 @@ class Finder:
             confirm=self.options.confirm,
             undivided=ceiling if len(windows(ceiling)) == 1 else None,
         )
+        others = self.device.others()
         self.observer(
-            SearchStarted(device=self.device.name, limit_bytes=search.limit_bytes, ceiling=ceiling)
+            SearchStarted(
+                device=self.device.name,
+                limit_bytes=search.limit_bytes,
+                ceiling=ceiling,
+                others=others,
+            )
         )
         for trial in failed:  # What does not fit once does not fit twice.
             self._learn(search, trial)
         self._search(search, windows, began)
         if search.size == 0:
+            held = {f"process {o.pid}": o.used_bytes for o in others if o.used_bytes is not None}
             raise DoesNotFitError(
-                candidates[0], search.limit_bytes, self.breakdown_bytes(), self._trials[-1].message
+                candidates[0],
+                search.limit_bytes,
+                {**self.breakdown_bytes(), **held},
+                self._trials[-1].message,
             )
-        found = self._result(search, ceiling, reason)
+        found = replace(self._result(search, ceiling, reason), others=others)
         self.observer(SearchEnded(search=found))
         return found
 
@@ -100,14 +109,14 @@ class Finder:
         self, search: Search, windows: Callable[[int], Sequence[int]], began: float
     ) -> None:
         """Try what the search asks for, and again what must not rest on one trial."""
-        outside_bytes, moves = self.device.read().outside_bytes, 0
+        before, moves = self.device.read(), 0
         budget = self.options.budget_seconds
         while True:
             size = search.next()
             if size is None:
-                now_bytes = self.device.read().outside_bytes
-                if abs(now_bytes - outside_bytes) > _MOVED_BYTES and moves < _MOST_MOVES:
-                    outside_bytes, moves = now_bytes, moves + 1
+                now = self.device.read()
+                if moves < _MOST_MOVES and moved(before, now):
+                    before, moves = now, moves + 1
                     search.limit_bytes, self._valid_from = self.limit_bytes(), len(self._trials)
                 size = search.next() or self._doubtful(search)
             if size is None:

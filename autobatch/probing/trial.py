@@ -27,6 +27,9 @@ class Rehearsal(Protocol):
             mark: To be called where one phase ends and the next begins.
         """
 
+    def verify(self, size: int, peak_bytes: int) -> str:
+        """Return what is wrong with a size whose window ran, or ``""``."""
+
     def clear(self) -> None:
         """Let go of what a window leaves: gradients."""
 
@@ -84,8 +87,11 @@ class Stage:
         # frame), so only here does releasing the cache give them back.
         record.end_phase()
         self.rehearsal.clear()
+        seconds = record.seconds()
         if failure is None and record.retries():
             failure, message = Verdict.OUT_OF_MEMORY, _retried(record.retries())
+        if failure is None and (message := self._complaint(sizes[0], record.peak_bytes)):
+            failure = Verdict.TOO_LARGE
         if failure is not None:
             self.device.release_cached()
         reached = max(record.peak_bytes, record.last_bytes + requested)
@@ -95,11 +101,15 @@ class Stage:
             failure=failure,
             peak_bytes=record.peak_bytes if failure is None else None,
             reserved_bytes=record.reserved_bytes if failure is None else None,
-            seconds=record.seconds(),
+            seconds=seconds,
             message=message,
             phases=tuple(record.phases) if failure is None else (),
             explained=failure is None or reached >= _NEAR * self.limit_bytes,
         )
+
+    def _complaint(self, size: int, peak_bytes: int) -> str:
+        with self.device.limited_to(self.limit_bytes):
+            return self.rehearsal.verify(size, peak_bytes)
 
     def _rehearse(self, sizes: Sequence[int], record: "_Record") -> None:
         """Run the window under the limit; its batch, which may count as well, ends with this."""

@@ -25,6 +25,7 @@ from autobatch.training.losses import read_mean
 from autobatch.training.objective import Compared, Objective
 from autobatch.training.own_loss import undisturbed
 from autobatch.training.whole_batch import Whole, joined
+from autobatch.training.wide import in_widest
 from autobatch.training.window import Recipe
 
 Metric = Callable[..., object]
@@ -55,6 +56,10 @@ class Inference:
                 self._run(batch)
 
         return run
+
+    def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's.
+        """Return ``""``: what an evaluation makes is not checked."""
+        return ""
 
     def clear(self) -> None:
         """Do nothing: no gradient is left."""
@@ -202,7 +207,7 @@ class Evaluator:
         metrics: dict[str, _Number] = {}
         for outputs, targets in pairs:
             metrics |= self._measured(outputs, targets, size_of(part))
-        return (loss_sum.double(), terms), metrics
+        return (in_widest(loss_sum), terms), metrics
 
     def _numbers_of_whole(
         self, objective: Whole, pairs: Sequence[tuple[Nest, Nest]], examples: int
@@ -211,7 +216,7 @@ class Evaluator:
         outputs, targets = joined(pairs)
         with self.recipe.precision.forward():
             loss = objective.loss(outputs, targets)
-        return (loss.double() * examples, examples), self._measured(outputs, targets, examples)
+        return (in_widest(loss) * examples, examples), self._measured(outputs, targets, examples)
 
     def _measured(self, outputs: Nest, targets: Nest, examples: int) -> "dict[str, _Number]":
         if self.metrics is None:
@@ -302,4 +307,4 @@ def _accuracy(outputs: Nest, targets: Nest, ignored: int) -> dict[str, _Number]:
         return {}
     counts = targets != ignored
     right = (outputs.argmax(1) == targets) & counts
-    return {ACCURACY: (right.sum().double(), float(counts.sum()))}
+    return {ACCURACY: (in_widest(right.sum()), float(counts.sum()))}

@@ -12,7 +12,8 @@ class Feed:
     """Moves host batches to one device.
 
     On CUDA the next micro-batch is copied from pinned memory on a stream of its own, so one more
-    than computes is there at any time. On the CPU nothing moves, and there is one.
+    than computes is there at any time. On any other GPU each is copied when it is asked for, and
+    on the CPU nothing moves: there is one.
 
     Args:
         device: Where micro-batches go.
@@ -34,7 +35,8 @@ class Feed:
     def _moved(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
             return tensor.clone()
-        return tensor.to(self._device, non_blocking=True, copy=True)
+        # Only CUDA is sure to have read memory that is not pinned before the call returns.
+        return tensor.to(self._device, non_blocking=self._device.type == "cuda", copy=True)
 
     def __call__(self, parts: Sequence[Nest], *, more_follow: bool = False) -> Iterator[Nest]:
         """Return the parts, on the device, in order.

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from autobatch.batches.nest import Nest, describe
 from autobatch.training.summed import Loss, widened
+from autobatch.training.wide import in_widest
 
 _Settings = Mapping[str, object]  # The keyword arguments of one of torch's functionals.
 
@@ -245,15 +246,16 @@ _COPIES: Final = WeakTensorKeyDictionary()  # Of weights, with the version that 
 
 
 def _beside(weight: Tensor, target: Tensor) -> Tensor:
-    """The weight in float64 where the target is. Fetching it waits for its device, so it is kept.
+    """The weight, in the widest type, where the target is.
 
-    Targets wait on the host, and weights may be on the GPU with the model.
+    Fetching it waits for its device, so it is kept. Targets wait on the host, and weights may be on
+    the GPU with the model.
     """
     if weight.device == target.device:
-        return weight.detach().double()
+        return in_widest(weight.detach())
     kept: tuple[int, Tensor] | None = _COPIES.get(weight)
     if kept is None or kept[0] != weight._version or kept[1].device != target.device:
-        kept = weight._version, weight.detach().to(target.device).double()
+        kept = weight._version, in_widest(weight.detach().to(target.device))
         _COPIES[weight] = kept
     return kept[1]
 

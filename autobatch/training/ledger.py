@@ -7,6 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from autobatch.training.wide import widest
+
 _ROWS: Final = 32  # Room for this many micro-batches at least: one block of a GPU's allocator.
 
 
@@ -34,7 +36,7 @@ class Ledger:
     """Keeps one loss for each micro-batch, and terms where only the loss knows them.
 
     On the CPU there is nothing to wait for, and they are numbers at once. On any other device they
-    stay there, in float64: a sum of 16 bits forgets small parts.
+    stay there, in float64 where it has that: a sum of 16 bits forgets small parts.
 
     Args:
         micro_batches: How many the window has.
@@ -52,7 +54,7 @@ class Ledger:
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
         if device.type != "cpu":
             rows = max(micro_batches, _ROWS)
-            self._held = torch.zeros(2, rows, dtype=torch.float64, device=device)
+            self._held = torch.zeros(2, rows, dtype=widest(device), device=device)
 
     def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
         """Note one micro-batch's summed loss, and its terms if it gave some."""

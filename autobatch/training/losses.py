@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autobatch.batches.nest import Nest, describe
 from autobatch.training.known_losses import InferredLoss, known_functional, known_module
 from autobatch.training.summed import Loss, widened
+from autobatch.training.wide import in_widest
 
 
 def resolve_loss(loss: Callable[..., object] | None) -> Loss:
@@ -111,13 +112,13 @@ def read_mean(value: object, examples: int) -> tuple[Tensor, float]:
         if isinstance(total, numbers.Real):
             total = torch.tensor(float(total), dtype=torch.float64)
         summed, count = read_pair((total, terms))
-        return summed.double(), float(count)
+        return in_widest(summed), float(count)
     mean = (
         torch.tensor(float(value), dtype=torch.float64)
         if isinstance(value, numbers.Real)
         else value
     )
-    return _scalar("the metric", mean).double() * examples, float(examples)
+    return in_widest(_scalar("the metric", mean)) * examples, float(examples)
 
 
 def _scalar(name: str, value: object) -> Tensor:

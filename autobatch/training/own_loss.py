@@ -20,6 +20,7 @@ from autobatch.devices.metered import eagerly
 from autobatch.errors import InexactStepError
 from autobatch.randomness import generators_in
 from autobatch.training.replay import window_start
+from autobatch.training.wide import in_widest
 
 _LABELS: Final = ("labels", "target")
 _HIDDEN: Final = -100  # The label that torch and transformers leave out of a mean.
@@ -374,14 +375,14 @@ def _is_valid(labels: Tensor) -> Tensor:
 
 def _count(marks: Tensor) -> Tensor:
     """What is marked in each row; one that has no more dimensions is its only mark."""
-    return marks.reshape(len(marks), -1).sum(1).double()
+    return in_widest(marks.reshape(len(marks), -1).sum(1))
 
 
 _VALID: Final = Counting("valid labels", lambda labels: _count(_is_valid(labels)))
 _SHIFTED: Final = Counting(
     "shifted valid labels", lambda labels: _count(_is_valid(labels)[..., 1:])
 )
-_EXAMPLES: Final = Counting("examples", lambda labels: labels.new_ones(len(labels)).double())
+_EXAMPLES: Final = Counting("examples", lambda labels: in_widest(labels.new_ones(len(labels))))
 _ELEMENTS: Final = Counting(
     "elements", lambda labels: _count(torch.ones_like(labels, dtype=torch.bool))
 )

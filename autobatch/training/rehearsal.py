@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from autobatch.batches.nest import Nest
 from autobatch.batches.sample import repeated
 from autobatch.state import attributes_of
+from autobatch.training.large import LargeCheck
 from autobatch.training.window import Recipe
 
 
@@ -22,6 +23,7 @@ class Rehearsal:
         self._recipe = recipe
         self._sample = sample
         self._desired = desired
+        self._large = LargeCheck(recipe, sample)
         scaler = recipe.update.scaler
         self._put_scaler_back = attributes_of(scaler) if scaler is not None else lambda: None
 
@@ -49,6 +51,10 @@ class Rehearsal:
             recipe.clear()
 
         return window
+
+    def verify(self, size: int, peak_bytes: int) -> str:
+        """Return what a kernel did wrong at a size that ran, or ``""``."""
+        return self._large(size, peak_bytes)
 
     def clear(self) -> None:
         """Let go of gradients, and of what a scaler notes about them."""

@@ -1,4 +1,4 @@
-"""Gradients that are summed in a wider type than they are made in."""
+"""Sums in a wider type than what they are made of."""
 
 from collections.abc import Sequence
 
@@ -44,3 +44,17 @@ class WideSums:
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest floating type that a device computes in: float64, but for some GPUs."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
+def in_widest(tensor: Tensor) -> Tensor:
+    """Return a tensor's values in the widest floating type of its device."""
+    return tensor.to(widest(tensor.device))
