@@ -43,6 +43,11 @@ class Passes:
         model.register_forward_pre_hook(lambda _, inputs: self.begun.append(len(inputs[0])))
         model.register_forward_hook(lambda *_: self._end())
 
+    @property
+    def failed(self) -> int:
+        """Those that did not end."""
+        return len(self.begun) - self.ended
+
     def _end(self) -> None:
         self.ended += 1
 
@@ -62,8 +67,7 @@ class Hunt:
         cost_seconds: Each in rehearsals at the found size, as the search itself took for one; empty
             if it ran none.
         unchanged: Whether model, optimizer and generators were left as they were.
-        runs: Whether a window of the found size ran afterwards.
-        possible: The largest size.
+        possible: The largest size that the step runs at which was searched with.
     """
 
     found: int
@@ -75,7 +79,6 @@ class Hunt:
     seconds: Samples
     cost_seconds: Samples
     unchanged: bool
-    runs: bool
     possible: int = 0
 
     @property
@@ -84,14 +87,14 @@ class Hunt:
         return self.examples / (_MICRO_BATCHES * self.found) if self.found else None
 
     @property
+    def runs(self) -> bool:
+        """Whether one can train at what was found."""
+        return 0 < self.found <= self.possible
+
+    @property
     def share(self) -> float:
         """Found over possible; nothing if what was found does not run."""
         return self.found / self.possible if self.runs else 0.0
-
-    @property
-    def exact(self) -> bool:
-        """Whether there is nothing larger."""
-        return self.share >= 1
 
 
 def hunt(by: str, subject: Subject, repeats: int) -> Hunt:
@@ -112,7 +115,6 @@ def _hunt_once(by: str, subject: Subject) -> Hunt:
     passes = Passes()
     passes.watch(model)
     tried: list[Tried] = []
-    attempt = _attempt(subject, model, optimizer, tried)
     before, found, error = fingerprint(model, optimizer), 0, ""
     started = time.perf_counter()
     try:
@@ -120,24 +122,23 @@ def _hunt_once(by: str, subject: Subject) -> Hunt:
             found = _autobatch(subject, model, optimizer, tried)
         else:
             _, search = PEERS[by]
+            attempt = _attempt(subject, model, optimizer, tried)
             found = search(Task(attempt, subject.ceiling, model, optimizer))
     except Exception as problem:  # noqa: BLE001  # A search that raises has found nothing.
         error = repr(problem)
     seconds = time.perf_counter() - started
     unchanged = fingerprint(model, optimizer) == before
-    forwards, unfinished = len(passes.begun), len(passes.begun) - passes.ended
     one = [trial.seconds for trial in tried if trial.fits and trial.size == found]
     return Hunt(
         found=found,
         error=error,
         tried=tuple(tried),
-        forwards=forwards,
+        forwards=len(passes.begun),
         examples=sum(passes.begun),
-        out_of_memory=max(unfinished, sum(not trial.fits for trial in tried)),
+        out_of_memory=max(passes.failed, sum(not trial.fits for trial in tried)),
         seconds=Samples([seconds]),
         cost_seconds=Samples([seconds / one[-1]] if one else []),
         unchanged=unchanged,
-        runs=found > 0 and _runs(attempt, found),
     )
 
 
@@ -174,7 +175,7 @@ def _attempt(
 
     def attempt(size: int) -> None:
         if len(tried) == _MOST_ATTEMPTS:
-            raise RecursionError(f"the search has not ended after {_MOST_ATTEMPTS} attempts")
+            raise TimeoutError(f"the search has not ended after {_MOST_ATTEMPTS} attempts")
         started, fits = time.perf_counter(), False
         try:
             window(size)
@@ -208,14 +209,6 @@ def rehearse(
     del ahead
 
 
-def _runs(attempt: Callable[[int], None], size: int) -> bool:
-    try:
-        attempt(size)
-    except torch.OutOfMemoryError:
-        return False
-    return True
-
-
 def largest_possible(subject: Subject, found: int) -> int:
     """The largest size by autobatch's ``check`` alone, looked for beside ``found`` first."""
     model = subject.make()
@@ -236,6 +229,29 @@ def largest_possible(subject: Subject, found: int) -> int:
     if found and fits(found) and (found == subject.ceiling or not fits(found + 1)):
         return found
     return largest_by_doubling(fits, subject.ceiling)
+
+
+def largest_by_hand(subject: Subject, near: int) -> int:
+    """The largest size of the step that others try, with the optimizer's state there.
+
+    It needs a little less than autobatch's, which can take its window back: by buffers, say.
+    """
+    model = subject.make()
+    attempt = _attempt(subject, model, subject.optimizer(model.parameters()), [])
+    attempt(min(2, near))
+
+    def fits(size: int) -> bool:
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    while near < subject.ceiling and fits(near + 1):
+        near += 1
+    while near and not fits(near):
+        near -= 1
+    return near
 
 
 def _memory_limit(subject: Subject) -> int | None:
