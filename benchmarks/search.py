@@ -66,6 +66,7 @@ def _hunt_all(
         if by not in done:
             findings.add(title, {"case": name, "by": by, **_absent()})
             continue
+        _freeze()  # Some import more at their first search.
         own = hunt(by, subject, _REPEATS if by == OURS and not findings.quick else 1)
         if possible is None or by_hand is None:
             possible = largest_possible(subject, own.found)
@@ -78,16 +79,20 @@ def _hunt_all(
 
 @contextmanager
 def light_heap() -> Iterator[None]:
-    """Keep the collector off what is there already: six frameworks.
+    """Keep the collector off what was imported: six frameworks.
 
     Others collect after every failure, and would spend nearly all of their time on that.
     """
-    gc.collect()
-    gc.freeze()
+    _freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def _told(hunt: Hunt) -> Fields:
@@ -201,11 +206,11 @@ def _failures(hunts: Sequence[Hunt]) -> list[int]:
 
 
 def _cost_seconds(hunts: Sequence[Hunt]) -> float:
-    """The median over the cases; infinite if no found size was run."""
-    costs = [hunt.cost_seconds.median for hunt in hunts if hunt.cost_seconds]
+    """The median over the cases whose find runs; infinite if there is none."""
+    costs = [hunt.cost_seconds.median for hunt in hunts if hunt.runs and hunt.cost_seconds]
     return statistics.median(costs or [math.inf])
 
 
 def _cost_examples(hunts: Sequence[Hunt]) -> float:
-    costs = [hunt.cost_examples for hunt in hunts if hunt.cost_examples is not None]
+    costs = [hunt.cost_examples or 0.0 for hunt in hunts if hunt.runs]
     return statistics.median(costs or [math.inf])
