@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer
 
 from autobatch import Accumulator
 from autobatch.commands.vision import import_torchvision
-from benchmarks import peers
+from benchmarks import engine_peers as peers
+from benchmarks.engine_peers import LEARNING_RATE, NOTHING, Pair, Window
 from benchmarks.findings import SEED, Fields, Findings
-from benchmarks.peers import LEARNING_RATE, NOTHING, Pair, Window
 from benchmarks.samples import Samples
 
 _TITLE: Final = (

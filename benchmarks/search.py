@@ -1,218 +1,216 @@
-"""Finding the largest size: how far, at what cost, and what is left behind."""
+"""Finding the largest size: how far, at what cost, and what is left behind. Ours and others'."""
 
-import functools
-import time
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+import gc
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
 
-import torch
-from black_box import RAN, BlackBox
-from states import fingerprint
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from benchmarks import search_peers as peers
+from benchmarks.findings import Fields, Findings
+from benchmarks.hunts import OURS, Hunt, hunt, largest_by_hand, largest_possible
+from benchmarks.subjects import Subject, black_boxes, real_models
 
-from autobatch import find_batch_size
-from autobatch.commands.vision import import_torchvision
-from autobatch.devices.choose import open_device
-from autobatch.units import format_bytes
-from benchmarks.findings import SEED, Fields, Findings
-from benchmarks.samples import Samples
-
-Data = tuple[Tensor, Tensor]
-Search = Callable[[nn.Module, Optimizer, Data], tuple[int, int]]  # The size, and trials.
-
-_BOXES: Final = "search: black boxes that run out of memory above a limit of examples"
-_ALL: Final = "search: all black boxes together"
-_MODELS: Final = "search: real models under a limit; cost is the whole search in rehearsals"
-_LIMITS: Final = (1, 3, 7, 37, 100, 129, 1000)
-_CEILINGS: Final = (256, 4096)
-_ON_A_GPU: Final = 8  # Limits and data grow so: cuBLAS alone takes 32 MiB of them there.
-_FORWARDS: list[int] = []  # A global, like RAN: no search puts it back.
+_BOXES: Final = "search: black boxes that run out of memory above K examples"
+_MODELS: Final = (
+    "search: real models under a limit; cost is the whole search in rehearsals at the found size"
+)
+_ALL: Final = ", all of them together"
+_VERDICTS: Final = "search: autobatch against what is wanted of it"
+_EVERYONE: Final = (OURS, *peers.PEERS)
+_REPEATS: Final = 3  # Of ours; only the seconds differ.
 
 
-class Hunt(NamedTuple):
-    """Searches in one black box: what was found, what it took, and what it left behind."""
-
-    limit: int
-    ceiling: int
-    possible: int
-    found: int
-    trials: int
-    forwards: int  # All passes of the model, those outside trials too.
-    out_of_memory: int
-    seconds: Samples
-    unchanged: bool
+_BOX_FAILURES: Final = 43  # Of plain doubling and bisection.
+_Line = tuple[str, str, bool]  # What is wanted, what was measured, whether it was held.
 
 
 def run(findings: Findings) -> None:
-    """Search in black boxes beside plain doubling and bisection, then on three real models."""
-    boxes = {f"K = {k}, ceiling {c}": (k, c) for c in _CEILINGS for k in _LIMITS}
-    models = _models()
+    """Search in black boxes, then on real models under limits, everyone in each."""
+    boxes = black_boxes(findings.device)
+    models, missing = real_models(findings.device)
+    cases = {_BOXES: len(boxes), _MODELS: len(models) + len(missing)}
     if findings.quick:
         boxes, models = dict(list(boxes.items())[:3]), dict(list(models.items())[:1])
-    hunts: dict[str, list[Hunt]] = {way: [] for way in _WAYS}
-    for _, (limit, ceiling) in findings.in_time(boxes):
-        for way, search in _WAYS.items():
-            hunts[way].append(_hunt(search, limit, ceiling, findings))
-            findings.add(_BOXES, {"by": way} | hunts[way][-1]._asdict())
-    for way, done in hunts.items():
-        if done:
-            findings.add(_ALL, {"by": way, **_sums(done)})
-    for name, real in findings.in_time(models):
-        _on_a_model(name, real, findings)
+    with light_heap():
+        hunts = {_BOXES: _hunts(_BOXES, boxes, findings)}
+        hunts[_MODELS] = _hunts(_MODELS, models, findings)
+    for name, package in missing.items():
+        findings.add(_MODELS, {"case": name, "by": package, **_absent()})
+    measured = {title: by for title, by in hunts.items() if by[OURS]}
+    for title, everyone in measured.items():
+        for by, own in everyone.items():
+            findings.add(title + _ALL, {"by": by, **_sums(own)})
+    for title, everyone in measured.items():
+        for line in verdicts(everyone, cases[title], on_boxes=title == _BOXES):
+            findings.add(_VERDICTS, line)
 
 
-def largest_by_doubling(fits: Callable[[int], bool], ceiling: int) -> int:
-    """The slow, obvious way: 1, 2, 4 and so on until one fails, then bisection."""
-    good, bad, size = 0, ceiling + 1, 1
-    while bad - good > 1:
-        if fits(size):
-            good = size
-        else:
-            bad = size
-        size = min(2 * good, ceiling) if bad > ceiling else (good + bad) // 2
-    return good
+def _hunts(
+    title: str, subjects: Mapping[str, Subject], findings: Findings
+) -> dict[str, list[Hunt]]:
+    done: dict[str, list[Hunt]] = {by: [] for by in (OURS, *peers.installed())}
+    for name, subject in findings.in_time(subjects):
+        _hunt_all(title, name, subject, findings, done)
+    return done
 
 
-def _doubling(model: nn.Module, optimizer: Optimizer, data: Data) -> tuple[int, int]:
-    device, loss = next(model.parameters()).device, nn.CrossEntropyLoss()
-    tried: list[int] = []
-
-    def fits(size: int) -> bool:
-        tried.append(size)
-        optimizer.zero_grad()
-        try:
-            inputs, targets = (tensor[:size].to(device) for tensor in data)
-            loss(model(inputs), targets).backward()
-            optimizer.step()
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    return largest_by_doubling(fits, len(data[0])), len(tried)
-
-
-def _autobatch(model: nn.Module, optimizer: Optimizer, data: Data) -> tuple[int, int]:
-    device = next(model.parameters()).device
-    found = find_batch_size(model, data, ceiling=len(data[0]), optimizer=optimizer, device=device)
-    return found.size, len(found.trials)
+def _hunt_all(
+    title: str, name: str, subject: Subject, findings: Findings, done: Mapping[str, list[Hunt]]
+) -> None:
+    """Everyone hunts one subject; autobatch first, for the truth is looked for beside its find."""
+    possible = by_hand = subject.possible
+    for by in _EVERYONE:
+        if by not in done:
+            findings.add(title, {"case": name, "by": by, **_absent()})
+            continue
+        _freeze()  # Some import more at their first search.
+        own = hunt(by, subject, _REPEATS if by == OURS and not findings.quick else 1)
+        if possible is None or by_hand is None:
+            possible = largest_possible(subject, own.found)
+            by_hand = largest_by_hand(subject, possible)
+        own = replace(own, possible=possible if by == OURS else by_hand)
+        done[by].append(own)
+        row = {"case": name, "by": by, **_told(own)}
+        findings.add(title, row, forwards=own.forwards, error=own.error)
 
 
-_WAYS: Final[dict[str, Search]] = {"autobatch": _autobatch, "doubling": _doubling}
+@contextmanager
+def light_heap() -> Iterator[None]:
+    """Keep the collector off what was imported: six frameworks.
+
+    Others collect after every failure, and would spend nearly all of their time on that.
+    """
+    _freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-class _Watched(BlackBox):
-    def forward(self, images: Tensor) -> Tensor:
-        _FORWARDS.append(len(images))
-        return super().forward(images)
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
-def _hunt(search: Search, limit: int, ceiling: int, findings: Findings) -> Hunt:
-    """Three searches, each in a box of its own; all but the seconds is the same each time."""
-    seconds, unchanged = Samples(), True
-    for _ in range(1 if findings.quick else 3):
-        model = _Watched(limit).to(findings.device)
-        optimizer = Adam(model.parameters())
-        data = _images(ceiling, channels=1, pixels=5, classes=3)
-        model(data[0][:1].to(findings.device)).sum().backward()  # A gradient that is to be kept.
-        before = fingerprint(model, optimizer)
-        RAN.clear()
-        _FORWARDS.clear()
-        started = time.perf_counter()
-        found, trials = search(model, optimizer, data)
-        seconds.append(time.perf_counter() - started)
-        unchanged &= fingerprint(model, optimizer) == before
-    return Hunt(
-        limit=limit,
-        ceiling=ceiling,
-        possible=min(limit, ceiling),
-        found=found,
-        trials=trials,
-        forwards=len(_FORWARDS),
-        out_of_memory=len(_FORWARDS) - len(RAN),
-        seconds=seconds,
-        unchanged=unchanged,
-    )
-
-
-def _sums(hunts: list[Hunt]) -> Fields:
-    shares = [hunt.found / hunt.possible for hunt in hunts]
+def _told(hunt: Hunt) -> Fields:
     return {
-        "boxes": len(hunts),
-        "mean found / possible": sum(shares) / len(shares),
-        "worst": min(shares),
-        "trials": sum(hunt.trials for hunt in hunts),
-        "forwards": sum(hunt.forwards for hunt in hunts),
-        "out_of_memory": sum(hunt.out_of_memory for hunt in hunts),
-        "seconds": sum(hunt.seconds.median for hunt in hunts),
-        "unchanged": all(hunt.unchanged for hunt in hunts),
+        "found": "an error" if hunt.error else hunt.found,
+        "possible": hunt.possible,
+        "runs": hunt.runs,
+        "trials": len(hunt.tried),
+        "out_of_memory": hunt.out_of_memory,
+        "seconds": hunt.seconds,
+        "cost in seconds": hunt.cost_seconds or "-",
+        "in examples": "-" if hunt.cost_examples is None else hunt.cost_examples,
+        "unchanged": hunt.unchanged,
     }
 
 
-class _Real(NamedTuple):
-    make: Callable[[], nn.Module]
-    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer]
-    limit_bytes: int
+def _absent() -> Fields:
+    columns = ("possible", "runs", "trials", "out_of_memory", "seconds", "cost in seconds")
+    return {"found": "not installed", **dict.fromkeys((*columns, "in examples", "unchanged"), "-")}
 
 
-def _models() -> dict[str, _Real]:
-    vision, mib = import_torchvision().models, 2**20
-    momentum = functools.partial(SGD, lr=0.01, momentum=0.9)
-    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 4, "num_heads": 4, "hidden_dim": 64}
+def _sums(hunts: Sequence[Hunt]) -> Fields:
+    shares = [hunt.share for hunt in hunts]
+    trials, failures = _trials(hunts), _failures(hunts)
     return {
-        "MLP 3072-256-256-10, Adam": _Real(_mlp, Adam, 32 * mib),
-        "resnet18 at 32 px, SGD with momentum": _Real(
-            functools.partial(vision.resnet18, num_classes=10), momentum, 256 * mib
-        ),
-        "ViT of 4 layers, 64 wide, at 32 px, AdamW": _Real(
-            functools.partial(vision.VisionTransformer, mlp_dim=128, num_classes=10, **sizes),
-            AdamW,
-            64 * mib,
-        ),
+        "found the largest": f"{sum(hunt.share == 1 for hunt in hunts)} of {len(hunts)}",
+        "mean found / possible": f"{statistics.fmean(shares):.3f}",
+        "worst": f"{min(shares):.3f}",
+        "do not run": sum(not hunt.runs for hunt in hunts),
+        "trials": sum(trials),
+        "median": statistics.median(trials),
+        "out_of_memory": sum(failures),
+        "median of them": statistics.median(failures),
+        "seconds": f"{sum(hunt.seconds.median for hunt in hunts):.3g}",
+        "median cost in seconds": _cost_seconds(hunts),
+        "in examples": _cost_examples(hunts),
+        "unchanged": f"{sum(hunt.unchanged for hunt in hunts)} of {len(hunts)}",
     }
 
 
-def _mlp() -> nn.Module:
-    inner = (nn.Linear(3072, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
-    return nn.Sequential(nn.Flatten(), *inner, nn.Linear(256, 10))
+def verdicts(hunts: Mapping[str, Sequence[Hunt]], cases: int, *, on_boxes: bool) -> list[Fields]:
+    """Return what is wanted of autobatch, what was measured, and whether it was held.
+
+    Args:
+        hunts: Everyone's, in the same cases.
+        cases: How many there are; fewer were measured if time was short.
+        on_boxes: Or on real models.
+    """
+    ours = hunts[OURS]
+    others = {by: own for by, own in hunts.items() if by != OURS}
+    where = "black boxes" if on_boxes else "real models"
+    figures = _on_boxes(ours) if on_boxes else _on_models(ours, others)
+    exact = sum(hunt.share == 1 for hunt in ours)
+    lines = [(f"finds the largest in all {cases}", f"{exact} of {len(ours)}", exact == cases)]
+    lines += [*figures, *_rivals(ours, others)]
+    return [
+        {"on": where, "wanted": wanted, "measured": measured, "verdict": _verdict(held)}
+        for wanted, measured, held in lines
+    ]
 
 
-def _on_a_model(name: str, real: _Real, findings: Findings) -> None:
-    """On the CPU the meter holds the limit, on a GPU the allocator; its context comes on top."""
-    torch.manual_seed(SEED)
-    model = real.make().to(findings.device)
-    optimizer = real.optimizer(model.parameters())
-    scale = _ON_A_GPU if findings.device.type == "cuda" else 1
-    data = _images(4096 * scale, channels=3, pixels=32, classes=10)
-    before = fingerprint(model, optimizer)
-    seconds, rehearsals = Samples(), Samples()
-    for _ in range(1 if findings.quick else 3):
-        outside_bytes = open_device(findings.device).read().outside_bytes
-        started = time.perf_counter()
-        found = find_batch_size(
-            model,
-            data,
-            optimizer=optimizer,
-            device=findings.device,
-            memory_limit=scale * real.limit_bytes + outside_bytes,
+def _on_boxes(ours: Sequence[Hunt]) -> list[_Line]:
+    return [_at_most("out of memory", sum(_failures(ours)), _BOX_FAILURES)]
+
+
+def _on_models(ours: Sequence[Hunt], others: Mapping[str, Sequence[Hunt]]) -> list[_Line]:
+    lines = [
+        _at_most("trials, median", statistics.median(_trials(ours)), 3),
+        _at_most("out of memory, median", statistics.median(_failures(ours)), 0),
+        _at_most("out of memory, mean", statistics.fmean(_failures(ours)), 0.5),
+    ]
+    for what, cost, most in (("seconds", _cost_seconds, 2.5), ("examples", _cost_examples, 2.0)):
+        lines.append(_at_most(f"rehearsals in {what}, median", cost(ours), most))
+        costs = {by: cost(own) for by, own in others.items()}
+        lines.append(_least(f"no one cheaper in {what}, median", cost(ours), costs))
+    return lines
+
+
+def _rivals(ours: Sequence[Hunt], others: Mapping[str, Sequence[Hunt]]) -> list[_Line]:
+    """Those that find the largest size in every case that was measured."""
+    exact = {by: own for by, own in others.items() if all(hunt.share == 1 for hunt in own)}
+    return [
+        _least(
+            f"no one who finds all with fewer {what}",
+            sum(count(ours)),
+            {by: sum(count(own)) for by, own in exact.items()},
         )
-        seconds.append(time.perf_counter() - started)
-        one = next(trial for trial in found.trials if trial.fits and trial.size == found.size)
-        rehearsals.append(seconds[-1] / one.seconds)
-    row = {
-        "model": name,
-        "limit": format_bytes(found.limit_bytes),
-        "found": found.size,
-        "trials": len(found.trials),
-        "failures": sum(not trial.fits for trial in found.trials),
-        "seconds": seconds,
-        "cost": rehearsals,
-        "unchanged": fingerprint(model, optimizer) == before,
-    }
-    findings.add(_MODELS, row, each_trial=[str(trial) for trial in found.trials])
+        for what, count in (("trials", _trials), ("out of memory", _failures))
+    ]
 
 
-def _images(examples: int, *, channels: int, pixels: int, classes: int) -> Data:
-    generator = torch.Generator().manual_seed(SEED)
-    images = torch.randn(examples, channels, pixels, pixels, generator=generator)
-    return images, torch.randint(0, classes, (examples,), generator=generator)
+def _at_most(what: str, measured: float, most: float) -> _Line:
+    return f"{what} <= {most:g}", f"{measured:.3g}", measured <= most
+
+
+def _least(what: str, own: float, others: Mapping[str, float]) -> _Line:
+    told = [f"{by} {value:.3g}" for by, value in others.items()] or ["no one else"]
+    return what, f"{own:.3g}; {', '.join(told)}", all(own <= value for value in others.values())
+
+
+def _verdict(held: bool) -> str:
+    return "held" if held else "NOT held"
+
+
+def _trials(hunts: Sequence[Hunt]) -> list[int]:
+    return [len(hunt.tried) for hunt in hunts]
+
+
+def _failures(hunts: Sequence[Hunt]) -> list[int]:
+    return [hunt.out_of_memory for hunt in hunts]
+
+
+def _cost_seconds(hunts: Sequence[Hunt]) -> float:
+    """The median over the cases whose find runs; infinite if there is none."""
+    costs = [hunt.cost_seconds.median for hunt in hunts if hunt.runs and hunt.cost_seconds]
+    return statistics.median(costs or [math.inf])
+
+
+def _cost_examples(hunts: Sequence[Hunt]) -> float:
+    costs = [hunt.cost_examples or 0.0 for hunt in hunts if hunt.runs]
+    return statistics.median(costs or [math.inf])

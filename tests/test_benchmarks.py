@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks import __main__ as command
-from benchmarks import engine, exactness, peers, search
+from benchmarks import engine, exactness, search_peers
+from benchmarks import engine_peers as peers
 from benchmarks.engine import Spread, plain_step, turn
 from benchmarks.findings import Findings, as_json, table_text
 from benchmarks.machine import environment, slug, write_atomically
@@ -81,7 +82,7 @@ def test_a_table_has_aligned_columns() -> None:
 
 @pytest.mark.parametrize("limit", range(10))
 def test_doubling_and_bisection_finds_the_limit(limit: int) -> None:
-    assert search.largest_by_doubling(lambda size: size <= limit, 7) == min(limit, 7)
+    assert search_peers.largest_by_doubling(lambda size: size <= limit, 7) == min(limit, 7)
 
 
 def test_the_plain_loop_takes_the_undivided_step() -> None:

@@ -98,7 +98,7 @@ class Fit:
 
         self._micro_batches = micro_batches
         self._module = Module()
-        with _silence():
+        with silence():
             self._trainer = Trainer(
                 accelerator="cpu" if device.type == "cpu" else "gpu",
                 devices=1 if device.type == "cpu" else [device.index or 0],
@@ -122,7 +122,7 @@ class Fit:
         Raises:
             RuntimeError: If Lightning ended before the work did.
         """
-        with _silence():
+        with silence():
             self._trainer.fit(self._module, _Feed(work))
         for _ in work:
             raise RuntimeError("Lightning's fit ended before the measurement did")
@@ -142,7 +142,7 @@ class _Feed:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep back what Lightning tells everyone: devices, tips, that it ended."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
