@@ -204,9 +204,10 @@ def test_the_limits_that_are_named_lead_to_one_that_is_enough(call: Callable[...
 def test_where_batch_norm_refuses_one_example_two_say_what_is_missing() -> None:
     model, data = problem(nn.BatchNorm1d(64))
     with pytest.raises(DoesNotFitError, match="more than 1 value per channel") as caught:
-        find_batch_size(model, data, device="cpu", memory_limit=25_000)
-    assert caught.value.breakdown is not None
-    assert caught.value.breakdown.missing_bytes > 0
+        find_batch_size(model, data, device="cpu", memory_limit=28_000)
+    told = caught.value.breakdown
+    assert told is not None
+    assert told.needed_bytes - told.activation_bytes < 28_000 < told.needed_bytes
 
 
 @pytest.mark.parametrize(
@@ -309,6 +310,16 @@ def test_without_a_memory_limit_the_parts_are_the_devices() -> None:
         headroom_bytes=100,
         free_bytes=250,
     )
+
+
+def test_state_that_waits_on_the_host_is_not_on_the_device() -> None:
+    class Elsewhere(Reads):
+        torch_device = torch.device("meta")
+
+    for device, held in ((Reads(), 48), (Elsewhere(), 0)):
+        made = job_on(device, None, None)
+        made.recipe.optimizer.state[next(made.recipe.model.parameters())] = {"m": torch.zeros(12)}
+        assert made.breakdown(700, TRIAL).optimizer_state_bytes == held
 
 
 def test_a_memory_limit_is_a_device_of_its_own() -> None:

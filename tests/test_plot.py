@@ -151,6 +151,7 @@ def test_no_word_covers_another_nor_a_point(found: SearchResult) -> None:
         assert not any(box.overlaps(other) for other in boxes[place + 1 :])
         assert box.x0 >= 0, "it is cut off"
         assert box.x1 <= figure.bbox.x1, "it is cut off"
+    assert all(text.get_window_extent().x1 <= axes.bbox.x1 + 1 for text in axes.texts)
     for line in axes.lines:
         if line.get_marker() == "o":
             spots = axes.transData.transform(line.get_xydata())
