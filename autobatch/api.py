@@ -409,7 +409,7 @@ def _finder(
         rehearsal=rehearsal,
         device=job.device,
         limit_bytes=job.limit_bytes,
-        breakdown_bytes=job.breakdown_bytes,
+        breakdown=functools.partial(job.breakdown, trains=isinstance(rehearsal, Rehearsal)),
         observer=observer,
         options=search,
         worst_case=worst_case,

@@ -17,7 +17,7 @@ import torch
 import typer
 
 from autobatch.commands.inventory import HEADERS, take_inventory
-from autobatch.commands.reports import Fields, Journal, Report, plan_fields
+from autobatch.commands.reports import Fields, Journal, Report, failure_fields, plan_fields
 from autobatch.commands.runs import (
     ModeChoice,
     OptimizerName,
@@ -153,6 +153,9 @@ def find(
     seed: Seed = None,
     device: Device = None,
     precision: Precision = PrecisionChoice.FP32,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory over size into this file: memory.png.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -173,6 +176,7 @@ def find(
             mode=mode,
             multiple_of=multiple_of,
             precision=precision,
+            plot=plot,
         ).run(watch)
 
     conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
@@ -280,7 +284,7 @@ def conclude(work: Callable[[Watch], Report], output: Output) -> None:
     typer.echo(_wrapped(told, sys.stderr), err=True)
     if output.as_json:
         error = {"kind": type(failure).__name__, "message": message, "exit_code": int(code)}
-        _write_json({"error": error, "done": journal.fields})
+        _write_json({"error": error | failure_fields(failure), "done": journal.fields})
     raise typer.Exit(code)
 
 
@@ -299,7 +303,9 @@ def _explained(error: BaseException, journal: Journal) -> str:
     """Say what ended the command, and what was done until then."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted {journal}"
-    done = "" if journal.training is None else f"\nit happened {journal}"
+    done = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    if journal.training is not None:
+        done += f"\nit happened {journal}"
     if _is_ours(error):
         return f"{error}{done}"
     return f"{type(error).__name__}: {error}{_place(error)}{done}"
@@ -341,8 +347,13 @@ def _wrapped(text: str, stream: TextIO) -> str:
     if not stream.isatty():
         return text
     width = min(typer.get_terminal_size().columns, 100)
-    lines = (textwrap.fill(line, width, subsequent_indent="  ") for line in text.splitlines())
-    return "\n".join(lines)
+    return "\n".join(_filled(line, width) for line in text.splitlines())
+
+
+def _filled(line: str, width: int) -> str:
+    """What goes on below stands two columns further in than the line itself."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent)
 
 
 def _write_json(fields: Fields) -> None:

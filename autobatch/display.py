@@ -38,17 +38,9 @@ from autobatch.events import (
     TrialEnded,
     TrialStarted,
 )
-from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
+from autobatch.results import TRIAL_HEADER, LimitedBy, SearchResult, Trial, trial_row
 from autobatch.units import format_bytes
 
-_VERDICTS: Final = {
-    Verdict.OUT_OF_MEMORY: "out of memory",
-    Verdict.TOO_LARGE: "too large",
-    Verdict.FATAL: "device lost",
-    Verdict.SUSPECT: "perhaps memory",
-    Verdict.TOO_SLOW: "too slow",
-    Verdict.OTHER: "error",
-}
 _REASONS: Final[dict[LimitedBy, str]] = {
     "memory": "limited by memory",
     "ceiling": "limited by the ceiling: nothing larger is wanted",
@@ -56,7 +48,7 @@ _REASONS: Final[dict[LimitedBy, str]] = {
     "kernel": "limited by a kernel",
     "time": "limited by the timeout of a trial",
 }
-_HEADER: Final = f"{'size':>7}   {'verdict':<14}   {'peak':>10}   {'seconds':>7}"
+_VERDICT: Final = slice(10, 24)  # Where it stands in a trial's row.
 _NARROWEST_BAR: Final = 8
 _WIDEST_BAR: Final = 40
 _ANY_WIDTH: Final = 10_000
@@ -83,6 +75,7 @@ class Display:
         self._console = console or Console(stderr=True, highlight=False)
         self._entered = False
         self._live: Live | Progress | None = None
+        self._limit_bytes = 0
         self._epochs = 1
         self._first = 1  # The epoch that training begins with.
         self._epoch = _Epoch(began=self._console.get_time())
@@ -125,11 +118,12 @@ class Display:
 
     @_show.register
     def _(self, event: SearchStarted) -> None:
+        self._limit_bytes = event.limit_bytes
         limit = format_bytes(event.limit_bytes)
         self.log(f"{event.device}, limit {limit}, sizes up to {event.ceiling}")
         for other in event.others:
             self.log(f"on the same device {other}")
-        self.log(_HEADER, style="dim")
+        self.log(TRIAL_HEADER, style="dim")
 
     @_show.register
     def _(self, event: TrialStarted) -> None:
@@ -148,7 +142,7 @@ class Display:
     @_show.register
     def _(self, event: TrialEnded) -> None:
         self._close()
-        self._write(_row(event.trial))
+        self._write(_row(event.trial, self._limit_bytes))
 
     @_show.register
     def _(self, event: SearchEnded) -> None:
@@ -217,6 +211,7 @@ class Display:
         self._close()
         if self._entered and self._can_draw:
             live.start()
+            live.refresh()  # Starting draws a bar, but no row.
             self._live = live
 
     def _advance(self, epoch: int, loss: str, speed: str, *, steps: int) -> None:
@@ -314,13 +309,9 @@ def _text(pattern: str) -> ProgressColumn:
     return TextColumn(pattern, markup=False, table_column=Column(no_wrap=True))
 
 
-def _row(trial: Trial) -> Text:
-    word = "fits" if trial.failure is None else _VERDICTS[trial.failure]
-    peak = "-" if trial.peak_bytes is None else format_bytes(trial.peak_bytes)
-    row = Text(f"{trial.size:>7}   ")
-    row.append(f"{word:<14}", style="green" if trial.fits else "yellow")
-    row.append(f"   {peak:>10}   ")
-    row.append(f"{trial.seconds:>7.1f}", style="dim")
+def _row(trial: Trial, limit_bytes: int) -> Text:
+    row = Text(trial_row(trial, limit_bytes))
+    row.stylize("green" if trial.fits else "yellow", _VERDICT.start, _VERDICT.stop)
     return row
 
 

@@ -16,6 +16,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from autobatch.breakdown import Breakdown
+from autobatch.remedies import Remedy, what_would_help
 from autobatch.units import format_bytes
 
 
@@ -36,8 +38,8 @@ class DoesNotFitError(AutobatchError):
 
     Attributes:
         size: The smallest size of interest.
-        limit_bytes: What was allowed; None where no limit was known.
-        breakdown_bytes: What needs how many bytes, by name.
+        limit_bytes: What was allowed, which is not enough; None where no limit was known.
+        breakdown: What needs how many bytes, and how many are missing; None where it is not known.
         message: What the last failure said.
     """
 
@@ -45,25 +47,39 @@ class DoesNotFitError(AutobatchError):
         self,
         size: int,
         limit_bytes: int | None,
-        breakdown_bytes: Mapping[str, int] | None = None,
+        breakdown: Breakdown | None = None,
         message: str = "",
     ) -> None:
-        super().__init__(size, limit_bytes, breakdown_bytes, message)
+        super().__init__(size, limit_bytes, breakdown, message)
         self.size = size
         self.limit_bytes = limit_bytes
-        self.breakdown_bytes = dict(breakdown_bytes or {})
+        self.breakdown = breakdown
         self.message = message
+
+    @property
+    def breakdown_bytes(self) -> dict[str, int]:
+        """What takes how many bytes, by its name for people."""
+        return {} if self.breakdown is None else self.breakdown.parts
+
+    @property
+    def remedies(self) -> tuple[Remedy, ...]:
+        """What would help, and by how much."""
+        return () if self.breakdown is None else what_would_help(self.breakdown)
 
     def __str__(self) -> str:
         where = "here" if self.limit_bytes is None else f"in {format_bytes(self.limit_bytes)}"
-        needs = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.breakdown_bytes.items())
-        return (
-            f"a batch of {self.size} does not fit {where}"
-            + (f" ({needs})" if needs else "")
-            + (f"; the last failure said: {self.message}" if self.message else "")
-            + "; raise the limit, shrink the model or its inputs, checkpoint activations, or "
-            "choose an optimizer with less state"
-        )
+        said = f"; the last failure said: {self.message}" if self.message else ""
+        missing = self.breakdown.missing_bytes if self.breakdown else 0
+        more = f": it needs at least {format_bytes(missing)} more" if missing else ""
+        told = f"a batch of {self.size} does not fit {where}{more}{said}"
+        if self.breakdown is None:
+            return (
+                f"{told}; raise the limit, shrink the model or its inputs, checkpoint "
+                "activations, or choose an optimizer with less state"
+            )
+        rows = [f"  {row}" for row in str(self.breakdown).splitlines()]
+        ways = [f"  {remedy}" for remedy in self.remedies]
+        return "\n".join([told, *rows, "What would help:", *ways])
 
 
 class InexactStepError(AutobatchError):

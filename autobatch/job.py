@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from autobatch.accounts import account_for
 from autobatch.batches.regroup import Data, Source, open_source
+from autobatch.breakdown import Breakdown
 from autobatch.devices.base import Budget, MemoryDevice
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
+from autobatch.results import Trial
 from autobatch.state import attributes_of, preserved, training_mode
 from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
@@ -135,18 +138,40 @@ class Job:
             )
         breakdown = self.breakdown_bytes()
         if limit < breakdown["parameters"] + breakdown["buffers"]:
-            raise DoesNotFitError(1, limit, breakdown)
+            raise DoesNotFitError(1, limit, self.breakdown(limit))
         return limit
+
+    def breakdown(
+        self, limit_bytes: int, trial: Trial | None = None, *, trains: bool = True
+    ) -> Breakdown:
+        """Return where the memory goes at a trial; where it failed, what is needed at least.
+
+        Args:
+            limit_bytes: What a step might allocate.
+            trial: None before there is one.
+            trains: Whether there are gradients, and state is made.
+        """
+        needs = self.breakdown_bytes()
+        if not trains:
+            needs["gradients"] = 0
+        elif trial is None or not trial.fits:  # Then not all of the state may have been made.
+            full_bytes = _full_state_bytes(self.recipe.optimizer)
+            needs["optimizer state"] = max(needs["optimizer state"], full_bytes)
+        return account_for(
+            needs, device=self.device, budget=self.budget, limit_bytes=limit_bytes, trial=trial
+        )
 
     def breakdown_bytes(self) -> dict[str, int]:
         """Return what the step needs whatever the batch, by name."""
-        model, optimizer = self.recipe.model, self.recipe.optimizer
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = [p for module in self.modules for p in module.parameters()]
+        buffers = [buffer for module in self.modules for buffer in module.buffers()]
+        home = self.device.torch_device
+        state = [t for t in _state_tensors(self.recipe.optimizer) if t.device == home]
         return {
-            "parameters": _bytes(list(model.parameters())),
-            "buffers": _bytes(list(model.buffers())),
-            "gradients": _bytes(trained),
-            "optimizer state": _bytes(_state_tensors(optimizer)),
+            "parameters": _bytes(parameters),
+            "buffers": _bytes(buffers),
+            "gradients": _bytes([p for p in parameters if p.requires_grad]),
+            "optimizer state": _bytes(state),  # Not what waits on the host, such as step counts.
         }
 
 
@@ -182,6 +207,22 @@ def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _full_state_bytes(optimizer: Optimizer) -> int:
+    """What torch's Adam and SGD hold once all that is trained was stepped; 0 of other optimizers.
+
+    Adam holds two moments and perhaps a third, of each parameter; SGD its momentum.
+    """
+    total = 0
+    for group in optimizer.param_groups:
+        copies = 0
+        if type(optimizer) in (Adam, AdamW):
+            copies = 3 if group["amsgrad"] else 2
+        elif type(optimizer) is SGD:
+            copies = 1 if group["momentum"] else 0
+        total += copies * _bytes([p for p in group["params"] if p.requires_grad])
+    return total
 
 
 def _move_state(optimizer: Optimizer, device: torch.device) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autobatch.accounts import account_for
 from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.display import observer_of
@@ -77,7 +78,13 @@ def find_largest(
             rehearsal=_Runs(run, parts.modules),
             device=memory,
             limit_bytes=lambda: budget.limit_bytes(memory.read()),
-            breakdown_bytes=lambda: {"what state names": sum(t.nbytes for t in parts.tensors())},
+            breakdown=lambda limit_bytes, trial: account_for(
+                {"what state names": sum(t.nbytes for t in parts.tensors())},
+                device=memory,
+                budget=budget,
+                limit_bytes=limit_bytes,
+                trial=trial,
+            ),
             observer=observer,
             options=search,
         ).largest(candidates, windows=lambda size: (size,), reason="ceiling")

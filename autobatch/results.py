@@ -4,10 +4,16 @@ import enum
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar
 
+from autobatch.breakdown import Breakdown
 from autobatch.plan import BatchPlan
+from autobatch.plot import memory_over_size, save
 from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _AS_FAST: Final = 0.02  # A difference that is not worth more memory.
 LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time"]
@@ -64,6 +70,7 @@ class Trial:
         phases: Its memory in the first micro-batch, in those after it, and in the optimizer's
             step; empty for a failed trial, and where nothing was read.
         explained: Of a failure, whether memory as it was read explains it.
+        needed_bytes: Of a failure, what was needed at least as far as it was read; 0 otherwise.
         repeated: Whether the size had been tried before.
     """
 
@@ -76,6 +83,7 @@ class Trial:
     message: str = ""
     phases: tuple[Phase, ...] = ()
     explained: bool = True
+    needed_bytes: int = 0
     repeated: bool = False
 
     def __bool__(self) -> bool:
@@ -142,6 +150,7 @@ class SearchResult:
         worst_case: What the trials repeated, in words.
         speeds: How fast it and a few smaller sizes train, where ``prefer="fastest"`` asked.
         others: Other processes on the device when the search began, as far as told.
+        breakdown: Where the memory goes at ``size``; None where it was not asked.
     """
 
     size: int
@@ -153,6 +162,7 @@ class SearchResult:
     worst_case: str = ""
     speeds: tuple[Speed, ...] = ()
     others: tuple[OtherProcess, ...] = ()
+    breakdown: Breakdown | None = None
 
     def __int__(self) -> int:
         return self.size
@@ -174,6 +184,26 @@ class SearchResult:
         enough = (1 - _AS_FAST) * max(speed.examples_per_second for speed in self.speeds)
         return min(s.size for s in self.speeds if s.examples_per_second >= enough)
 
+    def table(self) -> str:
+        """Return a line for each trial, in order, as a search shows them."""
+        rows = [trial_row(trial, self.limit_bytes) for trial in self.trials]
+        return "\n".join([TRIAL_HEADER, *rows])
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return memory over size as a matplotlib ``Figure`` of its own, written to ``path`` too.
+
+        Args:
+            path: A file that ends in .png, .svg or .pdf; written whole or not at all.
+
+        Raises:
+            ImportError: If matplotlib is not installed: ``pip install 'torch-autobatch[plot]'``.
+            ValueError: If nothing can be written to ``path``.
+        """
+        figure = memory_over_size(self)
+        if path is not None:
+            save(figure, path)
+        return figure
+
     def __str__(self) -> str:
         failed = sum(not trial.fits for trial in self.trials)
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
@@ -181,6 +211,29 @@ class SearchResult:
             f"tolerable batch {self.size} (limited by {self.limited_by}, {self.upper}{peak} of "
             f"{format_bytes(self.limit_bytes)}; {len(self.trials)} trials, {failed} failed)"
         )
+
+
+_VERDICTS: Final = {
+    Verdict.OUT_OF_MEMORY: "out of memory",
+    Verdict.TOO_LARGE: "too large",
+    Verdict.FATAL: "device lost",
+    Verdict.SUSPECT: "perhaps memory",
+    Verdict.TOO_SLOW: "too slow",
+    Verdict.OTHER: "error",
+}
+TRIAL_HEADER: Final = (
+    f"{'size':>7}   {'verdict':<14}   {'peak':>10}   {'of limit':>8}   {'seconds':>7}"
+)
+
+
+def trial_row(trial: Trial, limit_bytes: int) -> str:
+    """Return the trial as a row below ``TRIAL_HEADER``."""
+    verdict = "fits" if trial.failure is None else _VERDICTS[trial.failure]
+    peak = share = "-"
+    if trial.peak_bytes is not None:
+        peak = format_bytes(trial.peak_bytes)
+        share = f"{trial.peak_bytes / max(limit_bytes, 1):.1%}"
+    return f"{trial.size:>7}   {verdict:<14}   {peak:>10}   {share:>8}   {trial.seconds:>7.1f}"
 
 
 Number = TypeVar("Number", bound=float | None)

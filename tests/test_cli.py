@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from autobatch.commands import runs
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
-from autobatch.results import StepResult, Trial
+from autobatch.results import SearchResult, StepResult, Trial
 
 CODE = """
 import time
@@ -178,6 +179,95 @@ def test_training_can_prefer_the_fastest(run: Run) -> None:
     assert code == ExitCode.DONE
     assert json.loads(out)["search"]["speeds"]
     assert "examples a second at" in err
+
+
+def test_finding_says_where_the_memory_goes(run: Run) -> None:
+    arguments = ("find", *TINY, "--memory-limit", "200kB", "--device", "cpu", "--quiet")
+    _, out, _ = run(*arguments)
+    told, gap, *rows = out.splitlines()
+    assert told.startswith("tolerable batch ")
+    assert gap == ""
+    assert [row.split("  ")[0] for row in rows] == [
+        *["parameters", "gradients", "optimizer state", "activations and temporaries", "free"],
+        "in all",
+    ]
+    breakdown = json.loads(run(*arguments, "--json")[1])["breakdown"]
+    assert breakdown["total_bytes"] == 200_000
+    assert breakdown["parameter_bytes"] == 4 * (20 * 64 + 64 + 64 * 3 + 3)
+    assert sum(breakdown.values()) == 2 * 200_000, "the parts and their sum"
+
+
+def test_finding_draws_memory_over_size_and_says_so(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("find", *TINY, "--ceiling", "7", "--quiet", "--plot", "memory.svg")
+    assert code == ExitCode.DONE
+    assert out.splitlines()[-1] == "memory over size is drawn in memory.svg"
+    assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+
+def test_what_was_found_is_told_though_it_cannot_be_drawn(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SearchResult, "plot", full)
+    code, out, _ = run("find", *TINY, "--ceiling", "7", "--plot", "memory.png")
+    assert code == ExitCode.DONE
+    assert out.startswith("tolerable batch 7")
+    assert out.endswith("could not be drawn: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        ("memory.txt", "plot must name a file that ends in .png, .svg or .pdf, got memory.txt"),
+        ("nowhere/memory.png", "folder that exists and can be written to, got nowhere/memory.png"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_runs(
+    run: Run, plot: str, words: str
+) -> None:
+    code, out, err = run("find", *TINY, "--plot", plot)
+    assert (code, out) == (ExitCode.BAD_ARGUMENTS, "")
+    assert words in err
+    assert "running" not in err
+    assert "500 to train on" not in err, "nothing was loaded"
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run("find", *TINY, "--plot", "memory.png")
+    assert (code, out) == (ExitCode.FAILED, "")
+    assert "not installed: pip install 'torch-autobatch[plot]'" in err
+    assert "500 to train on" not in err
+
+
+def test_what_does_not_fit_says_what_would_help_in_json_too(run: Run) -> None:
+    arguments = ("find", *TINY, "--memory-limit", "10kB", "--device", "cpu")
+    code, _, err = run(*arguments)
+    assert code == ExitCode.DOES_NOT_FIT
+    assert "missing, at least" in err
+    assert "a larger memory_limit or device: at least" in err
+    error = json.loads(run(*arguments, "--json")[1])["error"]
+    assert error["limit_bytes"] == error["breakdown"]["total_bytes"] == 10_000
+    assert error["breakdown"]["missing_bytes"] > 0
+    assert error["remedies"][-1]["bytes"] == 10_000 + error["breakdown"]["missing_bytes"]
+
+
+def test_a_row_that_is_too_long_for_the_terminal_goes_on_further_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "a heading:\n  a row that is too long\n  another     row"
+    assert cli._wrapped(text, Screen()).splitlines() == [
+        *["a heading:", "  a row that is too", "    long", "  another     row"],
+    ]
 
 
 def test_finding_stops_at_the_ceiling(run: Run) -> None:

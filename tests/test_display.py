@@ -121,10 +121,10 @@ def test_without_a_terminal_there_are_whole_lines_and_nothing_else() -> None:
             display(event)
     assert file.getvalue() == (
         "CPU, limit 256.0 MiB, sizes up to 256\n"
-        "   size   verdict                peak   seconds\n"
-        "      4   fits              188.7 MiB       0.2\n"
-        "    256   out of memory             -       0.2\n"
-        "     93   fits              250.0 MiB       0.2\n"
+        "   size   verdict                peak   of limit   seconds\n"
+        "      4   fits              188.7 MiB      73.7%       0.2\n"
+        "    256   out of memory             -          -       0.2\n"
+        "     93   fits              250.0 MiB      97.7%       0.2\n"
         "tolerable batch 93, limited by memory (ran out at 103)\n"
         "256 = 86 + 85 + 85: 3 accumulation steps, tolerable batch 93\n"
         "memory ran out with micro-batches of 86: the window runs again with 64\n"
@@ -138,12 +138,23 @@ def test_without_a_terminal_there_are_whole_lines_and_nothing_else() -> None:
 def test_columns_are_aligned_whatever_the_trial(verdict: Verdict | None, size: int) -> None:
     out, file = console(terminal=False)
     display = Display(out)
-    display(SearchStarted(device="CPU", limit_bytes=MIB, ceiling=size))
+    display(SearchStarted(device="CPU", limit_bytes=1024 * MIB, ceiling=size))
     display(TrialEnded(trial=trial(size, None if verdict else 1023.9, verdict)))
     _, header, row = file.getvalue().splitlines()
     assert len(header) == len(row)
     assert row[7:10] == "   "
     assert row[24:27] == "   "
+    assert row[37:40] == "   "
+    assert row[48:51] == "   "
+
+
+@pytest.mark.parametrize("verdict", [None, Verdict.OUT_OF_MEMORY])
+def test_the_verdict_alone_is_coloured(verdict: Verdict | None) -> None:
+    out, file = console(terminal=True)
+    Display(out)(TrialEnded(trial=trial(93, None if verdict else 250.0, verdict)))
+    colour, word = ("33", "out of memory") if verdict else ("32", "fits")
+    assert f"\x1b[{colour}m{word:<14}\x1b[0m" in file.getvalue()
+    assert file.getvalue().count("\x1b[0m") == 1
 
 
 def test_other_processes_on_the_device_are_named() -> None:
@@ -199,6 +210,13 @@ def test_everything_is_in_one_line_of_the_terminal(width: int, bar: str) -> None
         re.fullmatch(rf"epoch 2/2  loss 0.5000     256 examples/s  {bar}4/4  00:00 left", line)
         for line in bars
     ), bars
+
+
+def test_the_size_being_tried_is_shown_while_it_runs() -> None:
+    out, file = console(terminal=True)
+    with Display(out) as display:
+        display(TrialStarted(size=93))
+        assert frames(file.getvalue()) == ["     93   running"]
 
 
 def test_an_unknown_number_of_steps_is_counted_without_a_bar() -> None:

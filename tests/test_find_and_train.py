@@ -503,7 +503,7 @@ BAD: dict[str, tuple[Callable[[], TrainingResult], type[Exception], str]] = {
     "a limit below the model's own size": (
         lambda: train(small_model(), rows(8), 4, memory_limit=100),
         DoesNotFitError,
-        r"does not fit in 100 B \(parameters",
+        "does not fit in 100 B: it needs at least 2.2 KiB more",
     ),
     "a limit that cannot be read": (
         lambda: train(small_model(), rows(8), 4, memory_limit="8GB?"),

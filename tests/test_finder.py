@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from autobatch.breakdown import Breakdown
 from autobatch.devices.base import MemoryReading
 from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Event, SearchEnded, SearchStarted, TrialEnded, TrialStarted
@@ -105,7 +106,7 @@ class Machine:
             rehearsal=self,
             device=self,
             limit_bytes=limit_bytes,
-            breakdown_bytes=lambda: {"parameters": RESIDENT},
+            breakdown=lambda *_: Breakdown(parameter_bytes=RESIDENT),
             observer=observer,
             options=SearchOptions(**options),
         )

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from autobatch import errors
+from autobatch.breakdown import Breakdown
 from autobatch.errors import (
     AutobatchError,
     CheckpointError,
@@ -18,6 +19,7 @@ from autobatch.errors import (
     StepInterruptedError,
 )
 from autobatch.plan import BatchPlan
+from autobatch.remedies import what_would_help
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Upper, Verdict
 
 PASSED = Trial(size=86, fits=True, peak_bytes=240 * 2**20, seconds=1.26)
@@ -46,7 +48,7 @@ TRAINING = TrainingResult(
 ERRORS = [
     AutobatchError("something"),
     DeviceUnavailableError("no such device"),
-    DoesNotFitError(1, 2**30, {"parameters": 2**20}, "out of memory"),
+    DoesNotFitError(1, 2**30, Breakdown(parameter_bytes=2**31, missing_bytes=2**30), "too much"),
     DoesNotFitError(1, None),
     DeviceLostError(8, 16, "CUDA error: an illegal memory access was encountered"),
     SearchTimeoutError(8, 1.5),
@@ -74,6 +76,14 @@ def test_results_are_values(value: object) -> None:
             setattr(value, name, None)
     with pytest.raises((TypeError, AttributeError, FrozenInstanceError)):
         value.extra = 1  # type: ignore[attr-defined]  # Refusing it is the test.
+
+
+def test_the_table_has_a_row_for_each_trial_with_its_share_of_the_limit() -> None:
+    assert SEARCH.table().splitlines() == [
+        "   size   verdict                peak   of limit   seconds",
+        "    128   out of memory             -          -       0.5",
+        "     86   fits              240.0 MiB      93.8%       1.3",
+    ]
 
 
 def test_a_trial_says_whether_it_fits() -> None:
@@ -165,15 +175,36 @@ def test_every_error_has_one_root_and_stands_in_the_tree() -> None:
     assert {type(error) for error in ERRORS} == set(own.values())
 
 
-def test_what_does_not_fit_is_told_with_both_numbers_and_the_way_out() -> None:
-    error = DoesNotFitError(
-        1, 2**30, {"parameters": 3 * 2**29, "optimizer state": 3 * 2**30}, "tried to allocate"
+def test_what_does_not_fit_is_told_with_the_numbers_and_the_ways_out() -> None:
+    breakdown = Breakdown(
+        parameter_bytes=3 * 2**29,
+        gradient_bytes=3 * 2**29,
+        optimizer_state_bytes=3 * 2**30,
+        missing_bytes=5 * 2**30,
     )
-    assert str(error) == (
-        "a batch of 1 does not fit in 1.0 GiB (parameters 1.5 GiB, optimizer state 3.0 GiB); the "
-        "last failure said: tried to allocate; raise the limit, shrink the model or its inputs, "
-        "checkpoint activations, or choose an optimizer with less state"
-    )
-    assert (error.size, error.limit_bytes) == (1, 2**30)
-    assert error.breakdown_bytes == {"parameters": 3 * 2**29, "optimizer state": 3 * 2**30}
-    assert str(DoesNotFitError(3, None)).startswith("a batch of 3 does not fit here; raise the")
+    error = DoesNotFitError(1, 2**30, breakdown, "tried to allocate")
+    assert str(error).splitlines() == [
+        "a batch of 1 does not fit in 1.0 GiB: it needs at least 5.0 GiB more; the last failure "
+        "said: tried to allocate",
+        "  parameters             1.5 GiB",
+        "  gradients              1.5 GiB",
+        "  optimizer state        3.0 GiB",
+        "  at least               6.0 GiB",
+        "  there is               1.0 GiB",
+        "  missing, at least      5.0 GiB",
+        "What would help:",
+        "  freezing parameters before the optimizer is made: frees gradients and "
+        "optimizer state, which take at least 4.5 GiB",
+        "  SGD without momentum as the optimizer: frees at least 3.0 GiB of optimizer state",
+        "  SGD with momentum as the optimizer: frees at least 1.5 GiB of optimizer state",
+        "  a larger memory_limit or device: at least 6.0 GiB in all",
+    ]
+    assert (error.size, error.limit_bytes, error.breakdown) == (1, 2**30, breakdown)
+    assert error.breakdown_bytes["optimizer state"] == 3 * 2**30
+    assert error.remedies == what_would_help(breakdown)
+
+
+def test_what_does_not_fit_for_unknown_reasons_still_names_ways_out() -> None:
+    error = DoesNotFitError(3, None)
+    assert str(error).startswith("a batch of 3 does not fit here; raise the limit")
+    assert (error.breakdown_bytes, error.remedies) == ({}, ())

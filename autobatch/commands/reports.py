@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, dataclass, field
 
+from autobatch.breakdown import Breakdown
+from autobatch.errors import DoesNotFitError
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, TrainingResult, Trial
@@ -134,10 +136,27 @@ def search_fields(search: SearchResult) -> Fields:
             "bytes": search.upper.bytes,
         },
         "worst_case": search.worst_case,
+        "breakdown": None if search.breakdown is None else breakdown_fields(search.breakdown),
         "trials": [trial_fields(trial) for trial in search.trials],
         "speeds": [asdict(speed) for speed in search.speeds],
         "others": [{"pid": other.pid, "used_bytes": other.used_bytes} for other in search.others],
     }
+
+
+def failure_fields(error: BaseException) -> Fields:
+    """Return what an error carries beside its message, as JSON takes it."""
+    if not isinstance(error, DoesNotFitError) or error.breakdown is None:
+        return {}
+    return {
+        "limit_bytes": error.limit_bytes,
+        "breakdown": breakdown_fields(error.breakdown),
+        "remedies": [asdict(remedy) for remedy in error.remedies],
+    }
+
+
+def breakdown_fields(breakdown: Breakdown) -> Fields:
+    """Return the breakdown as JSON takes it."""
+    return asdict(breakdown) | {"total_bytes": breakdown.total_bytes}
 
 
 def training_fields(result: TrainingResult) -> Fields:

@@ -18,7 +18,9 @@ from autobatch.commands.sources import DataSource, accuracy, load_data, load_mod
 from autobatch.devices.choose import choose_device
 from autobatch.events import Event, SearchEnded
 from autobatch.plan import check_size
+from autobatch.plot import check_plot
 from autobatch.probing.options import SearchOptions
+from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
 from autobatch.units import parse_bytes
 
@@ -122,14 +124,18 @@ class SearchRun(Setting):
         ceiling: The largest size of interest; None goes as far as the data.
         mode: What is rehearsed.
         multiple_of: Only multiples of this are tried.
+        plot: Where the picture of memory over size goes, or None.
     """
 
     ceiling: int | None = None
     mode: ModeChoice = ModeChoice.TRAIN
     multiple_of: int = 1
+    plot: Path | None = None
 
     def run(self, watch: Watch) -> Report:
         """Find the tolerable batch."""
+        if self.plot is not None:
+            check_plot(self.plot)
         model, source = self.load(watch)
         search = find_batch_size(
             model,
@@ -144,8 +150,13 @@ class SearchRun(Setting):
             # How it ended is the report itself.
             progress=lambda event: None if isinstance(event, SearchEnded) else watch(event),
         )
+        paragraphs = [str(search), "" if search.breakdown is None else str(search.breakdown)]
+        if self.plot is not None:
+            paragraphs.append(_drawn(search, self.plot))
         names = {"model": self.model, "data": self.data}
-        return Report(text=str(search), fields=names | search_fields(search))
+        return Report(
+            text="\n\n".join(filter(None, paragraphs)), fields=names | search_fields(search)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +221,15 @@ class TrainingRun(Setting):
             before=before,
             after=after,
         )
+
+
+def _drawn(search: SearchResult, path: Path) -> str:
+    """Draw memory over size, and say so; what was found is told though the disk be full."""
+    try:
+        search.plot(path)
+    except OSError as error:
+        return f"memory over size could not be drawn: {error}"
+    return f"memory over size is drawn in {path}"
 
 
 def _described(source: DataSource) -> str:

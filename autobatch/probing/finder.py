@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from autobatch.breakdown import Breakdown
 from autobatch.devices.base import MemoryDevice, moved
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
@@ -32,7 +33,7 @@ class Finder:
         rehearsal: Training's own step.
         device: Where it runs.
         limit_bytes: Reads what it may allocate now.
-        breakdown_bytes: Names what the step needs whatever the batch; asked if nothing fits.
+        breakdown: Says where memory goes under a limit at a trial, fitting or not.
         observer: Is told of every trial.
         options: How to search.
         worst_case: What trials repeat, in words.
@@ -41,7 +42,7 @@ class Finder:
     rehearsal: Rehearsal
     device: MemoryDevice
     limit_bytes: Callable[[], int]
-    breakdown_bytes: Callable[[], Mapping[str, int]]
+    breakdown: Callable[[int, Trial], Breakdown]
     observer: Observer
     options: SearchOptions = field(default_factory=SearchOptions)
     worst_case: str = ""
@@ -89,13 +90,15 @@ class Finder:
             self._learn(search, trial)
         self._search(search, windows, began)
         if search.size == 0:
-            held = {f"process {o.pid}": o.used_bytes for o in others if o.used_bytes is not None}
-            raise DoesNotFitError(
+            error = DoesNotFitError(
                 candidates[0],
                 search.limit_bytes,
-                {**self.breakdown_bytes(), **held},
+                self.breakdown(search.limit_bytes, self._shortage()),
                 self._trials[-1].message,
             )
+            for other in others:
+                error.add_note(f"on the same device {other}")
+            raise error
         found = replace(self._result(search, ceiling, reason), others=others)
         self.observer(SearchEnded(search=found))
         return found
@@ -207,12 +210,19 @@ class Finder:
             failed.append(trial)
         return failed
 
+    def _shortage(self) -> Trial:
+        """The last failure that says what is missing: BatchNorm may refuse a single example."""
+        told = [trial for trial in self._trials if trial.failure is not Verdict.OTHER]
+        return (told or self._trials)[-1]
+
     def _result(self, search: Search, ceiling: int, reason: LimitedBy) -> SearchResult:
         upper = search.upper
         limited_by = reason
         if upper.reason != "ceiling":
             failures = {trial.size: trial.failure for trial in self._trials}
             limited_by = _OTHER_LIMITS.get(failures.get(upper.size or 0), "memory")
+        trials = self._trials
+        chosen = next(t for t in reversed(trials) if t.fits and t.size == search.size)
         return SearchResult(
             size=search.size,
             trials=tuple(self._trials),
@@ -221,6 +231,7 @@ class Finder:
             limited_by=limited_by,
             upper=upper,
             worst_case=self.worst_case,
+            breakdown=self.breakdown(search.limit_bytes, chosen),
         )
 
 

@@ -105,6 +105,7 @@ class Stage:
             message=message,
             phases=tuple(record.phases) if failure is None else (),
             explained=failure is None or reached >= _NEAR * self.limit_bytes,
+            needed_bytes=0 if failure is None else reached,
         )
 
     def _complaint(self, size: int, peak_bytes: int) -> str:

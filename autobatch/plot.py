@@ -1,0 +1,275 @@
+"""Memory over size, as a picture."""
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from autobatch.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; shapes differ as well.
+_ALLOCATED: Final = "#0072B2"
+_RESERVED: Final = "#56B4E9"
+_FAILED: Final = "#D55E00"
+_INK: Final = "#333333"
+_FAINT: Final = "#999999"
+_FAR: Final = 5.0  # A limit so many times the largest peak is told, not drawn.
+_REACH: Final = 2.0  # Failures beyond so many times the tolerable batch are told, not drawn.
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+_TICKS: Final = 6
+_FORMATS: Final = ("png", "svg", "pdf")  # What matplotlib draws without anything else.
+_ENDINGS: Final = ".png, .svg or .pdf"
+
+
+class Tried(Protocol):
+    """A trial."""
+
+    @property
+    def size(self) -> int:
+        """Examples in each micro-batch."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it ran inside the limit."""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes allocated."""
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """The most bytes that the allocator held."""
+
+
+class Searched(Protocol):
+    """A search and its trials."""
+
+    @property
+    def size(self) -> int:
+        """The tolerable batch."""
+
+    @property
+    def trials(self) -> Sequence[Tried]:
+        """Every trial."""
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a step was allowed to allocate."""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak at the tolerable batch."""
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse a path that no plot can be written to, before there is one.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If its suffix is no format that is drawn, or its folder takes no file.
+    """
+    path = Path(path)
+    _new_figure()
+    if _format(path) not in _FORMATS:
+        raise ValueError(f"plot must name a file that ends in {_ENDINGS}, got {path}")
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"plot must name a file in a folder that exists and can be written to, got {path}"
+        )
+
+
+def memory_over_size(search: Searched) -> "Figure":
+    """Return the picture of every trial: what it allocated, or that it failed, under the limit.
+
+    It belongs to no window and no global state of matplotlib.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _new_figure()
+    axes = figure.add_subplot()
+    reach = _REACH * search.size
+    fitting = [trial for trial in search.trials if trial.fits and trial.peak_bytes is not None]
+    failed = [trial.size for trial in search.trials if not trial.fits]
+    near = sorted(size for size in failed if size <= reach)
+    widest = max([search.size, *(trial.size for trial in fitting), *near])
+    tallest = max(
+        [0, *(t.peak_bytes or 0 for t in fitting), *(t.reserved_bytes or 0 for t in fitting)]
+    )
+    _draw_points(axes, fitting, near, search.limit_bytes)
+    is_far = not failed and search.limit_bytes > _FAR * tallest > 0
+    _draw_limit(axes, search.limit_bytes, is_far=is_far)
+    _scale(axes, widest, tallest if is_far else max(tallest, search.limit_bytes))
+    _draw_tolerable(axes, search.size, search.peak_bytes)
+    _draw_beyond(axes, len(failed) - len(near), max(failed, default=0))
+    _draw_legend(axes)
+    return figure
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write the picture whole or not at all.
+
+    Raises:
+        ValueError: As ``check_plot`` does.
+    """
+    path = Path(path)
+    check_plot(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(unfinished, format=_format(path), dpi="figure", facecolor="white")
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def _format(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def _new_figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        missing = error.name
+    else:
+        # What is set here is not taken from the user's own style, which may be a dark one.
+        return Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
+    raise ImportError(
+        f"a plot needs {missing}, which is not installed: pip install 'torch-autobatch[plot]'",
+        name=missing,
+    )
+
+
+def _draw_points(
+    axes: "Axes", fitting: Sequence[Tried], failed: Sequence[int], limit_bytes: int
+) -> None:
+    cached = [trial for trial in fitting if trial.reserved_bytes is not None]
+    if cached:
+        axes.plot(
+            [trial.size for trial in cached],
+            [trial.reserved_bytes or 0 for trial in cached],
+            *("o",),
+            color=_RESERVED,
+            markerfacecolor="white",
+            markersize=7,
+            label="reserved by the allocator",
+            clip_on=False,  # Size 1 of a million lies on the axis.
+            zorder=3,
+        )
+    axes.plot(
+        [trial.size for trial in fitting],
+        [trial.peak_bytes or 0 for trial in fitting],
+        *("o",),
+        color=_ALLOCATED,
+        markersize=7,
+        label="fits: peak allocated",
+        clip_on=False,
+        zorder=4,
+    )
+    if failed:
+        axes.plot(
+            failed,
+            [limit_bytes] * len(failed),
+            *("x",),
+            color=_FAILED,
+            markersize=9,
+            markeredgewidth=2.2,
+            label="failed",
+            zorder=3,  # Below the points: what failed may be the tolerable batch's neighbour.
+        )
+
+
+def _draw_limit(axes: "Axes", limit_bytes: int, *, is_far: bool) -> None:
+    """A line at the limit; its figure alone where the points would lie at the bottom."""
+    told = f"limit {format_bytes(limit_bytes)}"
+    if is_far:
+        axes.text(0.01, 0.97, f"↑ {told}", transform=axes.transAxes, va="top", color=_INK)
+        return
+    axes.axhline(limit_bytes, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+    axes.annotate(
+        told,
+        (0.01, limit_bytes),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 4),
+        textcoords="offset points",
+        va="bottom",
+        color=_INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # Over a line of the grid.
+    )
+
+
+def _scale(axes: "Axes", widest: int, tallest: int) -> None:
+    """Both axes from 0: sizes in steps that are read at a glance, bytes in powers of two."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+
+    step = 2 ** math.ceil(math.log2(max(tallest, 1) / _TICKS))
+    power = min(int(math.log2(max(tallest, 1)) / 10), len(_UNITS) - 1)
+    axes.set_xlim(0, 1.06 * widest)
+    axes.set_ylim(0, 1.14 * max(tallest, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    axes.yaxis.set_major_locator(MultipleLocator(step))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda n, _: f"{n / 1024**power:g} {_UNITS[power]}" if n else "0")
+    )
+    axes.set_xlabel("size: examples in a micro-batch", color=_INK)
+    axes.set_facecolor("white")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_FAINT)
+
+
+def _draw_tolerable(axes: "Axes", size: int, peak_bytes: int | None) -> None:
+    """A drop line, named near its foot, where there is room; above the point where that is low."""
+    peak_bytes = peak_bytes or 0
+    peak = f"\npeak {format_bytes(peak_bytes)}" if peak_bytes else ""
+    axes.vlines(size, 0, peak_bytes, color=_ALLOCATED, linewidth=1, linestyle=":", zorder=1)
+    foot, top = axes.get_ylim()
+    side = 1 if size < sum(axes.get_xlim()) / 2 else -1
+    axes.annotate(
+        f"tolerable batch {size:,}{peak}",
+        (size, peak_bytes if peak_bytes < top / 4 else foot),
+        xytext=(6 * side, 10),
+        textcoords="offset points",
+        ha="left" if side == 1 else "right",
+        va="bottom",
+        color=_ALLOCATED,
+        fontweight="bold",
+    )
+
+
+def _draw_beyond(axes: "Axes", count: int, largest: int) -> None:
+    if count:
+        axes.annotate(
+            f"{count} more failed, up to {largest:,} →",
+            (1, 1),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            color=_FAILED,
+        )
+
+
+def _draw_legend(axes: "Axes") -> None:
+    """Above the picture, where no point can be."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=3,
+        frameon=False,
+        borderaxespad=0.2,
+        handletextpad=0.3,
+        labelcolor=_INK,
+    )

@@ -1,0 +1,79 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch.breakdown import Breakdown
+from autobatch.remedies import needed_bytes, what_would_help
+
+MIB = 2**20
+PARTS = st.integers(0, 2**40)
+
+
+def test_each_way_out_says_by_how_much_and_the_most_comes_first() -> None:
+    adam = Breakdown(
+        parameter_bytes=100 * MIB,
+        gradient_bytes=96 * MIB,
+        optimizer_state_bytes=192 * MIB,
+        activation_bytes=50 * MIB,
+        other_process_bytes=40 * MIB,
+        headroom_bytes=20 * MIB,
+        missing_bytes=30 * MIB,
+    )
+    assert [str(remedy) for remedy in what_would_help(adam)] == [
+        "freezing parameters before the optimizer is made: frees gradients and "
+        "optimizer state, which take at least 288.0 MiB",
+        "SGD without momentum as the optimizer: frees at least 192.0 MiB of optimizer state",
+        "SGD with momentum as the optimizer: frees at least 96.0 MiB of optimizer state",
+        'smaller inputs, checkpointed activations or precision="bf16": lowers activations and '
+        "temporaries, which take at least 50.0 MiB",
+        "ending other processes: frees up to 40.0 MiB",
+        "headroom=0: frees 20.0 MiB",
+        "a larger memory_limit or device: at least 498.0 MiB in all",
+    ]
+
+
+def test_only_what_helps_is_named() -> None:
+    momentum = Breakdown(gradient_bytes=MIB, optimizer_state_bytes=MIB, free_bytes=MIB)
+    assert [str(remedy) for remedy in what_would_help(momentum)] == [
+        "freezing parameters before the optimizer is made: frees gradients and "
+        "optimizer state, which take at least 2.0 MiB",
+        "SGD without momentum as the optimizer: frees at least 1.0 MiB of optimizer state",
+        "a larger memory_limit or device: 3.0 MiB are not enough",
+    ]
+    assert len(what_would_help(Breakdown(parameter_bytes=MIB))) == 1
+
+
+@given(parts=st.lists(PARTS, min_size=12, max_size=12))
+def test_nothing_frees_more_than_there_is_and_more_memory_is_always_a_way(parts: list[int]) -> None:
+    told = Breakdown(**dict(zip(Breakdown.__dataclass_fields__, parts, strict=True)))
+    *freeing, more = what_would_help(told)
+    assert all(0 < remedy.bytes <= sum(told.parts.values()) for remedy in freeing)
+    assert [remedy.bytes for remedy in freeing] == sorted((r.bytes for r in freeing), reverse=True)
+    assert more.bytes == told.needed_bytes
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB of "
+    "which 1.02 GiB is free. Process 4242 has 78.10 GiB memory in use. Of the allocated memory "
+    "70.50 GiB is allocated by PyTorch, and 6.90 GiB is reserved by PyTorch but unallocated."
+)
+
+
+def test_a_failure_on_a_gpu_says_what_was_needed() -> None:
+    needed = needed_bytes(CUDA)
+    assert 72.48 * 2**30 < needed <= 72.5 * 2**30 - 0.01 * 2**30, "rounded down, twice"
+    assert needed_bytes(CUDA.replace("2.00 GiB.", "20.00 MiB.")) < 70.52 * 2**30
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "metered device out of memory: 6.2 MiB of live tensors after aten.mm, limit 6.0 MiB",
+        "Tried to allocate 2.00 GiB (GPU 0)",
+        "70.50 GiB is allocated by PyTorch",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1000000000000 bytes.",
+    ],
+)
+def test_a_text_that_does_not_say_both_says_nothing(text: str) -> None:
+    assert needed_bytes(text) == 0
