@@ -220,7 +220,7 @@ class Course:
         plan = BatchPlan(desired=window, tolerable=tolerable)
         observer(TrainingStarted(plan=plan, steps=self._steps(), epochs=self.epochs.last))
         with training_mode(job.recipe.model):
-            normalises = normalises_by_batch(job.recipe.model)
+            normalises = normalises_by_batch(job.recipe.model.modules())
             Loop(
                 driver,
                 self.progress,

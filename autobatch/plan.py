@@ -46,8 +46,7 @@ class BatchPlan:
     @property
     def micro_batch_sizes(self) -> tuple[int, ...]:
         """Sizes as even as can be: 10 by 4 is ``(4, 3, 3)``."""
-        size, larger = divmod(self.desired, self.accumulation_steps)
-        return (size + 1,) * larger + (size,) * (self.accumulation_steps - larger)
+        return even_sizes(self.desired, self.tolerable)
 
     @property
     def micro_batch(self) -> int:
@@ -68,6 +67,13 @@ class BatchPlan:
         larger = sizes.count(sizes[0])
         parts = [(larger, sizes[0]), (len(sizes) - larger, sizes[-1])]
         return " + ".join(f"{count} x {size}" for count, size in parts if count)
+
+
+def even_sizes(desired: int, tolerable: int) -> tuple[int, ...]:
+    """Return the fewest sizes of at most ``tolerable`` that add up, as even as can be."""
+    steps = -(-desired // tolerable)
+    size, larger = divmod(desired, steps)
+    return (size + 1,) * larger + (size,) * (steps - larger)
 
 
 def useful_sizes(desired: int) -> tuple[int, ...]:

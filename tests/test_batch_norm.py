@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 import pytest
@@ -16,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from autobatch import Accumulator, InexactStepError, StepResult
+from autobatch.training import batch_norm
 from autobatch.training.batch_norm import (
+    Pool,
     check_batch_norm,
     frozen_statistics,
     moving_layers,
@@ -110,12 +113,26 @@ def test_momentum_and_hooks_are_put_back_also_after_an_error() -> None:
     before = fingerprint(model)
 
     def fail() -> None:
-        with pooled_statistics(model, 3):
+        with pooled_statistics([model.norm]):
             assert model.norm.momentum == 1.0
             raise KeyError("mine")
 
     with pytest.raises(KeyError):
         fail()
+    assert fingerprint(model) == before
+
+
+def test_an_error_while_statistics_are_applied_leaves_the_layers_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> Tensor:
+        raise KeyError("mine")
+
+    monkeypatch.setattr(batch_norm, "_moved", fail)
+    model = First()
+    before = fingerprint(model)
+    with pytest.raises(KeyError):
+        pool(model, rows(8)[0].split(4))
     assert fingerprint(model) == before
 
 
@@ -182,14 +199,22 @@ def test_gradients_are_those_of_micro_batches_normalised_by_themselves() -> None
     assert_exact(list(ours.parameters()), list(slow.parameters()))
 
 
+def pooled_over(model: nn.Module, micro_batches: int) -> AbstractContextManager[Pool | None]:
+    """What a window of so many does with the model's statistics."""
+    layers = moving_layers(model.modules())
+    return pooled_statistics(layers) if micro_batches > 1 and layers else nullcontext()
+
+
 def pool(model: nn.Module, parts: Sequence[Tensor], borrowed: Sequence[int] = ()) -> list[Tensor]:
     """The statistics after one window of forward passes; the last ones may borrow examples."""
     every = [0] * (len(parts) - len(borrowed)) + list(borrowed)
-    with pooled_statistics(model, len(parts)) as pooled:
+    with pooled_over(model, len(parts)) as pooled:
         for part, count in zip(parts, every, strict=True):
-            pooled.begin(borrowed=count)
+            if pooled is not None:
+                pooled.begin(borrowed=count)
             model(part)
-            pooled.end()
+            if pooled is not None:
+                pooled.end()
     return statistics(model)
 
 
@@ -330,8 +355,8 @@ def test_a_layer_that_no_longer_tracks_keeps_its_statistics() -> None:
     layer.track_running_stats = False
     before = statistics(layer)
     assert_exact(pool(layer, drifting(6, (4,)).split(2)), before)
-    assert moving_layers(layer) == []
-    assert normalises_by_batch(layer)
+    assert moving_layers([layer]) == []
+    assert normalises_by_batch([layer])
 
 
 def test_a_layer_may_be_given_its_input_by_name_and_hooks_may_change_it() -> None:
@@ -386,7 +411,7 @@ def test_after_an_error_the_layers_are_what_they_were_with_the_same_tensors() ->
     before, objects = fingerprint(model), identities(model)
 
     def fail() -> None:
-        with pooled_statistics(model, 3) as pooled:
+        with pooled_statistics([model.norm]) as pooled:
             pooled.begin()
             model(rows(4)[0])
             pooled.end()
@@ -476,7 +501,7 @@ def test_freezing_leaves_no_trace_whatever_happens() -> None:
                 False,
                 True,
             ]
-            assert not normalises_by_batch(model)
+            assert not normalises_by_batch(model.modules())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -544,7 +569,7 @@ def test_the_table_of_how_far_micro_batches_are_is_what_comes_out() -> None:
             model = twin(base)
             assert isinstance(model, nn.Sequential)
             if name == "rescaled":
-                for layer in moving_layers(model):
+                for layer in moving_layers(model.modules()):
                     layer.momentum = 1 - (1 - 0.1) ** 0.5
             halves = list(zip(x.split(8), y.split(8), strict=True))
             loss, gradient = far_run(model, halves, pooled=name == "pooled")
@@ -574,11 +599,13 @@ def far_run(
     model: nn.Module, parts: list[tuple[Tensor, Tensor]], *, pooled: bool
 ) -> tuple[float, Tensor]:
     total = 0.0
-    with pooled_statistics(model, len(parts) if pooled else 1) as pool:
+    with pooled_over(model, len(parts) if pooled else 1) as pool:
         for x, y in parts:
-            pool.begin()
+            if pool is not None:
+                pool.begin()
             loss = nn.functional.cross_entropy(model(x), y, reduction="sum") / 16
-            pool.end()
+            if pool is not None:
+                pool.end()
             loss.backward()
             total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

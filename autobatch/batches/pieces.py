@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autobatch.batches.marks import Pieces
 from autobatch.batches.nest import Nest, RaggedError, counted, cut, join, size_of, tensors
-from autobatch.plan import BatchPlan
+from autobatch.plan import even_sizes
 
 
 def put_together(batches: Sequence[Nest]) -> Nest:
@@ -42,7 +42,7 @@ def cut_to(batch: Nest, tolerable: int) -> tuple[list[Nest], tuple[int, ...]]:
     micro_batches: list[Nest] = []
     sizes: tuple[int, ...] = ()
     for piece in pieces_of(batch):
-        evenly = BatchPlan(desired=size_of(piece), tolerable=tolerable).micro_batch_sizes
+        evenly = even_sizes(size_of(piece), tolerable)
         micro_batches += cut(piece, evenly)
         sizes += evenly
     return micro_batches, sizes

@@ -1,18 +1,19 @@
 """BatchNorm in a window that is cut: its running statistics pooled over it, or frozen through it.
 
 Left alone, a layer would move its running statistics once a micro-batch, with its full momentum
-each time. Here its momentum is 1 while the window runs, and it moves other buffers than its own:
-each forward pass leaves there the mean and the unbiased variance of what it saw. They are pooled
-(Chan et al., 1979: the variance between micro-batches belongs to it), and move the layer's own
-once, with its own momentum. For a layer whose inputs are the undivided batch's that is what the
-undivided batch would have done.
+each time. Here its momentum is 1 while the window runs: each forward pass leaves in its buffers the
+mean and the unbiased variance of what it saw. They are pooled (Chan et al., 1979: the variance
+between micro-batches belongs to it), and move what the buffers held before, once, with the layer's
+own momentum. For a layer whose inputs are the undivided batch's that is what the undivided batch
+would have done.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,18 +69,27 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
-    """Pool the running statistics of every BatchNorm in training inside; apply them at the end.
+def pooled_statistics(layers: Sequence[_BatchNorm]) -> Iterator["Pool"]:
+    """Pool the layers' running statistics inside; apply them at the end.
 
-    After an error the layers are as they were. A window of one micro-batch is left to the layers
-    themselves.
+    After an error the layers are as they were.
 
     Args:
-        model: In the mode in which it trains.
-        micro_batches: Micro-batches in the window.
+        layers: Those whose statistics a forward pass moves, on one device.
     """
-    layers = moving_layers(model) if micro_batches > 1 else []
     pool = Pool(layers)
+    try:
+        with _noted(layers, pool):
+            yield pool
+        pool.apply()
+    except BaseException:
+        pool.put_back()
+        raise
+
+
+@contextmanager
+def _noted(layers: Sequence[_BatchNorm], pool: "Pool") -> Iterator[None]:
+    """Have the pool told of the layers' calls inside, and their buffers take what those see."""
     momenta = [layer.momentum for layer in layers]
     # Last among the hooks that a layer has: it is to see what the layer sees.
     hooks = [
@@ -87,35 +97,35 @@ def pooled_statistics(model: nn.Module, micro_batches: int) -> Iterator["Pool"]:
     ]
     try:
         for layer in layers:
-            layer.momentum = 1.0
-        yield pool
+            _set_momentum(layer, 1.0)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
         for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        pool.put_back()
-    pool.apply()
+            _set_momentum(layer, momentum)
 
 
-def normalises_by_batch(model: nn.Module) -> bool:
-    """Return whether a layer normalises with the statistics of the batch that it sees."""
+def normalises_by_batch(modules: Iterable[nn.Module]) -> bool:
+    """Return whether one of them normalises with the statistics of the batch that it sees."""
     return any(
         isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-        for module in model.modules()
+        for module in modules
     )
 
 
-def moving_layers(model: nn.Module) -> list[_BatchNorm]:
+def moving_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     """Return the BatchNorm layers whose running statistics a forward pass moves."""
-    return [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and _moves(module)
-    ]
+    return [module for module in modules if isinstance(module, _BatchNorm) and _moves(module)]
 
 
 def _moves(layer: _BatchNorm) -> bool:
     # track_running_stats may have been set to False later: the buffers are there, and stay.
     return layer.training and layer.track_running_stats and layer.running_mean is not None
+
+
+def _set_momentum(layer: _BatchNorm, momentum: float | None) -> None:
+    object.__setattr__(layer, "momentum", momentum)  # A module's own way looks at all it has first.
 
 
 @dataclass(slots=True)
@@ -124,44 +134,44 @@ class _Track:
 
     Attributes:
         own: Its running mean, running variance and number of batches.
-        lent: What it moves instead meanwhile.
+        place: Among the layers.
         calls: How often it was called in the forward pass that called it most.
         counts: Values of a channel in each of its calls in this forward pass.
         left: The mean and the unbiased variance that those calls left. The last one's may still
-            be in ``lent``.
+            be in ``own``.
     """
 
     own: dict[str, Tensor | None]
-    lent: dict[str, Tensor | None]
+    place: int
     calls: int = 0
     counts: list[int] = field(default_factory=list)
     left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def batches(self) -> int:
+    def written(self) -> int:
         """Return how often the number of batches was written to: torch counts no other writing."""
-        counted = self.lent["num_batches_tracked"]
-        return 0 if counted is None else counted._version
+        number = self.own["num_batches_tracked"]
+        return 0 if number is None else number._version
 
     def call(self, place: int) -> tuple[int, Tensor, Tensor]:
-        """Return the count, mean and variance of a call; the count is 0 if there was none."""
-        count = self.counts[place] if place < len(self.counts) else 0
-        mean, variance = self.left[place] if place < len(self.left) else _statistics(self.lent)
-        return count, mean, variance
+        """Return the count, mean and variance of a call; zeros if there was none."""
+        mean, variance = self.left[place] if place < len(self.left) else _statistics(self.own)
+        if place < len(self.counts):
+            return self.counts[place], mean, variance
+        return 0, torch.zeros_like(mean), torch.zeros_like(variance)
 
 
 @dataclass(slots=True)
-class _Moments:
-    """Of the layers' n-th calls, one entry a micro-batch.
+class _Calls:
+    """The layers' n-th calls, one entry a micro-batch.
 
     Attributes:
-        counts: Values of a channel, for each layer.
-        means: All layers' channels in a row, as in the next: shape ``(channels,)``.
-        variances: The unbiased ones.
+        counts: Values of a channel, for each layer; 0 where it was not called.
+        rows: What they left, of shape ``(2 * channels,)``: the means of all layers' channels, and
+            then the unbiased variances.
     """
 
     counts: list[Sequence[int]] = field(default_factory=list)
-    means: list[Tensor] = field(default_factory=list)
-    variances: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
 
 
 class Pool:
@@ -170,22 +180,26 @@ class Pool:
     A micro-batch that makes fewer calls than others has no part in the later ones.
 
     Args:
-        layers: In training, with running statistics, on one device. They are lent other buffers.
+        layers: In training, with running statistics, on one device.
     """
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self._open = False
         self._borrowed = self._examples = 0
-        self._before: list[int] = []
-        self._pooled: list[_Moments] = []
-        self._tracks: dict[_BatchNorm, _Track] = {}
-        for layer in layers:
-            own = {name: layer._buffers[name] for name in _NAMES}
-            lent = {name: None if t is None else torch.zeros_like(t) for name, t in own.items()}
-            self._tracks[layer] = _Track(own, lent)
-            layer._buffers.update(lent)
-        self._channels = [layer.num_features for layer in layers]
-        self._repeats = torch.tensor(self._channels)
+        self._calls: list[_Calls] = []
+        self._tracks: dict[_BatchNorm, _Track] = {
+            layer: _Track({name: layer._buffers[name] for name in _NAMES}, place)
+            for place, layer in enumerate(layers)
+        }
+        # All the means, and then all the variances.
+        self._channels = [layer.num_features for layer in layers] * 2
+        pairs = [_statistics(track.own) for track in self._tracks.values()]
+        self._own = [mean for mean, _ in pairs] + [variance for _, variance in pairs]
+        self._before = torch.cat(self._own)
+        numbers = (track.own["num_batches_tracked"] for track in self._tracks.values())
+        self._numbers = [number for number in numbers if number is not None]
+        self._numbers_before = torch.stack(self._numbers) if self._numbers else self._before[:0]
+        self._versions: list[int] = []
 
     def begin(self, borrowed: int = 0, own: int = 1) -> None:
         """Say that a micro-batch's forward pass begins: calls count from here.
@@ -197,28 +211,34 @@ class Pool:
             own: Examples after them. Of no interest where none is borrowed.
         """
         self._open = True
-        self._before = [track.batches() for track in self._tracks.values()]
         self._borrowed, self._examples = borrowed, borrowed + own
+        self._versions = [track.written() for track in self._tracks.values()]
 
+    @torch.no_grad()
     def end(self) -> None:
-        """Say that it has ended, and pool what it left.
+        """Say that it has ended, and keep a copy of what it left.
 
         Activation checkpointing runs forward passes again during the backward pass. They see the
         same examples, and no longer count.
         """
         self._open = False
         tracks = self._tracks.values()
-        for track, before in zip(tracks, self._before, strict=True):
-            if not track.counts and track.batches() != before:
+        for track, version in zip(tracks, self._versions, strict=True):
+            if not track.counts and track.written() != version:
                 raise InexactStepError(
                     "a BatchNorm layer moved its running statistics without its hooks (forward() "
                     "called by hand, or compiled before the batch was cut), so they cannot be "
                     'pooled; call it as a module, or pass batch_norm="frozen"'
                 )
-        for place in range(max((len(track.counts) for track in tracks), default=0)):
-            self._add(place, [track.call(place) for track in tracks])
-        for track in tracks:
-            track.calls = max(track.calls, len(track.counts))
+        made = [len(track.counts) for track in tracks]
+        if not self._borrowed and set(made) == {1}:  # The commonest: each has left it in its own.
+            self._keep(0, [track.counts[0] for track in tracks], self._own)
+        else:
+            for place in range(max(made, default=0)):
+                counts, means, variances = zip(*(t.call(place) for t in tracks), strict=True)
+                self._keep(place, counts, [*means, *variances])
+        for track, count in zip(tracks, made, strict=True):
+            track.calls = max(track.calls, count)
             track.counts.clear()
             track.left.clear()
 
@@ -229,9 +249,9 @@ class Pool:
         assert isinstance(layer, _BatchNorm)
         track = self._tracks[layer]
         if not (layer.training and layer.track_running_stats):
-            layer._buffers.update(track.own)  # For this call, which moves nothing.
+            layer._buffers.update(self._as_before(track))  # For this call, which moves nothing.
             return
-        layer._buffers.update(track.lent)
+        layer._buffers.update(track.own)
         if not self._open:
             return
         values = inputs[0] if inputs else named["input"]
@@ -239,83 +259,98 @@ class Pool:
             values = values[len(values) * self._borrowed // self._examples :]
             track.left.append(_moments_of(values))
         elif track.counts:  # Called again: what the call before left would be overwritten.
-            mean, variance = _statistics(track.lent)
+            mean, variance = _statistics(track.own)
             track.left.append((mean.clone(), variance.clone()))
         track.counts.append(values.numel() // layer.num_features)
 
     @torch.no_grad()
-    def _add(self, place: int, seen: Sequence[tuple[int, Tensor, Tensor]]) -> None:
-        """Keep what the layers' calls at this place have seen: a copy, in two operations."""
-        if place == len(self._pooled):
-            self._pooled.append(_Moments())
-        pooled = self._pooled[place]
-        counts, means, variances = zip(*seen, strict=True)
-        pooled.counts.append(counts)
-        pooled.means.append(_joined(means))
-        pooled.variances.append(_joined(variances))
-
-    def _together(self, pooled: _Moments) -> tuple[list[int], Tensor, Tensor]:
-        """Return counts, means and sums of squared distances over all micro-batches."""
-        totals = [sum(column) for column in zip(*pooled.counts, strict=True)]
-        shares = [
-            [count / max(total, 1) for count, total in zip(row, totals, strict=True)]
-            for row in pooled.counts
-        ]
-        within = [[max(count - 1, 0) for count in row] for row in pooled.counts]
-        rows = len(shares)
-        weights = self._for_channels([*shares, *within, *pooled.counts], pooled.means[0])
-        share, inside, count = (weights[n * rows : (n + 1) * rows] for n in range(3))
-        means, variances = torch.stack(pooled.means), torch.stack(pooled.variances)
-        means = torch.where(count > 0, means, 0)  # What was not called left anything there.
-        variances = torch.where(inside > 0, variances, 0)
-        mean = (means * share).sum(0)
-        squares = (variances * inside).sum(0) + ((means - mean).square_() * count).sum(0)
-        return totals, mean, squares
-
-    def _for_channels(self, weights: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-        """Return each list, one number a layer, as a row, one number a channel, without waiting."""
-        numbers = torch.tensor(weights, dtype=like.dtype).to(like.device, non_blocking=True)
-        repeats = self._repeats = self._repeats.to(like.device, non_blocking=True)
-        return numbers.repeat_interleave(repeats, dim=1, output_size=len(like))
-
     def put_back(self) -> None:
-        """Give the layers their own buffers back."""
-        for layer, track in self._tracks.items():
-            layer._buffers.update(track.own)
+        """Give the layers their own buffers back, as they were."""
+        self._put_back_buffers(self._numbers_before)
+        torch._foreach_copy_(self._own, self._before.split(self._channels))
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Move every layer's own statistics once for each of its calls."""
-        for place, pooled in enumerate(self._pooled):
-            counts, mean, squares = self._together(pooled)
-            momenta = [
-                _next_momentum(layer) if place < track.calls else 0.0
-                for layer, track in self._tracks.items()
-            ]
-            # One value has no unbiased variance. Undivided, torch would refuse it.
-            weights = (
-                [m if n > 0 else 0.0 for m, n in zip(momenta, counts, strict=True)],
-                [m if n > 1 else 0.0 for m, n in zip(momenta, counts, strict=True)],
-                [max(n - 1, 1) for n in counts],
-            )
-            for_mean, for_variance, degrees = self._for_channels(weights, mean)
-            own = [_statistics(track.own) for track in self._tracks.values()]
-            self._move([one for one, _ in own], mean, for_mean)
-            self._move([variance for _, variance in own], squares / degrees, for_variance)
+        """Move every layer's statistics once for each of its calls, from where they were."""
+        tracks = self._tracks.values()
+        called = [t.calls for t in tracks if t.own["num_batches_tracked"] is not None]
+        more = torch.tensor(called, dtype=self._numbers_before.dtype)
+        self._put_back_buffers(self._numbers_before + more.to(self._numbers_before.device))
+        moved = _widened(self._before)
+        for place, calls in enumerate(self._calls):
+            momenta = [_momentum(layer, t.calls - place) for layer, t in self._tracks.items()]
+            moved = _moved(moved, calls, momenta, self._channels)
+        torch._foreach_copy_(self._own, moved.split(self._channels))
 
-    def _move(self, own: list[Tensor], pooled: Tensor, weights: Tensor) -> None:
-        moved = _joined(own).lerp_(pooled, weights)
-        torch._foreach_copy_(own, moved.split(self._channels))
+    def _put_back_buffers(self, numbers: Tensor) -> None:
+        """Put back which buffers the layers have, with these numbers of batches."""
+        for layer, track in self._tracks.items():
+            layer._buffers.update(track.own)
+        if self._numbers:
+            torch._foreach_copy_(self._numbers, numbers.unbind())
+
+    def _as_before(self, track: _Track) -> dict[str, Tensor | None]:
+        """Return a layer's buffers with the values that they had before the window."""
+        parts = self._before.split(self._channels)
+        mean, variance = _statistics(track.own)
+        return track.own | {
+            "running_mean": parts[track.place].to(mean.dtype),
+            "running_var": parts[track.place + len(self._tracks)].to(variance.dtype),
+        }
+
+    def _keep(self, place: int, counts: Sequence[int], statistics: Sequence[Tensor]) -> None:
+        """Keep what the layers' calls at this place have left."""
+        if place == len(self._calls):
+            self._calls.append(_Calls())
+        self._calls[place].counts.append(counts)
+        self._calls[place].rows.append(_widened(torch.cat(list(statistics))))
 
 
-def _next_momentum(layer: _BatchNorm) -> float:
-    """Count one more batch, and return the momentum with which torch would add it."""
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
+def _moved(
+    before: Tensor, calls: _Calls, momenta: Sequence[float], channels: Sequence[int]
+) -> Tensor:
+    """Return running means, and then variances, that the pooled calls have moved.
+
+    Each kind of operation on tensors costs 20 microseconds here, cold behind a whole window, and
+    what it works on next to nothing: so they are few, and the weights are made before.
+
+    Args:
+        before: Of shape ``(2 * channels,)``.
+        calls: Of all layers.
+        momenta: Of each layer.
+        channels: Of each mean, and then of each variance.
+    """
+    totals = list(map(sum, zip(*calls.counts, strict=True)))
+    none = [0.0] * len(totals)
+    inside, between = [], []  # The weights of what each left, and of how far its mean is off.
+    for counts in calls.counts:
+        pairs = list(zip(counts, totals, strict=True))
+        shares = [n / max(total, 1) for n, total in pairs]
+        inside.append(shares + [max(n - 1, 0) / max(total - 1, 1) for n, total in pairs])
+        between.append([n / max(total - 1, 1) for n, total in pairs] + none)
+    # One value has no unbiased variance. Undivided, torch would refuse it.
+    own = [
+        m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
+    ]
+    by_channel = np.repeat([*inside, *between, own], channels, axis=1)
+    weights = torch.from_numpy(by_channel).to(before)
+    rows, left = len(inside), torch.stack(calls.rows)
+    pooled = (left * weights[:rows]).sum(0)
+    off = (left - pooled).square_().mul_(weights[rows:-1]).sum(0)
+    means = len(before) // 2
+    pooled[means:] += off[:means]
+    return before.lerp(pooled, weights[-1])
+
+
+def _momentum(layer: _BatchNorm, remaining: int) -> float:
+    """Return the momentum with which torch would add a call; so many, this one too, are counted."""
+    if remaining <= 0:
+        return 0.0
     if layer.momentum is not None:
         return layer.momentum
     # The average over batches. Where none are counted, torch moves nothing.
-    return 0.0 if layer.num_batches_tracked is None else 1 / float(layer.num_batches_tracked)
+    number = layer.num_batches_tracked
+    return 0.0 if number is None else 1 / (float(number) - remaining + 1)
 
 
 @torch.no_grad()
@@ -325,10 +360,6 @@ def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
     several = values.numel() > values.shape[1]
     variance, mean = torch.var_mean(_widened(values), dimensions, correction=int(several))
     return mean, variance
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return _widened(torch.cat(list(tensors)))
 
 
 def _widened(tensor: Tensor) -> Tensor:

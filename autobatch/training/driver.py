@@ -98,10 +98,10 @@ class Driver:
         self.recipe.begin()
         try:
             size = self.size.for_window(examples)
-            denominator = self.recipe.prepared(batch, cut=_is_cut(batch, size))
+            denominator = self.recipe.prepared(batch, cut=_is_cut(batch, examples, size))
             if denominator == 0:
                 return _without_terms(examples)
-            window = self._run(batch, size, denominator)
+            window = self._run(batch, examples, size, denominator)
             fault: _Fault = ""
             if self._waits(window.ledger):
                 entries = window.ledger.read()  # The one wait, before anything moves.
@@ -136,9 +136,9 @@ class Driver:
         """Whether something has to be known before the step."""
         return self.nonfinite != "ignore" or ledger.counted or self.recipe.update.scaler is not None
 
-    def _run(self, batch: Nest, size: int, denominator: float) -> _Window:
+    def _run(self, batch: Nest, examples: int, size: int, denominator: float) -> _Window:
         """The window, run until it fits; its gradient is left in ``.grad``."""
-        recipe, examples, last_failed = self.recipe, size_of(batch), 0
+        recipe, last_failed = self.recipe, 0
         with self.limited():
             start = recipe.start()
         failures: list[dict[str, int]] = []
@@ -192,7 +192,7 @@ class Driver:
                 ledger = self.recipe.accumulate(parts, denominator, witness=witness)
         except Exception as error:
             if not _is_too_much(error, sizes, replays):
-                if min(sizes) == 1 and normalises_by_batch(self.recipe.model):
+                if min(sizes) == 1 and normalises_by_batch(self.recipe.members.of_model):
                     error.add_note(_ALONE)
                 raise
             message = str(error)
@@ -213,7 +213,7 @@ class Driver:
                 "once a step; change the gradients in the optimizer's step instead "
                 "(register_step_pre_hook), or choose a batch that need not be cut"
             )
-        if self.recipe.batch_norm == "refuse" and normalises_by_batch(self.recipe.model):
+        if self.recipe.batch_norm == "refuse" and normalises_by_batch(self.recipe.members.of_model):
             raise InexactStepError(
                 f"the model has BatchNorm, and this batch has to be cut into {micro_batches}: each "
                 'would be normalised by itself. With batch_norm="refuse" that is not done; choose '
@@ -326,7 +326,9 @@ class Driver:
         if self.split_windows or micro_batches == 1:
             return set()
         model = self.recipe.model
-        pooled = {id(tensor) for layer in moving_layers(model) for tensor in layer.buffers()}
+        pooled = {
+            id(tensor) for layer in moving_layers(model.modules()) for tensor in layer.buffers()
+        }
         return {
             (name, id(buffer), buffer._version)
             for name, buffer in model.named_buffers()
@@ -360,8 +362,8 @@ def _is_too_much(error: Exception, sizes: Sequence[int], replays: int) -> bool:
     return verdict in _TOO_MUCH or cut_to_one
 
 
-def _is_cut(batch: Nest, size: int) -> bool:
-    return size < size_of(batch) or len(pieces_of(batch)) > 1
+def _is_cut(batch: Nest, examples: int, size: int) -> bool:
+    return size < examples or len(pieces_of(batch)) > 1
 
 
 def _without_terms(examples: int) -> StepResult:

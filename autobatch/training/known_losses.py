@@ -75,7 +75,7 @@ class _KnownLoss:
             output = widened(self._only_tensor("outputs", outputs))
         if type(target) is not Tensor or target.dtype is torch.float16:
             target = widened(self._only_tensor("targets", targets))
-        settings = dict(self.settings())
+        settings = {**self.settings(), "reduction": "sum"}
         if recipe.elementwise:
             _refuse_broadcast(recipe, output, target)
             _refuse_uncuttable(recipe, target, settings)
@@ -84,7 +84,6 @@ class _KnownLoss:
             if isinstance(value, Tensor):  # The model may have been moved since it was made.
                 weight = widened(value.to(output.device))
                 settings[name] = weight.expand_as(target) if recipe.elementwise else weight
-        settings["reduction"] = "sum"
         return recipe.functional(output, target, **settings), None
 
     def _only_tensor(self, role: Literal["outputs", "targets"], nest: Nest) -> Tensor:

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.optim import Optimizer
 
 
@@ -14,35 +13,37 @@ class Members:
     small net that alone takes longer than a forward pass.
 
     Args:
-        roots: The model, and the loss where it is a module.
+        model: The root of most of them.
+        others: More roots: the loss, where it is a module.
         optimizer: May hold parameters of others.
 
     Attributes:
-        modules: Every module, once.
+        of_model: Every module of the model, once.
+        modules: Those, and the others'.
         parameters: Every tensor whose ``.grad`` a step owns: the modules', and the optimizer's.
     """
 
-    def __init__(self, roots: Sequence[nn.Module], optimizer: Optimizer) -> None:
-        self._roots = roots
+    def __init__(self, model: nn.Module, others: Sequence[nn.Module], optimizer: Optimizer) -> None:
+        self._model = model
+        self._others = others
         self._optimizer = optimizer
         self.refresh()
 
     def refresh(self) -> None:
         """Look again: layers, parameters and groups may have been added."""
-        self.modules = _modules(self._roots)
-        held: dict[int, Tensor] = {}
-        for module in self.modules:
-            for parameter in vars(module)["_parameters"].values():
-                if parameter is not None:
-                    held[id(parameter)] = parameter
+        self.of_model = _modules([self._model])
+        known = set(map(id, self.of_model))
+        others = [m for m in _modules(self._others) if id(m) not in known] if self._others else []
+        self.modules = [*self.of_model, *others]
+        held = [
+            parameter
+            for module in self.modules
+            for parameter in vars(module)["_parameters"].values()
+            if parameter is not None
+        ]
         for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                held[id(parameter)] = parameter
-        self.parameters = list(held.values())
-
-    def batch_norms(self) -> list[_BatchNorm]:
-        """Return the BatchNorm layers."""
-        return [module for module in self.modules if isinstance(module, _BatchNorm)]
+            held += group["params"]
+        self.parameters = list(dict(zip(map(id, held), held, strict=True)).values())
 
 
 def _modules(roots: Sequence[nn.Module]) -> list[nn.Module]:

@@ -116,7 +116,10 @@ class Compared(Objective):
         witness: Witness | None,
     ) -> tuple[Tensor, Terms]:
         """Return the summed loss of the outputs."""
-        outputs, targets = own_rows(self.forward, model, micro_batch, borrowed)
+        if borrowed:
+            outputs, targets = own_rows(self.forward, model, micro_batch, borrowed)
+        else:
+            outputs, targets = (self.forward or standard_forward)(model, micro_batch)
         known = self.forward is None and not self.loss.checked  # It does not ask how many.
         examples = 0 if known else size_of(host) - borrowed  # There, what is shared is marked.
         if witness is not None:

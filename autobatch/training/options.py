@@ -122,5 +122,5 @@ class StepOptions:
             gradient_dtype=self.gradient_dtype,
             feed=Feed(device.torch_device),
             generators=list(generators_in(model)),
-            members=Members([model, *loss], optimizer),
+            members=Members(model, loss, optimizer),
         )

@@ -1,5 +1,6 @@
 """Running a window again, from its beginning, with smaller micro-batches."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -64,46 +65,69 @@ def window_start(
         attributes.append((own, own.copy()))
         if own["_buffers"]:
             containers.append(own["_buffers"])
-        names = own.keys() - _STANDARD
-        containers.extend(own[name] for name in names if type(own[name]) not in _FIXED)
+        for name in _own_names(tuple(own)):
+            value = own[name]
+            if type(value) not in _FIXED and not _is_fixed_tuple(value):
+                containers.append(value)
     moving = reachable(containers) if containers else []
     put_contents_back = contents_of(moving)
-    tensors = [
-        found
-        for found in moving
-        if isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
-    ]
-    values = _copies(tensors) if tensors else []
+    tensors = [t for t in moving if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    put_values_back = _values_of(tensors) if tensors else _nothing
 
     def put_model_back() -> None:
         for own, before in attributes:
             own.clear()
             own.update(before)
         put_contents_back()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+        put_values_back()
 
     return Start(
         model=put_model_back,
-        scaler=attributes_of(scaler) if scaler is not None else lambda: None,
+        scaler=attributes_of(scaler) if scaler is not None else _nothing,
         random=random_state(generators),
     )
 
 
-@torch.no_grad()
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, bit for bit; most are BatchNorm's, and are copied in two calls."""
-    strided = [t for t in tensors if t.layout is torch.strided]
-    floats = [t for t in strided if t.dtype is torch.float32]
-    counts = [t for t in strided if t.dtype is torch.int64]
-    copies: dict[int, Tensor] = {}
-    for alike, copied in (
-        (floats, torch._foreach_mul(floats, 1.0) if floats else ()),
-        (counts, torch._foreach_add(counts, 0) if counts else ()),
-    ):
-        copies.update(zip(map(id, alike), copied, strict=True))
-    return [copies[id(t)] if id(t) in copies else t.detach().clone() for t in tensors]
+def _nothing() -> None:
+    """Put nothing back: there was nothing to take."""
+
+
+@functools.lru_cache
+def _own_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those that not every module has; layers of one kind ask for the same."""
+    return tuple(name for name in names if name not in _STANDARD)
+
+
+def _is_fixed_tuple(value: object) -> bool:
+    return type(value) is tuple and _FIXED.issuperset(map(type, value))
+
+
+def _values_of(tensors: Sequence[Tensor]) -> Restore:
+    """Take the values of each, bit for bit; most are BatchNorm's, and are copied together."""
+    alike: dict[object, list[Tensor]] = {}
+    for t in tensors:
+        together = t.ndim < 2 and t.layout is torch.strided
+        alike.setdefault((t.dtype, t.device, t.ndim) if together else id(t), []).append(t)
+    with torch.no_grad():
+        taken = [(group, _joined(group)) for group in alike.values()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for group, values in taken:
+                if len(group) == 1:
+                    group[0].copy_(values)
+                elif group[0].ndim:
+                    torch._foreach_copy_(group, values.split([len(t) for t in group]))
+                else:
+                    torch._foreach_copy_(group, values.unbind())
+
+    return put_back
+
+
+def _joined(group: Sequence[Tensor]) -> Tensor:
+    if len(group) == 1:
+        return group[0].detach().clone()
+    return torch.cat(list(group)) if group[0].ndim else torch.stack(list(group))
 
 
 class MicroBatchSize:

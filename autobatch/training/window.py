@@ -19,6 +19,7 @@ from autobatch.training.batch_norm import (
     BatchNormMode,
     Pool,
     frozen_statistics,
+    moving_layers,
     normalises_by_batch,
     pooled_statistics,
 )
@@ -125,7 +126,7 @@ class Recipe:
         parameters = self.members.parameters
         wide = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
         with self.precision.window(), self._statistics(len(parts)) as pool:
-            if isinstance(self.objective, Whole) and len(parts) > 1:
+            if len(parts) > 1 and isinstance(self.objective, Whole):
                 _Run(self, pool, ledger, wide, more_follow).whole(parts, self.objective)
             else:
                 run = _Run(self, pool, ledger, wide, more_follow, mark)
@@ -160,9 +161,8 @@ class Recipe:
     def _statistics(self, micro_batches: int) -> AbstractContextManager[Pool | None]:
         if self.batch_norm == "frozen":
             return frozen_statistics(self.model)
-        if micro_batches > 1 and self.members.batch_norms():
-            return pooled_statistics(self.model, micro_batches)
-        return nullcontext()
+        layers = moving_layers(self.members.of_model) if micro_batches > 1 else []
+        return pooled_statistics(layers) if layers else nullcontext()
 
 
 def _rescale(sums: Sequence[Tensor], denominator: float, terms: Tensor | float | None) -> None:
@@ -256,7 +256,7 @@ class _Run:
         """The micro-batches, on the device and as they came, with what each of them borrows."""
         recipe = self.recipe
         borrowed = [0] * len(parts)
-        if len(parts) > 1 and any(size_of(nest) == 1 for nest in parts) and self._may_borrow():
+        if len(parts) > 1 and self._may_borrow() and any(size_of(nest) == 1 for nest in parts):
             parts, borrowed = _with_neighbours(parts)
         moved = recipe.feed(parts, more_follow=self.more_follow)
         for place, (host, count) in enumerate(zip(parts, borrowed, strict=True)):
@@ -268,8 +268,8 @@ class _Run:
         recipe = self.recipe
         return (
             recipe.batch_norm == "micro"
+            and normalises_by_batch(recipe.members.of_model)
             and isinstance(recipe.objective, Compared | Whole)
-            and normalises_by_batch(recipe.model)
         )
 
 
