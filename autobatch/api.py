@@ -20,7 +20,7 @@ from autobatch.display import observer_of
 from autobatch.errors import DoesNotFitError
 from autobatch.events import Observer, SizesTimed
 from autobatch.job import Job, OptimizerFactory
-from autobatch.plan import BatchPlan, check_size, useful_sizes
+from autobatch.plan import BatchPlan, check_size, even_sizes, useful_sizes
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.probing.speed import sizes_to_time, speeds
@@ -338,7 +338,7 @@ def _train(
     course: Course, prefer: Prefer, search: SearchOptions, observer: Observer
 ) -> TrainingResult:
     """Search, then train with what was found."""
-    job = course.job
+    job, multiple_of = course.job, search.multiple_of
     with course.undone_on_error():
         first = course.open(observer)
         if course.is_done():
@@ -349,26 +349,31 @@ def _train(
             sample, said = worst_case_of(job.source, sample, search.worst_case)
             rehearsal = Rehearsal(job.recipe, sample, window)
             found = _finder(job, rehearsal, search, observer, said).largest(
-                useful_sizes(window),
-                windows=lambda size: _rehearsed(job, BatchPlan(desired=window, tolerable=size)),
+                useful_sizes(window, multiple_of),
+                windows=lambda size: _rehearsed(
+                    job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
+                ),
                 reason="ceiling" if window == course.desired else "data",
             )
             if prefer == "fastest":
-                found = _timed(job, rehearsal, found, window)
+                found = _timed(job, rehearsal, found, window, multiple_of)
                 observer(SizesTimed(search=found))
     del first, sample  # The largest that there is: the epochs hold it for as long as it is needed.
-    return course.train(found, window, observer, functools.partial(_size_for_inference, job))
+    find = functools.partial(_size_for_inference, job)
+    return course.train(found, window, observer, find, multiple_of)
 
 
-def _timed(job: Job, rehearsal: Rehearsal, found: SearchResult, window: int) -> SearchResult:
+def _timed(
+    job: Job, rehearsal: Rehearsal, found: SearchResult, window: int, multiple_of: int
+) -> SearchResult:
     """The search, with how fast the size that it found and smaller ones train."""
     limited = functools.partial(job.device.limited_to, found.limit_bytes)
     timed = speeds(
         rehearsal,
         job.device,
         {
-            size: BatchPlan(desired=window, tolerable=size).micro_batch_sizes
-            for size in sizes_to_time(useful_sizes(window), found.size)
+            size: even_sizes(window, size, multiple_of)
+            for size in sizes_to_time(useful_sizes(window, multiple_of), found.size)
         },
         limited if job.trains_limited else nullcontext,
     )

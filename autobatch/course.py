@@ -201,7 +201,12 @@ class Course:
             raise
 
     def train(
-        self, found: SearchResult, window: int, observer: Observer, find: FindForInference
+        self,
+        found: SearchResult,
+        window: int,
+        observer: Observer,
+        find: FindForInference,
+        multiple_of: int = 1,
     ) -> TrainingResult:
         """Train with the size that was found.
 
@@ -210,14 +215,15 @@ class Course:
             window: Examples in a full logical batch.
             observer: Is told of every step and epoch.
             find: Returns the largest size that inference really ran at.
+            multiple_of: What micro-batches are multiples of.
         """
         job = self.job
         job.move()
         driver = self._driver(found, window, observer)
+        driver.multiple_of = multiple_of
         if self.evaluator is not None:
             self.evaluator.find, self.evaluator.limited = find, driver.limited
-        tolerable = min(driver.size.size or window, window)
-        plan = BatchPlan(desired=window, tolerable=tolerable)
+        plan = driver.plan(window)
         observer(TrainingStarted(plan=plan, steps=self._steps(), epochs=self.epochs.last))
         with training_mode(job.recipe.model):
             normalises = normalises_by_batch(job.recipe.model.modules())
@@ -231,7 +237,7 @@ class Course:
                 evaluate=self.evaluator,
                 keeper=self.keeper,
             ).run(self.epochs)
-        ended = BatchPlan(desired=window, tolerable=min(driver.size.size or window, window))
+        ended = driver.plan(window)
         told = notes(
             plan,
             ended,

@@ -1,9 +1,11 @@
 """The whole job: the parameters of a plain loop over undivided batches, in pieces that fit."""
 
+import copy
 import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from autobatch import (
     DeviceUnavailableError,
     DoesNotFitError,
     InexactStepError,
+    SearchOptions,
+    StepResult,
     TrainingResult,
     check,
     find_and_train,
@@ -574,3 +578,35 @@ def test_an_error_of_the_loader_passes_through_untouched() -> None:
 
     with pytest.raises(OSError, match="disk on fire"):
         train(small_model(), torn(), 4)
+
+
+def test_training_in_multiples_of_eight_takes_the_undivided_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 3)).double()
+    data = torch.randn(300, 64, dtype=torch.float64), torch.randint(0, 3, (300,))
+    start = copy.deepcopy(model.state_dict())
+
+    def trained(**options: Any) -> tuple[TrainingResult, list[StepResult]]:
+        model.load_state_dict(start)
+        steps: list[StepResult] = []
+        result = find_and_train(
+            model,
+            data,
+            desired=100,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            seed=1,
+            on_step=steps.append,
+            progress=False,
+            **options,
+        )
+        return result, steps
+
+    whole, _ = trained()
+    eights, steps = trained(
+        search=SearchOptions(multiple_of=8), memory_limit="1.4MiB", prefer="fastest"
+    )
+    assert eights.plan.accumulation_steps > 1
+    for step in steps:
+        assert all(size % 8 == 0 for size in step.micro_batch_sizes[:-1])
+    assert all(trial.size % 8 == 0 for trial in eights.search.trials if trial.size < 100)
+    assert eights.losses == pytest.approx(whole.losses, rel=1e-12)

@@ -173,3 +173,34 @@ def test_a_plan_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(plan)) == plan
     with pytest.raises(FrozenInstanceError):
         plan.desired = 1  # type: ignore[misc]  # Refusing it is the test.
+
+
+@given(desired=small_sizes, tolerable=small_sizes, multiple_of=st.integers(1, 64))
+def test_all_but_the_last_are_multiples(desired: int, tolerable: int, multiple_of: int) -> None:
+    plan = BatchPlan(desired=desired, tolerable=tolerable, multiple_of=multiple_of)
+    cut = plan.micro_batch_sizes
+    assert sum(cut) == desired
+    assert min(cut) >= 1
+    assert max(cut) == plan.micro_batch <= tolerable
+    if multiple_of <= min(tolerable, desired):
+        assert all(size % multiple_of == 0 for size in cut[:-1])
+        assert len(set(cut[:-1])) <= 2
+        in_whole_units = tolerable // multiple_of * multiple_of
+        assert len(cut) == -(-desired // in_whole_units), "as few as can be"
+    else:
+        assert cut == BatchPlan(desired=desired, tolerable=tolerable).micro_batch_sizes
+
+
+@given(desired=st.integers(1, 10**5), multiple_of=st.integers(1, 300))
+def test_useful_multiples_are_multiples_up_to_desired(desired: int, multiple_of: int) -> None:
+    found = useful_sizes(desired, multiple_of)
+    assert found == tuple(sorted(set(found)))
+    assert found[-1] == desired
+    assert all(size % multiple_of == 0 for size in found[:-1])
+
+
+def test_a_known_plan_in_eights() -> None:
+    plan = BatchPlan(desired=256, tolerable=100, multiple_of=8)
+    assert plan.micro_batch_sizes == (88, 88, 80)
+    assert useful_sizes(256, 8) == (8, 16, 24, 32, 40, 48, 56, 64, 88, 128, 256)
+    assert BatchPlan(desired=250, tolerable=100, multiple_of=8).micro_batch_sizes == (88, 88, 74)

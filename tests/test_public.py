@@ -62,7 +62,7 @@ SIGNATURES = {
     "SearchOptions": ["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case"],
     "Shared": ["value"],
     "WholeBatch": ["loss"],
-    "BatchPlan": ["desired", "tolerable"],
+    "BatchPlan": ["desired", "tolerable", "multiple_of"],
     "verdict_of": ["error"],
 }
 

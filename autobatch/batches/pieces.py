@@ -30,7 +30,7 @@ def pieces_of(batch: Nest) -> Sequence[Nest]:
     return batch.pieces if isinstance(batch, Pieces) else (batch,)
 
 
-def cut_to(batch: Nest, tolerable: int) -> tuple[list[Nest], tuple[int, ...]]:
+def cut_to(batch: Nest, tolerable: int, multiple_of: int = 1) -> tuple[list[Nest], tuple[int, ...]]:
     """Return the micro-batches of a logical batch, and their sizes.
 
     Each piece is cut evenly into as few as can be, so ragged pieces need more than one batch does.
@@ -38,11 +38,12 @@ def cut_to(batch: Nest, tolerable: int) -> tuple[list[Nest], tuple[int, ...]]:
     Args:
         batch: At least one example, on the host or wherever it is; the parts are views.
         tolerable: The most examples of a micro-batch.
+        multiple_of: What those of a piece, but the last, are multiples of.
     """
     micro_batches: list[Nest] = []
     sizes: tuple[int, ...] = ()
     for piece in pieces_of(batch):
-        evenly = even_sizes(size_of(piece), tolerable)
+        evenly = even_sizes(size_of(piece), tolerable, multiple_of)
         micro_batches += cut(piece, evenly)
         sizes += evenly
     return micro_batches, sizes

@@ -18,7 +18,8 @@ class SearchOptions:
     Attributes:
         confirm: Why nothing larger is taken. ``"extrapolated"``: the next larger size has run out,
             or what smaller ones used leaves no room for it. ``"failed"``: it has run out.
-        multiple_of: Only multiples of this are candidates, as tensor cores like them.
+        multiple_of: Only multiples of this are tried, as tensor cores like them, and training cuts
+            in them: 256 by 100 in eights is 88 + 88 + 80. The undivided batch is tried as it is.
         timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
             at between micro-batches, so a trial that never returns is not ended.
         budget_seconds: No trial begins later; None sets no end.

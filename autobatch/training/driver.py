@@ -19,6 +19,7 @@ from autobatch.errors import (
     StepInterruptedError,
 )
 from autobatch.events import Observer, Replayed
+from autobatch.plan import BatchPlan
 from autobatch.results import StepResult, Verdict
 from autobatch.training.batch_norm import moving_layers, normalises_by_batch
 from autobatch.training.ledger import Entries, Ledger
@@ -71,6 +72,7 @@ class Driver:
         schedule: The learning rate's.
         limit_bytes: What a step may allocate; None leaves the device's own limit.
         observer: Is told of replays.
+        multiple_of: What micro-batches are multiples of, the last one of a window apart.
         steps: Optimizer steps taken.
         left_out: Steps in a row that were not, for not being finite.
         agreed: How often an unknown loss was held to the law, and kept it.
@@ -84,6 +86,7 @@ class Driver:
     schedule: Schedule
     limit_bytes: int | None = None
     observer: Observer = field(default=lambda _: None)
+    multiple_of: int = 1
     steps: int = 0
     left_out: int = 0
     agreed: int = 0
@@ -114,6 +117,11 @@ class Driver:
         finally:
             self.recipe.clear()
 
+    def plan(self, desired: int) -> BatchPlan:
+        """Return how a full logical batch is cut now."""
+        tolerable = min(self.size.size or desired, desired)
+        return BatchPlan(desired=desired, tolerable=tolerable, multiple_of=self.multiple_of)
+
     def counts(self) -> dict[str, object]:
         """Return what ``load_counts`` takes: plain values."""
         counts = {name: getattr(self, name) for name in _COUNTS}
@@ -143,7 +151,7 @@ class Driver:
             start = recipe.start()
         failures: list[dict[str, int]] = []
         while True:
-            parts, sizes = cut_to(batch, size)
+            parts, sizes = cut_to(batch, size, self.multiple_of)
             buffers = self._buffers(len(sizes))
             try:
                 ledger, message = self._attempt(parts, sizes, denominator, replays=len(failures))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from autobatch.batches.nest import Nest
 from autobatch.errors import StepInterruptedError
 from autobatch.events import EpochEnded, Evaluated, Observer, StepEnded
-from autobatch.plan import BatchPlan
 from autobatch.results import Evaluation, StepResult
 from autobatch.training.driver import Driver
 from autobatch.training.keeper import Keeper
@@ -84,7 +83,7 @@ class Loop:
             step = self._driver.step(batch)
             place.windows += 1
             self._progress.count(step)
-            plan = BatchPlan(desired=self._desired, tolerable=self._tolerable())
+            plan = self._driver.plan(self._desired)
             self._observer(StepEnded(step=step, epoch=place.epoch, plan=plan))
             if self._on_step is not None:
                 self._on_step(step)
@@ -141,6 +140,3 @@ class Loop:
 
     def _is_done(self) -> bool:
         return self._max_steps is not None and self._progress.steps >= self._max_steps
-
-    def _tolerable(self) -> int:
-        return min(self._driver.size.size or self._desired, self._desired)
