@@ -8,24 +8,26 @@ from dataclasses import replace
 from typing import Final, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autobatch.batches.regroup import Data
+from autobatch.batches.nest import Nest, map_tensors, size_of
+from autobatch.batches.regroup import Data, Source, open_source
 from autobatch.batches.sample import read_sample
 from autobatch.batches.worst import worst_case_of
 from autobatch.course import Course
 from autobatch.display import observer_of
 from autobatch.errors import DoesNotFitError
-from autobatch.events import Observer, SizesTimed
+from autobatch.events import Observer, SizesTimed, TrialStarted
+from autobatch.isolation.parent import run_isolated, try_isolated
 from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import BatchPlan, check_size, even_sizes, useful_sizes
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.probing.speed import sizes_to_time, speeds
-from autobatch.randomness import check_seed, seed_all
-from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Verdict
+from autobatch.randomness import check_seed, random_state, seed_all
+from autobatch.results import LimitedBy, SearchResult, StepResult, TrainingResult, Trial, Verdict
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
 from autobatch.training.evaluation import Inference, Metric, inference
@@ -43,6 +45,10 @@ Prefer = Literal["largest", "fastest"]
 _PREFER: Final = get_args(Prefer)
 _PASSES: Final[dict[Mode, int]] = {"train": 2, "inference": 1}  # Micro-batches in a trial.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
+
+Resolve = Callable[..., Job]
+Find = Callable[..., SearchResult]
+Sample = tuple[Nest, str]  # A trial's examples, and which they are, in words.
 
 
 def find_and_train(
@@ -251,28 +257,33 @@ def find_batch_size(
     check_search(search)
     _check_mode(mode)
     options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
-    job = Job.resolve(
+    resolve = functools.partial(
+        Job.resolve,
         model,
-        data,
-        batch_size=_SAMPLE,
         options=options,
         optimizer=optimizer,
         device=device,
         memory_limit=memory_limit,
         headroom=headroom,
     )
-    _refuse_one_pass(job)
-    held = job.source.examples
+    job = None if search.isolate else resolve(data, batch_size=_SAMPLE)
+    source = open_source(data, batch_size=_SAMPLE) if job is None else job.source
+    _refuse_one_pass(source)
+    held = source.examples
     largest = min(ceiling or held or _UNKNOWN_CEILING, held or ceiling or _UNKNOWN_CEILING)
-    candidates = search.candidates(largest)
+    find = functools.partial(
+        _find_any,
+        candidates=search.candidates(largest),
+        mode=mode,
+        search=search,
+        reason="data" if largest == held and largest != ceiling else "ceiling",
+    )
     with ExitStack() as stack:
         observer = observer_of(progress, stack)
+        if job is None:
+            return _isolated(resolve, find, _sample_to_send(source, search), search, observer)
         with job.undisturbed():
-            return _probe(job, mode, options, search, observer).largest(
-                candidates,
-                windows=lambda size: (size,) * _PASSES[mode],
-                reason="data" if largest == held and largest != ceiling else "ceiling",
-            )
+            return find(job, _sample(source, search), observer)
 
 
 def check(
@@ -315,52 +326,55 @@ def check(
     check_search(search)
     _check_mode(mode)
     options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
-    job = Job.resolve(
+    resolve = functools.partial(
+        Job.resolve,
         model,
-        data,
-        batch_size=min(size, _SAMPLE),
         options=options,
         optimizer=optimizer,
         device=device,
         memory_limit=memory_limit,
         headroom=headroom,
     )
-    _refuse_one_pass(job)
+    examples = min(size, _SAMPLE)
+    if search.isolate:
+        source = open_source(data, batch_size=examples)
+        _refuse_one_pass(source)
+        sample = _sample_to_send(source, search)
+        task = functools.partial(_try_alone, resolve, sample, size, mode, search)
+        return try_isolated(task, timeout_seconds=search.patience_seconds)
+    job = resolve(data, batch_size=examples)
+    _refuse_one_pass(job.source)
     with job.undisturbed():
-        try:
-            finder = _probe(job, mode, options, search, lambda _: None)
-            return finder.rehearse((size,) * _PASSES[mode])
-        except DoesNotFitError as error:  # The model alone is too large: so is any batch.
-            return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
+        return _try(job, _sample(job.source, search), size, mode, search)
 
 
 def _train(
     course: Course, prefer: Prefer, search: SearchOptions, observer: Observer
 ) -> TrainingResult:
     """Search, then train with what was found."""
-    job, multiple_of = course.job, search.multiple_of
+    job = course.job
     with course.undone_on_error():
         first = course.open(observer)
         if course.is_done():
             return course.done_before()
         window = course.window(first)
-        with job.undisturbed():
-            sample = read_sample(job.source) if first is None else first
-            sample, said = worst_case_of(job.source, sample, search.worst_case)
-            rehearsal = Rehearsal(job.recipe, sample, window)
-            found = _finder(job, rehearsal, search, observer, said).largest(
-                useful_sizes(window, multiple_of),
-                windows=lambda size: _rehearsed(
-                    job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
-                ),
-                reason="ceiling" if window == course.desired else "data",
-            )
-            if prefer == "fastest":
-                found = _timed(job, rehearsal, found, window, multiple_of)
-                observer(SizesTimed(search=found))
+        find = functools.partial(
+            _find_useful,
+            window=window,
+            prefer=prefer,
+            search=search,
+            reason="ceiling" if window == course.desired else "data",
+        )
+        if search.isolate:
+            sample = _sample_to_send(job.source, search, first)
+            found = _isolated(job.resolve_again, find, sample, search, observer)
+        else:
+            with job.undisturbed():
+                sample = _sample(job.source, search, first)
+                found = find(job, sample, observer)
     del first, sample  # The largest that there is: the epochs hold it for as long as it is needed.
-    find = functools.partial(_size_for_inference, job)
-    return course.train(found, window, observer, find, multiple_of)
+    infer = functools.partial(_size_for_inference, job)
+    return course.train(found, window, observer, infer, search.multiple_of)
 
 
 def _timed(
@@ -386,16 +400,129 @@ def _size_for_inference(job: Job, run: Inference, candidates: Sequence[int]) -> 
     return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
 
 
+def _find_any(
+    job: Job,
+    sample: Sample,
+    observer: Observer,
+    history: Sequence[Trial] = (),
+    *,
+    candidates: Sequence[int],
+    mode: Mode,
+    search: SearchOptions,
+    reason: LimitedBy,
+) -> SearchResult:
+    """Search all candidates, in a job that is undisturbed."""
+    return _probe(job, sample, mode, search, observer, history).largest(
+        candidates, windows=lambda size: (size,) * _PASSES[mode], reason=reason
+    )
+
+
+def _find_useful(
+    job: Job,
+    sample: Sample,
+    observer: Observer,
+    history: Sequence[Trial] = (),
+    *,
+    window: int,
+    prefer: Prefer,
+    search: SearchOptions,
+    reason: LimitedBy,
+) -> SearchResult:
+    """Search the sizes that change how a window is cut, in a job that is undisturbed."""
+    examples, said = sample
+    rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
+    found = _finder(job, rehearsal, search, observer, said, history).largest(
+        useful_sizes(window, multiple_of),
+        windows=lambda size: _rehearsed(
+            job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
+        ),
+        reason=reason,
+    )
+    if prefer == "fastest":
+        found = _timed(job, rehearsal, found, window, multiple_of)
+        observer(SizesTimed(search=found))
+    return found
+
+
+def _try(job: Job, sample: Sample, size: int, mode: Mode, search: SearchOptions) -> Trial:
+    """Rehearse one size, in a job that is undisturbed."""
+    try:
+        finder = _probe(job, sample, mode, search, lambda _: None)
+        return finder.rehearse((size,) * _PASSES[mode])
+    except DoesNotFitError as error:  # The model alone is too large: so is any batch.
+        return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
+
+
+def _isolated(
+    resolve: Resolve, find: Find, sample: Sample, search: SearchOptions, observer: Observer
+) -> SearchResult:
+    """Search in a process of its own."""
+    return run_isolated(
+        functools.partial(_find_alone, resolve, find, sample),
+        observer=observer,
+        timeout_seconds=search.patience_seconds,
+    )
+
+
+def _find_alone(
+    resolve: Resolve, find: Find, sample: Sample, observer: Observer, history: Sequence[Trial]
+) -> SearchResult:
+    """In the isolated process: make the job anew, and search."""
+    job = resolve([sample[0]], batch_size=size_of(sample[0]))
+    with job.undisturbed():
+        return find(job, sample, observer, history)
+
+
+def _try_alone(
+    resolve: Resolve,
+    sample: Sample,
+    size: int,
+    mode: Mode,
+    search: SearchOptions,
+    observer: Observer,
+    _: Sequence[Trial],
+) -> Trial:
+    """In the isolated process: make the job anew, and rehearse one size."""
+    job = resolve([sample[0]], batch_size=size_of(sample[0]))
+    observer(TrialStarted(size=size))
+    with job.undisturbed():
+        return _try(job, sample, size, mode, search)
+
+
+def _sample(source: Source, search: SearchOptions, first: Nest | None = None) -> Sample:
+    """Return the examples of a trial: from ``first``, where that has been read already."""
+    return worst_case_of(source, read_sample(source) if first is None else first, search.worst_case)
+
+
+def _sample_to_send(source: Source, search: SearchOptions, first: Nest | None = None) -> Sample:
+    """As ``_sample``; no generator has moved afterwards.
+
+    Copied, for a slice of a tensor would take with it all that it is a slice of.
+    """
+    put_back = random_state([source.owner])
+    try:
+        examples, said = _sample(source, search, first)
+        return map_tensors(Tensor.clone, examples), said
+    finally:
+        put_back()
+
+
 def _probe(
-    job: Job, mode: Mode, options: StepOptions, search: SearchOptions, observer: Observer
+    job: Job,
+    sample: Sample,
+    mode: Mode,
+    search: SearchOptions,
+    observer: Observer,
+    history: Sequence[Trial] = (),
 ) -> Finder:
     """A search over a job that is undisturbed, in training or in inference."""
-    sample, said = worst_case_of(job.source, read_sample(job.source), search.worst_case)
+    examples, said = sample
     if mode == "train":
-        return _finder(job, Rehearsal(job.recipe, sample), search, observer, said)
+        return _finder(job, Rehearsal(job.recipe, examples), search, observer, said, history)
     job.recipe.model.eval()
-    forward = options.batch_loss or options.forward
-    return _finder(job, inference(job.recipe, forward, sample), search, observer, said)
+    forward = job.options.batch_loss or job.options.forward
+    run = inference(job.recipe, forward, examples)
+    return _finder(job, run, search, observer, said, history)
 
 
 def _check_mode(mode: object) -> None:
@@ -409,6 +536,7 @@ def _finder(
     search: SearchOptions,
     observer: Observer,
     worst_case: str,
+    history: Sequence[Trial] = (),
 ) -> Finder:
     return Finder(
         rehearsal=rehearsal,
@@ -418,6 +546,7 @@ def _finder(
         observer=observer,
         options=search,
         worst_case=worst_case,
+        history=history,
     )
 
 
@@ -434,8 +563,8 @@ def _rehearsed(job: Job, plan: BatchPlan) -> tuple[int, ...]:
     return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes
 
 
-def _refuse_one_pass(job: Job) -> None:
-    if job.source.one_pass:
+def _refuse_one_pass(source: Source) -> None:
+    if source.one_pass:
         raise TypeError(
             "the sample of a one-pass iterable could not be given back; pass a DataLoader, a "
             "Dataset, tensors or a list of batches, or use find_and_train, which trains on it"

@@ -7,6 +7,7 @@
     ├── DoesNotFitError           not even one example fits
     ├── InexactStepError          splitting this step changes its result
     ├── NonFiniteLossError        a loss, or its gradient, is nan or infinite
+    ├── ProcessDiedError          the isolated process died, and no trial is to blame
     ├── ReplayLimitError          memory ran out again and again in one window
     ├── SearchTimeoutError        the search's time was over before its answer was known
     └── StepInterruptedError      memory ran out in the optimizer's step
@@ -161,6 +162,27 @@ class DeviceLostError(AutobatchError):
         return (
             f"the device was lost while {self.tried} was tried: {self.message}\nUntil then "
             f"{so_far}. What is on the device cannot be read any more: restart the process"
+        )
+
+
+class ProcessDiedError(AutobatchError):
+    """The isolated process died, and no trial is to blame, or too many in a row.
+
+    Attributes:
+        message: How it died.
+        size: The largest size that had run; None if none had.
+    """
+
+    def __init__(self, message: str, size: int | None = None) -> None:
+        super().__init__(message, size)
+        self.message = message
+        self.size = size
+
+    def __str__(self) -> str:
+        ran = "before any size had run" if self.size is None else f"after {self.size} had run"
+        return (
+            f"{self.message}, {ran}; what it printed last may say why, and without an isolated "
+            "process the error shows where it is raised"
         )
 
 

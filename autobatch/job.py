@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,14 @@ class Job:
 
     Attributes:
         recipe: The step.
+        options: What it was made of.
         source: The data.
         loss_module: The loss where it is a module: it moves, and is put back, with the model.
         budget: What memory is allowed.
     """
 
     recipe: Recipe
+    options: StepOptions
     source: Source
     loss_module: nn.Module | None
     budget: Budget
@@ -76,9 +79,23 @@ class Job:
         )
         return cls(
             recipe=options.recipe(model, own_optimizer, memory),
+            options=options,
             source=source,
             loss_module=loss,
             budget=budget,
+        )
+
+    @property
+    def resolve_again(self) -> Callable[..., "Job"]:
+        """What makes this job anew in another process, given data and batch size there."""
+        return partial(
+            Job.resolve,
+            self.recipe.model,
+            options=self.options,
+            optimizer=self.recipe.optimizer,
+            device=self.device.torch_device,
+            memory_limit=self.budget.memory_limit_bytes,
+            headroom=self.budget.headroom_bytes,
         )
 
     @property

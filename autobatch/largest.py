@@ -62,6 +62,11 @@ def find_largest(
     if not callable(run):
         raise TypeError(f"run must be callable with a size, got {run!r}")
     check_search(search)
+    if search.isolate:
+        raise ValueError(
+            "isolate=True cannot put back what run changes in another process; search with "
+            "isolate=False, or use find_batch_size"
+        )
     candidates = search.candidates(check_size("ceiling", ceiling))
     check_one_process()
     parts = _Parts(state)

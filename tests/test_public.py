@@ -20,6 +20,7 @@ NAMES = [
     "InexactStepError",
     "NonFiniteLossError",
     "Phase",
+    "ProcessDiedError",
     "ReplayLimitError",
     "SearchOptions",
     "SearchResult",
@@ -59,7 +60,9 @@ SIGNATURES = {
         *["scaler", "precision", "clip_grad_norm", "clip_grad_value", "nonfinite", "batch_norm"],
         *["gradient_dtype", "snapshot_steps"],
     ],
-    "SearchOptions": ["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case"],
+    "SearchOptions": [
+        *["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case", "isolate"],
+    ],
     "Shared": ["value"],
     "WholeBatch": ["loss"],
     "BatchPlan": ["desired", "tolerable", "multiple_of"],

@@ -37,6 +37,7 @@ class Finder:
         observer: Is told of every trial.
         options: How to search.
         worst_case: What trials repeat, in words.
+        history: Trials that were made elsewhere: known, and not told again.
     """
 
     rehearsal: Rehearsal
@@ -46,6 +47,7 @@ class Finder:
     observer: Observer
     options: SearchOptions = field(default_factory=SearchOptions)
     worst_case: str = ""
+    history: Sequence[Trial] = ()
     _trials: list[Trial] = field(default_factory=list, init=False)
     _valid_from: int = field(default=0, init=False)  # Trials before were made in other memory.
 
@@ -86,8 +88,12 @@ class Finder:
                 others=others,
             )
         )
+        for trial in self.history:
+            self._take(search, trial)
+        known = {trial.size for trial in self.history}
         for trial in failed:  # What does not fit once does not fit twice.
-            self._learn(search, trial)
+            if trial.size not in known:
+                self._learn(search, trial)
         self._search(search, windows, began)
         if search.size == 0:
             error = DoesNotFitError(
@@ -141,7 +147,8 @@ class Finder:
         last = {trial.size: place for place, trial in enumerate(trials)}
         if upper.reason == "ran out" and upper.size is not None:
             place = last[upper.size]
-            is_memory = trials[place].failure not in _OTHER_LIMITS
+            # A size that has cost a process is not tried again.
+            is_memory = trials[place].failure not in (*_OTHER_LIMITS, Verdict.FATAL)
             again = not self.device.is_exact and not trials[place].repeated
             if is_memory and (again or place < self._valid_from):
                 return upper.size
@@ -178,8 +185,11 @@ class Finder:
         return bool(rates) and trial.seconds / trial.size > _COLLAPSE * min(rates)
 
     def _learn(self, search: Search, trial: Trial) -> None:
-        self._trials.append(trial)
         self.observer(TrialEnded(trial=trial))
+        self._take(search, trial)
+
+    def _take(self, search: Search, trial: Trial) -> None:
+        self._trials.append(trial)
         search.learn(
             trial.size,
             Outcome(fits=trial.fits, phases=trial.phases, explained=trial.explained),

@@ -21,11 +21,15 @@ class SearchOptions:
         multiple_of: Only multiples of this are tried, as tensor cores like them, and training cuts
             in them: 256 by 100 in eights is 88 + 88 + 80. The undivided batch is tried as it is.
         timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
-            at between micro-batches, so a trial that never returns is not ended.
+            at between micro-batches, so a trial that never returns is not ended, unless it is
+            isolated.
         budget_seconds: No trial begins later; None sets no end.
         worst_case: What trials repeat. ``"longest"``: the longest example of the first batch or, if
             a Dataset or a DataLoader without workers has longer ones, of some that are looked at.
             ``"first"``: that of the first batch. Or a batch to use instead.
+        isolate: Trials run in a process of their own, which takes some seconds to start. Here
+            nothing is touched, and no GPU is. A size at which that process dies, loses its device
+            or never returns is not tolerable, and the search goes on in a fresh one.
 
     Raises:
         TypeError, ValueError: With the value that came and the way out.
@@ -36,14 +40,22 @@ class SearchOptions:
     timeout_seconds: float | None = None
     budget_seconds: float | None = None
     worst_case: WorstCase = "longest"
+    isolate: bool = False
 
     def __post_init__(self) -> None:
         if self.confirm not in _CONFIRM:
             raise ValueError(f"confirm must be one of {_CONFIRM}, got {self.confirm!r}")
+        if not isinstance(self.isolate, bool):
+            raise TypeError(f"isolate must be True or False, got {self.isolate!r}")
         object.__setattr__(self, "multiple_of", check_size("multiple_of", self.multiple_of))
         check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+
+    @property
+    def patience_seconds(self) -> float | None:
+        """When to end the process of a trial that does not look at its time: it may run twice."""
+        return None if self.timeout_seconds is None else 2 * self.timeout_seconds
 
     def candidates(self, largest: int) -> range:
         """Return the sizes up to ``largest`` that may be tried.
