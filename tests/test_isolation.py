@@ -152,21 +152,22 @@ def test_a_script_without_a_main_guard_finds_the_same_size_in_isolation(tmp_path
 def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("_lazy_init", "is_available", "device_count", "current_device", "mem_get_info"):
-        monkeypatch.setattr(torch.cuda, name, untouchable)
-    model, events = Fragile(3, exit_above=4), list[Event]()
+    model, events = Fragile(4, exit_above=5), list[Event]()
     optimizer = torch.optim.Adam(model.parameters())
     before, objects = fingerprint(model, optimizer), identities(model, optimizer)
 
-    found = find_batch_size(
-        model, rows(5), optimizer=optimizer, search=ISOLATED, progress=events.append
-    )
+    with monkeypatch.context() as here:
+        for name in ("_lazy_init", "is_available", "device_count", "current_device", "init"):
+            here.setattr(torch.cuda, name, untouchable)
+        found = find_batch_size(
+            model, rows(6), optimizer=optimizer, search=ISOLATED, progress=events.append
+        )
 
-    assert found.size == 3
+    assert found.size == 4
     failed = {trial.size: trial for trial in found.trials if not trial.fits}
     assert {trial.failure for trial in failed.values()} == {Verdict.FATAL}
-    assert "exit status 3" in failed[5].message
-    assert "signal 9 (SIGKILL)" in failed[4].message
+    assert "exit status 3" in failed[6].message
+    assert "signal 9 (SIGKILL)" in failed[5].message
     assert fingerprint(model, optimizer) == before
     assert identities(model, optimizer) == objects
     # Every event, in order, as if it had been one process.
@@ -276,9 +277,7 @@ def test_training_goes_on_here_with_what_was_found_there() -> None:
     ]
     assert results[0].plan == results[1].plan
     assert results[0].losses == results[1].losses
-    assert all(
-        torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True)
-    )
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 # What is sent.
@@ -311,7 +310,7 @@ def test_what_is_sent_shares_its_memory_where_it_arrives() -> None:
     assert left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
-class Unsendable(Exception):
+class UnsendableError(Exception):
     """Holds what no pickle takes."""
 
     def __init__(self) -> None:
@@ -325,9 +324,9 @@ def test_an_error_arrives_as_what_it_is(error: BaseException) -> None:
 
 
 def test_an_error_that_cannot_be_sent_arrives_as_what_it_said() -> None:
-    arrived = Raised.of(Unsendable(), context_lost=False).error()
+    arrived = Raised.of(UnsendableError(), context_lost=False).error()
     assert isinstance(arrived, AutobatchError)
-    assert "Unsendable: ('no'" in str(arrived)
+    assert "UnsendableError: ('no'" in str(arrived)
 
 
 def test_a_large_model_arrives() -> None:
