@@ -152,7 +152,7 @@ def test_a_script_without_a_main_guard_finds_the_same_size_in_isolation(tmp_path
 def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, events = Fragile(4, exit_above=5), list[Event]()
+    model, data, events = Fragile(4, exit_above=5), rows(6), list[Event]()
     optimizer = torch.optim.Adam(model.parameters())
     before, objects = fingerprint(model, optimizer), identities(model, optimizer)
 
@@ -160,7 +160,7 @@ def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
         for name in ("_lazy_init", "is_available", "device_count", "current_device", "init"):
             here.setattr(torch.cuda, name, untouchable)
         found = find_batch_size(
-            model, rows(6), optimizer=optimizer, search=ISOLATED, progress=events.append
+            model, data, optimizer=optimizer, search=ISOLATED, progress=events.append
         )
 
     assert found.size == 4
