@@ -5,6 +5,7 @@ single allocation is ``c + d * batch`` bytes, so two runs at small batches give 
 batch, and a third proves it. (The total is not: which moment is the peak depends on the batch.)
 """
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -51,7 +53,7 @@ class Change(NamedTuple):
     place: Place | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Trace:
     """The allocations of a program, as they follow from the batch.
 
@@ -90,6 +92,25 @@ class Trace:
             elif name not in absent:
                 events.append((name, size if place is not None else 0))
         return events if window is None else events + _again(events[window:])
+
+    def allocated_bytes(self, batch: int, *, workspace_bytes: int = 0) -> int:
+        """Return the peak of allocated bytes at ``batch``: many times faster than a replay."""
+        constant, slope, workspaces, sign = self._columns
+        size = constant + slope * batch + workspaces * workspace_bytes
+        unit = block_bytes(1)
+        blocks = -(-np.maximum(size, 0) // unit) * unit
+        return int((sign * blocks).cumsum().max(initial=0))
+
+    @functools.cached_property
+    def _columns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """For each change, what it is made of: constant, slope, workspaces, and 1 or -1."""
+        born: dict[int, tuple[int, int, int]] = {}
+        rows = []
+        for name, constant, slope, place in self.changes:
+            if place is not None:
+                born[name] = (constant, slope, int(place == WORKSPACE))
+            rows.append((*born[name], 1 if place is not None else -1))
+        return np.array(rows, dtype=np.int64).reshape(-1, 4).T
 
     def place_of(self, name: int) -> Place:
         """Return where ``name``, of an event, was allocated."""
