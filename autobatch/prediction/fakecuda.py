@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_MOST_TRUE: Final = 5000  # Conditions in a step. Where there are more, a loop waits for one to fail.
 _Patch = tuple[Any, str, object]  # Whose attribute, its name, its new value.
 
 _REGISTRY: Final = "_ZN3c104impl26device_guard_impl_registryE"
@@ -101,13 +102,13 @@ class OnFakeCuda(TorchDispatchMode):
         return not any(isinstance(argument, Tensor) for argument in args)
 
     def _guess(self, func: Any, args: Sequence[Any]) -> bool | int | float:
-        """A condition holds; a count is one, a real number zero."""
+        """A condition holds, unless it can only be that of a loop; a count is one, a real zero."""
         if func is not _aten._local_scalar_dense.default:
             raise NotImplementedError(f"{func} depends on values")
         dtype = args[0].dtype
         self.guessed[str(dtype).removeprefix("torch.")] += 1
         if dtype is torch.bool:
-            return True
+            return self.guessed["bool"] <= _MOST_TRUE
         return 0.0 if dtype.is_floating_point else 1
 
 
