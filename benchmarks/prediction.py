@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -76,9 +77,7 @@ class LadderStep:
     def __call__(self, batch: int, recorder: Recorder) -> None:
         self.model.train()
         parameters = self.model.parameters()
-        optimizer = torch.optim.SGD(
-            parameters, lr=1e-4, momentum=0.9, nesterov=True, foreach=False
-        )
+        optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, nesterov=True, foreach=False)
         images, labels = _batch(batch, self.pixels, recorder)
         for _ in range(2):
             optimizer.zero_grad(set_to_none=False)
@@ -159,7 +158,7 @@ def _on_the_ladder(
     os.environ["TIMM_FUSED_ATTN"] = "0"  # Attention was not fused when they were measured.
     import_torchvision()
     try:
-        import timm
+        timm = importlib.import_module("timm")
     except ModuleNotFoundError:
         findings.left_out.append("largest batches: timm is not installed")
         return

@@ -6,6 +6,7 @@ It reads orders from the standard input and writes the answer to the file RESULT
 import io
 import pickle
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ class _Unpacker(pickle.Unpickler):
 
     def program(self) -> Program:
         """Return the program; tensors of the host have their values, which a fake mode drops."""
-        with fakecuda.unset_fake_temporarily() as self._fake:
+        with fakecuda.with_values() as self._fake:
             program: Program = self.load()
             return program
 
@@ -55,19 +56,21 @@ def _trace(order: Order, batch: int, device: torch.device) -> Trace:
     return record(load, batch, Recorder(device), flash=order.flash)
 
 
-def _answer(orders: Sequence[Order]) -> Answer:
+def answer(orders: Sequence[Order]) -> Answer:
+    """Trace everything that is ordered, here."""
     on_cuda = fakecuda.works()
     device = torch.device("cuda:0" if on_cuda else "cpu")
     traces = [[_trace(order, batch, device) for batch in order.batches] for order in orders]
     return Answer(traces=traces, on_cuda=on_cuda)
 
 
-def _sendable(answer: Callable[[], Answer]) -> bytes:
+def _sendable(work: Callable[[], Answer]) -> bytes:
     """The answer, or the error that came in its place, pickled."""
     try:
-        return pickle.dumps(answer())
+        return pickle.dumps(work())
     except Exception as error:  # noqa: BLE001  # It is raised again where it belongs.
         failure = error
+        failure.add_note(f"In the process that traced it:\n{traceback.format_exc()}")
     try:
         content = cloudpickle.dumps(failure)
         pickle.loads(content)  # Some errors can be written, and not read.
@@ -82,7 +85,7 @@ def main(result: Path) -> None:
     sys.path[:], has_torchvision, orders = pickle.load(sys.stdin.buffer)
     if has_torchvision:
         import_torchvision()  # Beside a CPU build of torch it cannot be imported plainly.
-    content = _sendable(lambda: _answer(orders))
+    content = _sendable(lambda: answer(orders))
     unfinished = result.with_suffix(".unfinished")
     unfinished.write_bytes(content)
     unfinished.rename(result)

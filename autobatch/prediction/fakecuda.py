@@ -4,25 +4,25 @@ Every private hook of torch that prediction needs is in this file, each with its
 torch 2.13 on a CPU build; ``install`` tries them on a net of three layers, and where one of them is
 gone the step is traced as on the CPU, which is told.
 
-| hook | reason |
-| --- | --- |
-| ``c10::impl::device_guard_impl_registry``, ``torch._C._ensureCUDADeviceGuardSet`` | a CPU build has \
-no device guard for CUDA, and autograd aborts without one; torch puts a guard that does nothing where \
-the registered one sees no device, and that of Lazy sees none |
-| ``torch.autograd._engine_run_backward`` | the engine asks for the accelerator's stream where \
-gradients meet; while it runs, C++ is told that tensors are on ``meta`` |
-| ``torch.cuda.amp.common.amp_definitely_not_available``, ``torch.cuda.is_bf16_supported`` | autocast \
-turns itself off without a GPU |
-| ``torch.optim.optimizer._foreach_supported_types`` | the standard optimizers work on all tensors at \
-once on CUDA, but not on those of a class of their own |
-| ``torch.nn.functional.scaled_dot_product_attention`` | a CPU build always takes the slow kernel, \
-which keeps every weight of the attention |
-| ``unset_fake_temporarily`` | what is on the host stays real there |
-| ``transformers`` (``is_tracing``, ``is_fake_tensor``) | takes another path for fake tensors |
+* ``c10::impl::device_guard_impl_registry``, ``torch._C._ensureCUDADeviceGuardSet``: a CPU build
+  has no device guard for CUDA, and autograd aborts without one. torch puts a guard that does
+  nothing where the registered one sees no device, and that of Lazy sees none.
+* ``torch.autograd._engine_run_backward``, ``torch._C._current_graph_task_id``,
+  ``torch.ops.prim.device``: where gradients meet, the engine asks for the stream of the tensors'
+  device. While it runs, it is told that they are on ``meta``.
+* ``torch.cuda.amp.common.amp_definitely_not_available``, ``torch.cuda.is_bf16_supported``: autocast
+  turns itself off without a GPU.
+* ``torch.optim.optimizer._foreach_supported_types``: optimizers work on all tensors at once on
+  CUDA, but not on those of a class of their own.
+* ``torch.nn.functional.scaled_dot_product_attention``: without a GPU torch takes the slow kernel,
+  which keeps every weight of the attention.
+* ``torch._subclasses.fake_tensor``: the tensors themselves; what is on the host stays real there.
+* ``is_tracing`` and ``is_fake_tensor`` of transformers: it takes another path for fake tensors.
 """
 
 import contextlib
 import ctypes
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +39,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_MOST_TRUE: Final = 5000  # Conditions in a step. Where there are more, a loop waits for one to fail.
+_MOST_TRUE: Final = (
+    5000  # Conditions in a step. Where there are more, a loop waits for one to fail.
+)
 _Patch = tuple[Any, str, object]  # Whose attribute, its name, its new value.
 
 _REGISTRY: Final = "_ZN3c104impl26device_guard_impl_registryE"
@@ -47,6 +49,7 @@ _CUDA, _LAZY, _DEVICE_TYPES = 1, 17, 22  # Of c10/core/DeviceType.h.
 _META: Final = torch.device("meta")
 _HALF: Final = (torch.float16, torch.bfloat16)
 _aten: Final[Any] = torch.ops.aten
+_autograd: Final[Any] = torch.autograd
 _attention: Final = nn.functional.scaled_dot_product_attention
 
 
@@ -62,7 +65,7 @@ class OnFakeCuda(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it.
         self.device = device
         self.guessed: Counter[str] = Counter()
         self.backward = False
@@ -71,7 +74,11 @@ class OnFakeCuda(TorchDispatchMode):
         """Take note of an operation on fake tensors, and of what it returned."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation: on the host for real, on fake tensors without values."""
         kwargs = dict(kwargs or {})
@@ -82,6 +89,8 @@ class OnFakeCuda(TorchDispatchMode):
         if FakeTensor not in types and not self._makes_fake(args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if not func._schema.returns:  # In place, and some, as SGD's fused step, have no fake form.
+            return None
         try:
             out = func(*args, **kwargs)
         except DataDependentOutputException:
@@ -110,6 +119,16 @@ class OnFakeCuda(TorchDispatchMode):
         if dtype is torch.bool:
             return self.guessed["bool"] <= _MOST_TRUE
         return 0.0 if dtype.is_floating_point else 1
+
+
+def home_of(value: object) -> torch.device | None:
+    """Return where a fake tensor is; None for anything else."""
+    return value.fake_device if isinstance(value, FakeTensor) else None
+
+
+def with_values() -> contextlib.AbstractContextManager[TorchDispatchMode | None]:
+    """Make real tensors inside; entering what this gives makes fake ones again."""
+    return unset_fake_temporarily()
 
 
 def install() -> None:
@@ -192,7 +211,7 @@ def _patches(mode: OnFakeCuda, *, flash: bool) -> list[_Patch]:
     optimizers = sys.modules["torch.optim.optimizer"]  # torch.optim hides its own module.
     types = optimizers._foreach_supported_types
     patches: list[_Patch] = [
-        (torch.autograd, "_engine_run_backward", _announced(mode)),
+        (_autograd, "_engine_run_backward", _announced(mode)),
         (optimizers, "_foreach_supported_types", [*types, FakeTensor]),
     ]
     if mode.device.type == "cuda":
@@ -206,7 +225,7 @@ def _patches(mode: OnFakeCuda, *, flash: bool) -> list[_Patch]:
 
 def _announced(mode: OnFakeCuda) -> Callable[..., Any]:
     """The engine's run, with ``mode`` told of it."""
-    run = torch.autograd._engine_run_backward
+    run = _autograd._engine_run_backward
 
     def announced(*args: Any, **kwargs: Any) -> Any:
         before, mode.backward = mode.backward, True
@@ -231,27 +250,24 @@ def _attention_of_cuda(*, flash: bool) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        given = [query, key, value, attn_mask]
+        q, k, v, mask = query, key, value, attn_mask
         kind = query.device.type
         if kind == "cuda" and torch.is_autocast_enabled(kind):
-            given = [_lowered(tensor, torch.get_autocast_dtype(kind)) for tensor in given]
-        q, k, v, mask = given
-        assert q is not None and k is not None and v is not None
+            lower = functools.partial(_lowered, dtype=torch.get_autocast_dtype(kind))
+            q, k, v, mask = lower(q), lower(k), lower(v), None if mask is None else lower(mask)
         kernel = "math" if kind != "cuda" or q.ndim != 4 else _kernel(q, mask, enable_gqa, flash)
         if kernel == "flash":
             return _flash(q, k, v, dropout_p, is_causal, scale)
         if kernel == "efficient":
             return _efficient(q, k, v, mask, dropout_p, is_causal, scale)
-        return _attention(
-            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     return attention
 
 
-def _lowered(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """What autocast hands to attention: it is in its list of operations in 16 bits."""
-    return tensor.to(dtype) if tensor is not None and tensor.dtype is torch.float32 else tensor
+    return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
 
 
 def _kernel(query: Tensor, mask: Tensor | None, grouped: bool, flash: bool) -> str:

@@ -16,8 +16,8 @@ from autobatch.errors import DoesNotFitError
 from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import BatchPlan, check_size
 from autobatch.prediction.allocator import Replay, replay
-from autobatch.prediction.orders import Answer, Order, packed, traced
 from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu
+from autobatch.prediction.orders import Answer, Order, packed, traced
 from autobatch.prediction.program import Change, TrainingStep
 from autobatch.prediction.trace import Place, Trace, fitted
 from autobatch.randomness import random_state
@@ -98,19 +98,23 @@ class Prediction:
     def peak_bytes(self, batch: int) -> int:
         """Return the peak of allocated bytes at any batch, fitting or not."""
         batch = check_size("batch", batch)
-        return self._step.at(batch).allocated_bytes(
-            batch, workspace_bytes=self.gpu.workspace_bytes
-        )
+        events = self._step.at(batch).events(batch, workspace_bytes=self.gpu.workspace_bytes)
+        return replay(events).peak_allocated
+
+    @property
+    def line(self) -> str:
+        """The answer in a line: the tolerable batch as an interval, and the plan."""
+        interval = f"{self.tolerable}" + f" to {self.largest}" * (self.largest > self.tolerable)
+        plan = "" if self.plan is None else f"; {self.plan}"
+        return f"{self.gpu.name}, {self.precision}: tolerable batch {interval}{plan}"
 
     def __str__(self) -> str:
         return "\n".join([self._report(), *map(str, self.others)])
 
     def _report(self) -> str:
-        interval = f"{self.tolerable}" + f" to {self.largest}" * (self.largest > self.tolerable)
         parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.breakdown.items())
         lines = [
-            f"{self.gpu.name}, {self.precision}: tolerable batch {interval}",
-            *([] if self.plan is None else [f"  {self.plan}"]),
+            self.line,
             f"  at {self.size}: peak {format_bytes(self.peak_allocated_bytes)} allocated, "
             f"{format_bytes(self.peak_reserved_bytes)} reserved, of "
             f"{format_bytes(self.gpu.capacity_bytes)}",
@@ -260,9 +264,7 @@ def _trace(job: Job, options: StepOptions, *, flash: bool) -> _Traced:
     finally:
         put_back()
     optimizer = job.recipe.optimizer
-    step = TrainingStep(
-        model=job.recipe.model, options=options, optimizer=optimizer, sample=sample
-    )
+    step = TrainingStep(model=job.recipe.model, options=options, optimizer=optimizer, sample=sample)
     base = Order(program=_packed(job, step), batches=(*_SMALL, _PROOF), flash=flash)
     changes = {
         name: Order(program=_packed(job, changed), batches=_SMALL, flash=flash)
@@ -337,7 +339,7 @@ def _on(gpu: Gpu, traced: _Traced, desired: int | None, precision: PrecisionName
     ran = replay(events, limit_bytes=limit_bytes if tolerable else None)
     assert ran.peak_at is not None, "a step allocates"
     live = trace.live_bytes(events, ran.peak_at)
-    cached = ran.peak_reserved - ran.peak_allocated
+    cached = ran.peak_reserved - live.total()  # And what blocks have beyond their tensors.
     return Prediction(
         gpu=gpu,
         precision=precision,
@@ -398,7 +400,6 @@ def _gpus(asked: Any) -> list[Gpu]:
     several = [asked] if isinstance(asked, str | Gpu) else asked
     if not isinstance(several, Sequence) or not several:
         raise TypeError(
-            'gpu must be a name such as "RTX 4090", a Gpu, a list of them, or "all", '
-            f"got {asked!r}"
+            f'gpu must be a name such as "RTX 4090", a Gpu, a list of them, or "all", got {asked!r}'
         )
     return [each if isinstance(each, Gpu) else find_gpu(each) for each in several]

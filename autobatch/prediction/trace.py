@@ -16,14 +16,13 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 from autobatch.prediction.allocator import Event, block_bytes
-from autobatch.prediction.fakecuda import OnFakeCuda, fake_cuda, fake_is_real
+from autobatch.prediction.fakecuda import OnFakeCuda, fake_cuda, fake_is_real, home_of
 
 _aten: Final[Any] = torch.ops.aten
 _PRODUCTS: Final = (
@@ -94,7 +93,10 @@ class Trace:
         return events if window is None else events + _again(events[window:])
 
     def allocated_bytes(self, batch: int, *, workspace_bytes: int = 0) -> int:
-        """Return the peak of allocated bytes at ``batch``: many times faster than a replay."""
+        """Return the least that the peak of allocated bytes is at ``batch``, fast.
+
+        What blocks have beyond their tensors, up to 1 MiB each, only a replay knows.
+        """
         constant, slope, workspaces, sign = self._columns
         size = constant + slope * batch + workspaces * workspace_bytes
         unit = block_bytes(1)
@@ -214,8 +216,9 @@ class Recorder(OnFakeCuda):
             self._changes.append(Change(self._born(_flash_bytes(args[1]), place), 0, 0, None))
 
     def _note(self, out: object, place: Place) -> None:
-        if isinstance(out, FakeTensor):
-            if out.fake_device.type == self.device.type:
+        if isinstance(out, Tensor):
+            home = home_of(out)
+            if home is not None and home.type == self.device.type:
                 self._note_storage(out.untyped_storage(), place)
         elif isinstance(out, list | tuple):
             for part in out:
@@ -265,7 +268,8 @@ def fitted(small: Trace, larger: Trace, *proofs: Trace) -> Trace | None:
         larger: Of another.
         proofs: Of others, which have to agree.
     """
-    assert small.batch is not None and larger.batch is not None, "traces of one batch each"
+    assert small.batch is not None, "the trace of one batch"
+    assert larger.batch is not None, "the trace of one batch"
     if not _alike(small, larger):
         return None
     step = larger.batch - small.batch
@@ -360,4 +364,3 @@ def _flash_bytes(query: Tensor) -> int:
     batch, heads, length, width = query.shape
     rows = int(batch * heads) * -(-int(length) // 128) * 128
     return 4 * rows * (-(-int(width) // 32) * 32 + 1)
-
