@@ -20,6 +20,7 @@ from autobatch.commands.inventory import HEADERS, take_inventory
 from autobatch.commands.reports import Fields, Journal, Report, failure_fields, plan_fields
 from autobatch.commands.runs import (
     ModeChoice,
+    IMAGES,
     OptimizerName,
     PrecisionChoice,
     PreferChoice,
@@ -193,10 +194,10 @@ def predict(
     memory: Annotated[
         str | None, typer.Option(help='Of any other card: "24GiB", in the place of --gpu.')
     ] = None,
-    data: Data = "digits",
-    desired: Annotated[
-        int | None, typer.Option(min=1, help="Examples per optimizer step.")
-    ] = None,
+    data: Annotated[
+        str, typer.Option(help=f"{IMAGES}: blank ones, of 1000 classes; {DATA_NAMES}.")
+    ] = IMAGES,
+    desired: Annotated[int | None, typer.Option(min=1, help="Examples per optimizer step.")] = None,
     optimizer: Optimizer = OptimizerName.ADAMW,
     pixels: Pixels = 224,
     precision: Precision = PrecisionChoice.FP32,

@@ -10,7 +10,7 @@ from states import fingerprint
 from torch import nn
 
 from autobatch import BatchPlan, DoesNotFitError, predict
-from autobatch.prediction import child
+from autobatch.prediction import child, fakecuda
 from autobatch.prediction import predict as module
 from autobatch.prediction.gpus import Gpu, custom_gpu
 from autobatch.prediction.orders import Answer, Order
@@ -133,7 +133,7 @@ def test_a_step_that_batches_take_differently_is_traced_at_each(
         asked.extend(orders)
         return child.answer(orders)
 
-    monkeypatch.setattr(child.fakecuda, "works", lambda: False)
+    monkeypatch.setattr(fakecuda, "works", lambda: False)
     monkeypatch.setattr(module, "traced", here)
     monkeypatch.setattr(module, "_LARGEST", 64)
     data = torch.zeros(16, 64), torch.zeros(16, dtype=torch.long)

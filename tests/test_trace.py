@@ -72,7 +72,7 @@ def order(
         model=net,
         options=StepOptions(precision=precision),
         optimizer=torch.optim.AdamW(net.parameters()),
-        sample=sample,  # type: ignore[arg-type]  # A nest.
+        sample=sample,
         change=change,
     )
     return Order(program=packed(step, [*net.parameters(), *net.buffers()]), batches=batches)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from autobatch.api import find_and_train, find_batch_size
+from autobatch.batches.regroup import Data
 from autobatch.commands.reports import (
     Fields,
     Report,
@@ -63,8 +64,10 @@ class ModeChoice(enum.StrEnum):
     TRAIN = "train"
     INFERENCE = "inference"
 
+IMAGES: Final = "images"  # The data of a prediction that names none.
 
 _MOMENTUM: Final = 0.9
+_BLANK: Final = 16  # As many images as a trace repeats.
 
 
 class Watch(Protocol):
@@ -263,23 +266,31 @@ class PredictionRun(Setting):
                 f"pass --gpu or --memory, one of the two, got {list(self.gpus)} and {self.memory}"
             )
         asked = [custom_gpu(self.memory)] if self.memory is not None else list(self.gpus)
-        model, source = self.load(watch)
+        model, data = self.load_sample(watch)
         prediction = predict(
             model,
-            source.train,
+            data,
             gpu="all" if asked == ["all"] else asked,
             desired=self.desired,
             optimizer=self.make_optimizer,
             precision=check_precision(self.precision),
         )
         every = [prediction, *prediction.others]
-        fields = {
+        fields: Fields = {
             "model": self.model,
             "data": self.data,
             "predictions": [prediction_fields(each) for each in every],
         }
         text = str(prediction) if len(every) == 1 else "\n".join(each.line for each in every)
         return Report(text=text, fields=fields)
+
+    def load_sample(self, watch: Watch) -> tuple[nn.Module, Data]:
+        """Return the model and a sample: blank images, unless other data is named."""
+        if self.data != IMAGES:
+            model, source = self.load(watch)
+            return model, source.train
+        images = torch.zeros(_BLANK, 3, self.pixels, self.pixels)
+        return load_model(self.model), (images, torch.zeros(_BLANK, dtype=torch.long))
 
 
 def prediction_fields(prediction: Prediction) -> Fields:
