@@ -17,7 +17,7 @@ from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import BatchPlan, check_size
 from autobatch.prediction.allocator import Replay, replay
 from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu
-from autobatch.prediction.orders import Answer, Order, packed, traced
+from autobatch.prediction.orders import Order, packed, traced
 from autobatch.prediction.program import Change, TrainingStep
 from autobatch.prediction.trace import Place, Trace, fitted
 from autobatch.randomness import random_state
@@ -270,15 +270,21 @@ def _trace(job: Job, options: StepOptions, *, flash: bool) -> _Traced:
         name: Order(program=_packed(job, changed), batches=_SMALL, flash=flash)
         for name, changed in _changes(step).items()
     }
-    with ThreadPoolExecutor(2) as pool:  # Each waits for a process of its own.
-        other = pool.submit(traced, list(changes.values())) if changes else None
-        answer = traced([base])
-        others = None if other is None else other.result()
-    changed = {}
-    if others is not None:
-        for (name, order), traces in zip(changes.items(), others.traces, strict=True):
-            changed[name] = _fit(order, traces, others)
-    return _Traced(base=_fit(base, answer.traces[0], answer), changed=changed)
+    answers = _in_two_processes([base, *changes.values()])
+    fits = [
+        _fit(order, *answer)
+        for order, answer in zip([base, *changes.values()], answers, strict=True)
+    ]
+    return _Traced(base=fits[0], changed=dict(zip(changes, fits[1:], strict=True)))
+
+
+def _in_two_processes(orders: Sequence[Order]) -> list[tuple[Sequence[Trace], bool]]:
+    """Trace every second order in a process, and the others in another; as they were ordered."""
+    halves = [half for half in (orders[::2], orders[1::2]) if half]
+    with ThreadPoolExecutor(len(halves)) as pool:  # Each thread waits for a process.
+        answers = list(pool.map(traced, halves))
+    found = [iter(answer.traces) for answer in answers]
+    return [(next(found[n % 2]), answers[n % 2].on_cuda) for n in range(len(orders))]
 
 
 def _packed(job: Job, step: TrainingStep) -> bytes:
@@ -310,7 +316,7 @@ def _changes(step: TrainingStep) -> dict[str, TrainingStep]:
     return found
 
 
-def _fit(order: Order, traces: Sequence[Trace], answer: Answer) -> _Step:
+def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> _Step:
     every = fitted(*traces)
     guessed = sum(traces[0].guessed.values())
     notes = []
@@ -319,7 +325,7 @@ def _fit(order: Order, traces: Sequence[Trace], answer: Answer) -> _Step:
         notes.append(f"the step needs values that are not known; guessed: {kinds}")
     if every is None:
         notes.append("batches take different ways: each candidate was traced")
-    if not answer.on_cuda:
+    if not on_cuda:
         notes.append(
             f"torch {torch.__version__} refuses tensors of a GPU that is not here: traced as on "
             "the CPU, whose kernels keep other memory; expect errors of tens of percent"
