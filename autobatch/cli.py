@@ -19,12 +19,12 @@ import typer
 from autobatch.commands.inventory import HEADERS, take_inventory
 from autobatch.commands.reports import Fields, Journal, Report, failure_fields, plan_fields
 from autobatch.commands.runs import (
-    ModeChoice,
     IMAGES,
+    ModeChoice,
     OptimizerName,
     PrecisionChoice,
-    PreferChoice,
     PredictionRun,
+    PreferChoice,
     SearchRun,
     TrainingRun,
     Watch,

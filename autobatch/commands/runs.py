@@ -28,10 +28,10 @@ from autobatch.devices.choose import choose_device
 from autobatch.events import Event, SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
-from autobatch.probing.options import SearchOptions
-from autobatch.results import SearchResult
 from autobatch.prediction.gpus import custom_gpu
 from autobatch.prediction.predict import Prediction, predict
+from autobatch.probing.options import SearchOptions
+from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
 from autobatch.units import parse_bytes
 
@@ -63,6 +63,7 @@ class ModeChoice(enum.StrEnum):
 
     TRAIN = "train"
     INFERENCE = "inference"
+
 
 IMAGES: Final = "images"  # The data of a prediction that names none.
 
@@ -305,7 +306,7 @@ def prediction_fields(prediction: Prediction) -> Fields:
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
         "capacity_bytes": prediction.gpu.capacity_bytes,
-        "breakdown_bytes": dict(prediction.breakdown),
+        "breakdown_bytes": prediction.breakdown.parts,
         "at_peak": prediction.at_peak._asdict(),
         "what_ifs": {what_if.change: what_if.tolerable for what_if in prediction.what_ifs},
         "notes": list(prediction.notes),

@@ -1,6 +1,6 @@
 """The tolerable batch of a GPU that is not here."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches.regroup import Data
 from autobatch.batches.sample import read_sample
+from autobatch.breakdown import Breakdown, break_down
 from autobatch.devices.base import HEADROOM_BYTES, HEADROOM_FRACTION
 from autobatch.errors import DoesNotFitError
 from autobatch.job import Job, OptimizerFactory
@@ -19,7 +20,7 @@ from autobatch.prediction.allocator import Replay, replay
 from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu
 from autobatch.prediction.orders import Order, packed, traced
 from autobatch.prediction.program import Change, TrainingStep
-from autobatch.prediction.trace import Place, Trace, fitted
+from autobatch.prediction.trace import ACTIVATIONS, Place, Trace, fitted
 from autobatch.randomness import random_state
 from autobatch.training.options import LossLike, StepOptions
 from autobatch.training.precision import PrecisionName
@@ -65,8 +66,7 @@ class Prediction:
             smaller, and 1 where none is tolerable.
         peak_allocated_bytes: The peak of allocated bytes at ``size``.
         peak_reserved_bytes: The peak of what the allocator holds at ``size``.
-        breakdown: What the memory holds at the peak, by name, in bytes; with the context it is
-            all that the process takes.
+        breakdown: What the memory holds at the peak; what a search would keep free is in it.
         at_peak: The phase and the operation that reach the peak.
         what_ifs: What else would allow which batch.
         notes: What the prediction could not know.
@@ -81,7 +81,7 @@ class Prediction:
     size: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
-    breakdown: Mapping[str, int]
+    breakdown: Breakdown
     at_peak: Place
     what_ifs: tuple[WhatIf, ...] = ()
     notes: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class Prediction:
         return "\n".join([self._report(), *map(str, self.others)])
 
     def _report(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.breakdown.items())
+        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.breakdown.parts.items())
         lines = [
             self.line,
             f"  at {self.size}: peak {format_bytes(self.peak_allocated_bytes)} allocated, "
@@ -345,7 +345,7 @@ def _on(gpu: Gpu, traced: _Traced, desired: int | None, precision: PrecisionName
     ran = replay(events, limit_bytes=limit_bytes if tolerable else None)
     assert ran.peak_at is not None, "a step allocates"
     live = trace.live_bytes(events, ran.peak_at)
-    cached = ran.peak_reserved - live.total()  # And what blocks have beyond their tensors.
+    del live[ACTIVATIONS]  # They are what is left, with what blocks have beyond their tensors.
     return Prediction(
         gpu=gpu,
         precision=precision,
@@ -355,7 +355,14 @@ def _on(gpu: Gpu, traced: _Traced, desired: int | None, precision: PrecisionName
         size=size,
         peak_allocated_bytes=ran.peak_allocated,
         peak_reserved_bytes=ran.peak_reserved,
-        breakdown={**live, "cached": cached, "context": gpu.context_bytes[1]},
+        breakdown=break_down(
+            live,
+            peak_bytes=ran.peak_allocated,
+            reserved_bytes=ran.peak_reserved if tolerable else None,
+            limit_bytes=limit_bytes,
+            total_bytes=gpu.capacity_bytes,
+            outside_bytes=gpu.context_bytes[1],
+        ),
         at_peak=trace.place_of(events[ran.peak_at][0]),
         what_ifs=_what_ifs(gpu, traced, limit_bytes),
         notes=(*step.notes, *_of_the_gpu(gpu, precision)),
@@ -397,7 +404,7 @@ def _does_not_fit(prediction: Prediction) -> DoesNotFitError:
     message = f"{gpu.name} lacks {format_bytes(max(missing, 0))}" + (
         f"; a batch that would fit with {', '.join(helps)}" if helps else ""
     )
-    return DoesNotFitError(1, limit, dict(prediction.breakdown), message)
+    return DoesNotFitError(1, limit, prediction.breakdown, message)
 
 
 def _gpus(asked: Any) -> list[Gpu]:

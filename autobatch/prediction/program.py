@@ -57,7 +57,7 @@ class TrainingStep:
         recorder.label("optimizer state", _state(optimizer))
         recorder.begin_window()
         with training_mode(self.model):
-            Rehearsal(recipe, self.sample).prepare([batch, batch])()
+            Rehearsal(recipe, self.sample).prepare([batch, batch], lambda: None)()
 
 
 class FakeFeed(Feed):

@@ -39,6 +39,7 @@ class Place(NamedTuple):
     operation: str
 
 
+ACTIVATIONS: Final = "activations and temporaries"  # What is nothing else.
 WORKSPACE: Final = Place("", "cublas workspace")  # Its bytes are the GPU's.
 WINDOW: Final = Place("", "a window begins")  # No bytes: what follows is done again and again.
 
@@ -128,7 +129,7 @@ class Trace:
                 del held[name]
         total: Counter[str] = Counter()
         for name, size in held.items():
-            total[self.kinds.get(abs(name), "activations and temporaries")] += size
+            total[self.kinds.get(abs(name), ACTIVATIONS)] += size
         return total
 
 
