@@ -1,5 +1,7 @@
 """autobatch: train on the batch that is wanted, on the device that is there."""
 
+from typing import TYPE_CHECKING
+
 from autobatch.api import check, find_and_train, find_batch_size
 from autobatch.batches.marks import Shared
 from autobatch.devices.failures import verdict_of
@@ -33,6 +35,9 @@ from autobatch.results import (
 from autobatch.training.step import Accumulator
 from autobatch.training.whole_batch import WholeBatch
 
+if TYPE_CHECKING:
+    from autobatch.prediction.predict import Prediction, predict
+
 __all__ = [
     "Accumulator",
     "AutobatchError",
@@ -45,6 +50,7 @@ __all__ = [
     "InexactStepError",
     "NonFiniteLossError",
     "Phase",
+    "Prediction",
     "ProcessDiedError",
     "ReplayLimitError",
     "SearchOptions",
@@ -63,5 +69,15 @@ __all__ = [
     "find_and_train",
     "find_batch_size",
     "find_largest",
+    "predict",
     "verdict_of",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what predicts when it is first asked for: nothing else needs it."""
+    if name not in {"Prediction", "predict"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from autobatch.prediction import predict as module
+
+    return getattr(module, name)

@@ -19,9 +19,11 @@ import typer
 from autobatch.commands.inventory import HEADERS, take_inventory
 from autobatch.commands.reports import Fields, Journal, Report, failure_fields, plan_fields
 from autobatch.commands.runs import (
+    IMAGES,
     ModeChoice,
     OptimizerName,
     PrecisionChoice,
+    PredictionRun,
     PreferChoice,
     SearchRun,
     TrainingRun,
@@ -177,6 +179,44 @@ def find(
             multiple_of=multiple_of,
             precision=precision,
             plot=plot,
+        ).run(watch)
+
+    conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
+
+
+@app.command()
+def predict(
+    model: Model,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help='"RTX 4090"; several times for several, "all" for the catalogue.'),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help='Of any other card: "24GiB", in the place of --gpu.')
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help=f"{IMAGES}: blank ones, of 1000 classes; {DATA_NAMES}.")
+    ] = IMAGES,
+    desired: Annotated[int | None, typer.Option(min=1, help="Examples per optimizer step.")] = None,
+    optimizer: Optimizer = OptimizerName.ADAMW,
+    pixels: Pixels = 224,
+    precision: Precision = PrecisionChoice.FP32,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Predict the largest batch with which MODEL can train on a GPU that is not here."""
+
+    def work(watch: Watch) -> Report:
+        return PredictionRun(
+            model=model,
+            data=data,
+            pixels=pixels,
+            optimizer=optimizer,
+            desired=desired,
+            gpus=tuple(gpu or ()),
+            memory=memory,
+            precision=precision,
         ).run(watch)
 
     conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))

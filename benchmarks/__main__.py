@@ -12,7 +12,7 @@ import torch
 
 from autobatch import DeviceUnavailableError
 from autobatch.devices.choose import choose_device
-from benchmarks import engine, exactness, search
+from benchmarks import engine, exactness, prediction, search
 from benchmarks.findings import Findings
 from benchmarks.machine import environment, keep_freed_memory, slug, write_atomically
 
@@ -20,6 +20,7 @@ PARTS: Final[dict[str, Callable[[Findings], None]]] = {
     "exactness": exactness.run,
     "search": search.run,
     "engine": engine.run,
+    "prediction": prediction.run,
 }
 RESULTS: Final = Path(__file__).parent / "results"
 

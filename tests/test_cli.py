@@ -458,3 +458,22 @@ def test_python_dash_m_is_the_command() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("256 = 86 + 85 + 85")
+
+
+def test_predict_answers_for_a_gpu_that_is_not_here(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = ["--pixels", "32", "--desired", "64", "--memory", "4GiB", "--json", "--quiet"]
+    assert main(["predict", "torchvision:resnet18", *size]) == 0
+    (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert prediction["plan"]["desired"] == 64
+    assert 0 < prediction["tolerable"] < prediction["largest"]
+    assert prediction["what_ifs"].keys() > {"bf16", "fused AdamW"}
+
+
+@pytest.mark.parametrize("card", [[], ["--gpu", "T4", "--memory", "4GiB"]])
+def test_predict_wants_one_way_of_naming_the_card(
+    card: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "torchvision:resnet18", *card]) == 2
+    assert "--gpu or --memory" in capsys.readouterr().err

@@ -20,6 +20,7 @@ NAMES = [
     "InexactStepError",
     "NonFiniteLossError",
     "Phase",
+    "Prediction",
     "ProcessDiedError",
     "ReplayLimitError",
     "SearchOptions",
@@ -38,6 +39,7 @@ NAMES = [
     "find_and_train",
     "find_batch_size",
     "find_largest",
+    "predict",
     "verdict_of",
 ]
 LOSS = ["loss", "forward", "batch_loss"]
@@ -66,6 +68,9 @@ SIGNATURES = {
     "Shared": ["value"],
     "WholeBatch": ["loss"],
     "BatchPlan": ["desired", "tolerable", "multiple_of"],
+    "predict": [
+        *["model", "data", "gpu", "desired", "loss", "optimizer", "precision", "mode"],
+    ],
     "verdict_of": ["error"],
 }
 

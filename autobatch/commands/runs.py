@@ -13,12 +13,23 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from autobatch.api import find_and_train, find_batch_size
-from autobatch.commands.reports import Report, TrainingReport, count, search_fields, training_fields
+from autobatch.batches.regroup import Data
+from autobatch.commands.reports import (
+    Fields,
+    Report,
+    TrainingReport,
+    count,
+    plan_fields,
+    search_fields,
+    training_fields,
+)
 from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
 from autobatch.devices.choose import choose_device
 from autobatch.events import Event, SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
+from autobatch.prediction.gpus import custom_gpu
+from autobatch.prediction.predict import Prediction, predict
 from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
@@ -54,7 +65,10 @@ class ModeChoice(enum.StrEnum):
     INFERENCE = "inference"
 
 
+IMAGES: Final = "images"  # The data of a prediction that names none.
+
 _MOMENTUM: Final = 0.9
+_BLANK: Final = 16  # As many images as a trace repeats.
 
 
 class Watch(Protocol):
@@ -230,6 +244,73 @@ def _drawn(search: SearchResult, path: Path) -> str:
     except OSError as error:
         return f"memory over size could not be drawn: {error}"
     return f"memory over size is drawn in {path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionRun(Setting):
+    """The tolerable batch of GPUs that are not here, by names.
+
+    Attributes:
+        gpus: As ``find_gpu`` knows them; ``("all",)`` is the catalogue.
+        memory: Of a card that is in no catalogue, in the place of a name.
+        desired: Examples per optimizer step, or None.
+    """
+
+    gpus: tuple[str, ...] = ()
+    memory: str | None = None
+    desired: int | None = None
+
+    def run(self, watch: Watch) -> Report:
+        """Predict, for each GPU."""
+        if bool(self.gpus) == (self.memory is not None):
+            raise ValueError(
+                f"pass --gpu or --memory, one of the two, got {list(self.gpus)} and {self.memory}"
+            )
+        asked = [custom_gpu(self.memory)] if self.memory is not None else list(self.gpus)
+        model, data = self.load_sample(watch)
+        prediction = predict(
+            model,
+            data,
+            gpu="all" if asked == ["all"] else asked,
+            desired=self.desired,
+            optimizer=self.make_optimizer,
+            precision=check_precision(self.precision),
+        )
+        every = [prediction, *prediction.others]
+        fields: Fields = {
+            "model": self.model,
+            "data": self.data,
+            "predictions": [prediction_fields(each) for each in every],
+        }
+        text = str(prediction) if len(every) == 1 else "\n".join(each.line for each in every)
+        return Report(text=text, fields=fields)
+
+    def load_sample(self, watch: Watch) -> tuple[nn.Module, Data]:
+        """Return the model and a sample: blank images, unless other data is named."""
+        if self.data != IMAGES:
+            model, source = self.load(watch)
+            return model, source.train
+        images = torch.zeros(_BLANK, 3, self.pixels, self.pixels)
+        return load_model(self.model), (images, torch.zeros(_BLANK, dtype=torch.long))
+
+
+def prediction_fields(prediction: Prediction) -> Fields:
+    """Return the prediction as JSON takes it."""
+    return {
+        "gpu": prediction.gpu.name,
+        "precision": prediction.precision,
+        "tolerable": prediction.tolerable,
+        "largest": prediction.largest,
+        "plan": None if prediction.plan is None else plan_fields(prediction.plan),
+        "size": prediction.size,
+        "peak_allocated_bytes": prediction.peak_allocated_bytes,
+        "peak_reserved_bytes": prediction.peak_reserved_bytes,
+        "capacity_bytes": prediction.gpu.capacity_bytes,
+        "breakdown_bytes": prediction.breakdown.parts,
+        "at_peak": prediction.at_peak._asdict(),
+        "what_ifs": {what_if.change: what_if.tolerable for what_if in prediction.what_ifs},
+        "notes": list(prediction.notes),
+    }
 
 
 def _described(source: DataSource) -> str:

@@ -1,0 +1,312 @@
+"""CUDA without a GPU: tensors that have a shape, a dtype and a device, and no values.
+
+Every private hook of torch that prediction needs is in this file, each with its reason. Tested with
+torch 2.13 on a CPU build; ``install`` tries them on a net of three layers, and where one of them is
+gone the step is traced as on the CPU, which is told.
+
+* ``c10::impl::device_guard_impl_registry``, ``torch._C._ensureCUDADeviceGuardSet``: a CPU build
+  has no device guard for CUDA, and autograd aborts without one. torch puts a guard that does
+  nothing where the registered one sees no device, and that of Lazy sees none.
+* ``torch.autograd._engine_run_backward``, ``torch._C._current_graph_task_id``,
+  ``torch.ops.prim.device``: where gradients meet, the engine asks for the stream of the tensors'
+  device. While it runs, it is told that they are on ``meta``.
+* ``torch.cuda.amp.common.amp_definitely_not_available``, ``torch.cuda.is_bf16_supported``: autocast
+  turns itself off without a GPU.
+* ``torch.optim.optimizer._foreach_supported_types``: optimizers work on all tensors at once on
+  CUDA, but not on those of a class of their own.
+* ``torch.nn.functional.scaled_dot_product_attention``: without a GPU torch takes the slow kernel,
+  which keeps every weight of the attention.
+* ``torch._subclasses.fake_tensor``: the tensors themselves; what is on the host stays real there.
+* ``is_tracing`` and ``is_fake_tensor`` of transformers: it takes another path for fake tensors.
+"""
+
+import contextlib
+import ctypes
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MOST_TRUE: Final = (
+    5000  # Conditions in a step. Where there are more, a loop waits for one to fail.
+)
+_Patch = tuple[Any, str, object]  # Whose attribute, its name, its new value.
+
+_REGISTRY: Final = "_ZN3c104impl26device_guard_impl_registryE"
+_CUDA, _LAZY, _DEVICE_TYPES = 1, 17, 22  # Of c10/core/DeviceType.h.
+_META: Final = torch.device("meta")
+_HALF: Final = (torch.float16, torch.bfloat16)
+_aten: Final[Any] = torch.ops.aten
+_autograd: Final[Any] = torch.autograd
+_attention: Final = nn.functional.scaled_dot_product_attention
+
+
+class OnFakeCuda(TorchDispatchMode):
+    """Answers for the device that is not there. Entered inside a ``FakeTensorMode``.
+
+    Args:
+        device: Of the fake tensors; what is elsewhere is real.
+
+    Attributes:
+        guessed: How often each operation's value was needed and had to be guessed, by name.
+        backward: Whether the autograd engine runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it.
+        self.device = device
+        self.guessed: Counter[str] = Counter()
+        self.backward = False
+
+    def seen(self, func: Any, args: Sequence[Any], out: object) -> None:
+        """Take note of an operation on fake tensors, and of what it returned."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation: on the host for real, on fake tensors without values."""
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.prim.device.default:
+            return _META if self._engine_asks() else args[0].fake_device
+        if self.backward and kwargs.get("device") == _META:
+            kwargs["device"] = self.device
+        if FakeTensor not in types and not self._makes_fake(args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if not func._schema.returns:  # In place, and some, as SGD's fused step, have no fake form.
+            return None
+        try:
+            out = func(*args, **kwargs)
+        except DataDependentOutputException:
+            return self._guess(func, args)
+        self.seen(func, args, out)
+        return out
+
+    def _engine_asks(self) -> bool:
+        """Whether the engine itself wants to know: what it runs again for a checkpoint does not."""
+        recomputes = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        return self.backward and not recomputes and self.device.type == "cuda"
+
+    def _makes_fake(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an operation on no fake tensor makes one."""
+        asked = kwargs.get("device")
+        if self.device.type == "cuda":
+            return asked is not None and torch.device(asked).type == "cuda"
+        return not any(isinstance(argument, Tensor) for argument in args)
+
+    def _guess(self, func: Any, args: Sequence[Any]) -> bool | int | float:
+        """A condition holds, unless it can only be that of a loop; a count is one, a real zero."""
+        if func is not _aten._local_scalar_dense.default:
+            raise NotImplementedError(f"{func} depends on values")
+        dtype = args[0].dtype
+        self.guessed[str(dtype).removeprefix("torch.")] += 1
+        if dtype is torch.bool:
+            return self.guessed["bool"] <= _MOST_TRUE
+        return 0.0 if dtype.is_floating_point else 1
+
+
+def home_of(value: object) -> torch.device | None:
+    """Return where a fake tensor is; None for anything else."""
+    return value.fake_device if isinstance(value, FakeTensor) else None
+
+
+def with_values() -> contextlib.AbstractContextManager[TorchDispatchMode | None]:
+    """Make real tensors inside; entering what this gives makes fake ones again."""
+    return unset_fake_temporarily()
+
+
+def install() -> None:
+    """Make CUDA's tensors possible in this process, which must have no use for real ones.
+
+    Raises:
+        OSError, AttributeError, ValueError, RuntimeError: If this build of torch is another.
+    """
+    if torch.version.cuda is None and torch.version.hip is None:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        guards = (ctypes.c_void_p * _DEVICE_TYPES).in_dll(library, _REGISTRY)
+        if guards[_CUDA] is None:
+            guards[_CUDA] = guards[_LAZY]
+    torch._C._ensureCUDADeviceGuardSet()
+
+
+@contextlib.contextmanager
+def fake_cuda(mode: OnFakeCuda, *, flash: bool) -> Iterator[None]:
+    """Make what is on ``mode.device`` fake inside.
+
+    Args:
+        mode: Looks on.
+        flash: Whether the GPU has flash attention: compute capability 8.0 or later.
+    """
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mode,
+        _patched(_patches(mode, flash=flash)),
+    ):
+        yield
+
+
+def fake_is_real() -> contextlib.AbstractContextManager[None]:
+    """Keep libraries that are imported by now from treating fake tensors as others inside."""
+    found: list[_Patch] = []
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "transformers":
+            own = [asked for asked in ("is_tracing", "is_fake_tensor") if asked in vars(module)]
+            found += [(module, asked, lambda *_, **__: False) for asked in own]
+    return _patched(found)
+
+
+@contextlib.contextmanager
+def _patched(patches: Iterable[_Patch]) -> Iterator[None]:
+    with contextlib.ExitStack() as before:
+        for owner, name, value in patches:
+            before.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def works() -> bool:
+    """Try every hook on three layers; False where this build of torch is another."""
+    mode = OnFakeCuda(torch.device("cuda:0"))
+    try:
+        install()
+        with fake_cuda(mode, flash=True):
+            return _three_layers_train(mode.device)
+    except Exception:  # noqa: BLE001  # Whatever it is, the hooks cannot be relied on.
+        return False
+
+
+def _three_layers_train(device: torch.device) -> bool:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 32)).to(device)
+    optimizer = torch.optim.AdamW(net.parameters())
+    scaler = torch.amp.GradScaler("cuda")
+    images = torch.zeros(2, 3, 4, 4).to(device)
+    with torch.autocast("cuda", torch.float16):
+        out = net(images)
+        heads = out.view(2, 2, 2, 8)
+        out = out + nn.functional.scaled_dot_product_attention(heads, heads, heads).view(2, 32)
+        loss = nn.functional.cross_entropy(out, torch.zeros(2, dtype=torch.long).to(device))
+    scaler.scale(loss).backward()
+    optimizer.step()
+    gradients = [parameter.grad for parameter in net.parameters()]
+    return out.dtype is torch.float16 and all(g is not None and g.is_cuda for g in gradients)
+
+
+def _patches(mode: OnFakeCuda, *, flash: bool) -> list[_Patch]:
+    optimizers = sys.modules["torch.optim.optimizer"]  # torch.optim hides its own module.
+    types = optimizers._foreach_supported_types
+    patches: list[_Patch] = [
+        (_autograd, "_engine_run_backward", _announced(mode)),
+        (optimizers, "_foreach_supported_types", [*types, FakeTensor]),
+    ]
+    if mode.device.type == "cuda":
+        patches += [
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (nn.functional, "scaled_dot_product_attention", _attention_of_cuda(flash=flash)),
+        ]
+    return patches
+
+
+def _announced(mode: OnFakeCuda) -> Callable[..., Any]:
+    """The engine's run, with ``mode`` told of it."""
+    run = _autograd._engine_run_backward
+
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        before, mode.backward = mode.backward, True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            mode.backward = before
+
+    return announced
+
+
+def _attention_of_cuda(*, flash: bool) -> Callable[..., Tensor]:
+    """Attention by the kernel that CUDA would choose: aten/.../transformers/cuda/sdp_utils.cpp."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        q, k, v, mask = query, key, value, attn_mask
+        kind = query.device.type
+        if kind == "cuda" and torch.is_autocast_enabled(kind):
+            lower = functools.partial(_lowered, dtype=torch.get_autocast_dtype(kind))
+            q, k, v, mask = lower(q), lower(k), lower(v), None if mask is None else lower(mask)
+        kernel = "math" if kind != "cuda" or q.ndim != 4 else _kernel(q, mask, enable_gqa, flash)
+        if kernel == "flash":
+            return _flash(q, k, v, dropout_p, is_causal, scale)
+        if kernel == "efficient":
+            return _efficient(q, k, v, mask, dropout_p, is_causal, scale)
+        return _attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    return attention
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast hands to attention: it is in its list of operations in 16 bits."""
+    return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
+
+
+def _kernel(query: Tensor, mask: Tensor | None, grouped: bool, flash: bool) -> str:
+    half = query.dtype in _HALF
+    if flash and half and mask is None and query.shape[-1] <= 256:
+        return "flash"
+    known = half or query.dtype is torch.float32
+    if not known or grouped or (query.dtype is torch.bfloat16 and not flash):
+        return "math"
+    return "efficient"
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None
+) -> Tensor:
+    """Flash attention; it takes heads whose width is a multiple of 8, and so they are padded."""
+    width = q.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    if width % 8:
+        q, k, v = (nn.functional.pad(tensor, (0, 8 - width % 8)) for tensor in (q, k, v))
+    kernel = _aten._scaled_dot_product_flash_attention
+    out: Tensor = kernel(q, k, v, dropout, causal, scale=scale)[0]
+    return out[..., :width] if width % 8 else out
+
+
+def _efficient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    if mask is not None:
+        if mask.dtype is torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    kernel = _aten._scaled_dot_product_efficient_attention
+    out: Tensor = kernel(q, k, v, mask, learns, dropout, causal, scale=scale)[0]
+    return out

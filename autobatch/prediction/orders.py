@@ -1,0 +1,118 @@
+"""Programs to be traced in a process of their own: what that changes in torch stays there.
+
+Programs are sent by cloudpickle, so a script needs no main guard; what lies on the device is sent
+as shapes.
+"""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cloudpickle
+from torch import Tensor, nn
+
+from autobatch.errors import AutobatchError
+from autobatch.prediction.trace import Program, Trace
+
+_TAIL: Final = 2000  # Characters of what the child said last.
+_CHILD: Final = "autobatch.prediction.child"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A program to be traced, packed.
+
+    Attributes:
+        program: As ``packed`` returns it.
+        batches: What to trace it at.
+        flash: Whether the GPU has flash attention.
+    """
+
+    program: bytes
+    batches: tuple[int, ...]
+    flash: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came of orders.
+
+    Attributes:
+        traces: A list for each order, a trace for each batch.
+        on_cuda: False where this build of torch is another, and the CPU's way was traced.
+    """
+
+    traces: list[list[Trace]]
+    on_cuda: bool
+
+
+def packed(program: Program, on_device: Iterable[Tensor]) -> bytes:
+    """Return the program, pickled; tensors ``on_device`` lose their values.
+
+    Raises:
+        TypeError: If something in it cannot be sent to another process.
+    """
+    stream = io.BytesIO()
+    packer = _Packer(stream, {id(tensor) for tensor in on_device})
+    try:
+        packer.dump(program)
+    except Exception as error:
+        raise TypeError(
+            f"model, optimizer or loss cannot be sent to another process: {error}"
+        ) from error
+    return stream.getvalue()
+
+
+def traced(orders: Sequence[Order]) -> Answer:
+    """Trace in a new process, which has no GPU.
+
+    Raises:
+        Exception: Whatever the program raised there.
+        AutobatchError: If the process ended otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
+        result = Path(folder) / "result"
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", _CHILD, str(result)],
+            input=pickle.dumps((sys.path, "torchvision" in sys.modules, list(orders))),
+            stdout=subprocess.DEVNULL,  # What the user's code prints has been, or will be, printed.
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path))),
+            },
+            check=False,
+        )
+        if not result.exists():
+            said = done.stderr.decode(errors="replace").strip()[-_TAIL:]
+            raise AutobatchError(
+                f"the process that traced the step ended with code {done.returncode}: {said}"
+            )
+        answer: Answer | Exception = pickle.loads(result.read_bytes())
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is not typed.
+    """Puts what is on the device down as its shape."""
+
+    def __init__(self, stream: io.BytesIO, on_device: set[int]) -> None:
+        super().__init__(stream)
+        self._on_device = on_device
+
+    def persistent_id(self, value: object) -> tuple[Any, ...] | None:
+        """Return how to make a tensor like ``value``, or None where it is pickled."""
+        if not isinstance(value, Tensor) or not (id(value) in self._on_device or value.is_cuda):
+            return None
+        shape, dtype = tuple(value.shape), value.dtype
+        is_parameter = isinstance(value, nn.Parameter)
+        return id(value), shape, value.stride(), dtype, value.requires_grad, is_parameter

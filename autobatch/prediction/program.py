@@ -1,0 +1,109 @@
+"""The step that training runs, as a program to be traced."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Final, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autobatch.batches.nest import Nest, map_tensors, unwrapped
+from autobatch.devices.base import MemoryDevice
+from autobatch.prediction.trace import Recorder
+from autobatch.state import training_mode
+from autobatch.training.feed import Feed
+from autobatch.training.options import StepOptions
+from autobatch.training.rehearsal import Rehearsal
+
+Change = Literal["as it is", "fused", "SGD"]
+
+_MOMENTUM: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStep:
+    """Training's own window of two micro-batches, as a search rehearses it.
+
+    The optimizer's state is there before, as it is from the second step on.
+
+    Attributes:
+        model: On the fake device.
+        options: What a step is.
+        optimizer: Over the model's parameters.
+        sample: Real examples, on the host; they are repeated to any size.
+        change: Of the optimizer.
+    """
+
+    model: nn.Module
+    options: StepOptions
+    optimizer: Optimizer
+    sample: Nest
+    change: Change = "as it is"
+
+    def __call__(self, batch: int, recorder: Recorder) -> None:
+        """Run the window once."""
+        optimizer = _changed(self.optimizer, self.change)
+        # A step asks a device only where it is, unless memory runs out, and here it never does.
+        device = cast("MemoryDevice", SimpleNamespace(torch_device=recorder.device))
+        recipe = replace(
+            self.options.recipe(self.model, optimizer, device), feed=FakeFeed(recorder.device)
+        )
+        modules = [m for m in (self.model, self.options.loss_module) if m is not None]
+        recorder.label("parameters", (p for module in modules for p in module.parameters()))
+        recorder.label("buffers", (b for module in modules for b in module.buffers()))
+        _make_state(optimizer)
+        recorder.label("optimizer state", _state(optimizer))
+        recorder.begin_window()
+        with training_mode(self.model):
+            Rehearsal(recipe, self.sample).prepare([batch, batch], lambda: None)()
+
+
+class FakeFeed(Feed):
+    """Micro-batches on a device that is not there: the next one is there as early as on CUDA.
+
+    Copies do not have a stream of their own.
+    """
+
+    def move(self, nest: Nest) -> Nest:
+        """Return a copy on the device."""
+        return unwrapped(map_tensors(self._copied, nest))
+
+    def _sent(self, part: Nest) -> tuple[Nest, Any]:
+        return map_tensors(self._copied, part), None
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        copy = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device
+        )
+        return copy.contiguous() if 0 in tensor.stride() else copy
+
+    def _arrived(self, nest: Nest, copied: object) -> Nest:  # noqa: ARG002  # The base's.
+        return unwrapped(nest)
+
+
+def _changed(optimizer: Optimizer, change: Change) -> Optimizer:
+    if change == "SGD":
+        groups = [{"params": group["params"]} for group in optimizer.param_groups]
+        return torch.optim.SGD(groups, lr=1e-3, momentum=_MOMENTUM)
+    if change == "fused":
+        optimizer.state.clear()  # Then it is made again, with its step counts on the device.
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """Take a step on gradients of zero: optimizers make their state in their first step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _state(optimizer: Optimizer) -> Iterable[Tensor]:
+    for entry in optimizer.state.values():
+        yield from (value for value in entry.values() if isinstance(value, Tensor))

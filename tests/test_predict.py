@@ -1,0 +1,174 @@
+"""Predictions for a GPU that is not here: what they say, and what they leave alone."""
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from states import fingerprint
+from torch import nn
+
+from autobatch import BatchPlan, DoesNotFitError, predict
+from autobatch.prediction import child, fakecuda
+from autobatch.prediction import predict as module
+from autobatch.prediction.gpus import Gpu, custom_gpu
+from autobatch.prediction.orders import Answer, Order
+from autobatch.prediction.predict import Prediction
+
+CARD = custom_gpu("3GiB")
+SMALL = custom_gpu("2GiB")
+IMAGES = torch.zeros(16, 3, 64, 64), torch.zeros(16, dtype=torch.long)
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(64, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def found() -> Prediction:
+    return predict(cnn(), IMAGES, gpu=[CARD, SMALL, "T4"], desired=1000)
+
+
+def test_the_tolerable_batch_is_the_last_that_fits(found: Prediction) -> None:
+    context = CARD.context_bytes[1]
+    headroom = 300 * 2**20
+    limit = CARD.capacity_bytes - context - headroom
+    assert found.peak_allocated_bytes <= found.peak_reserved_bytes <= limit
+    assert found.peak_bytes(found.tolerable + found.tolerable // 2) > limit
+    assert 1 < found.tolerable < found.largest
+    assert found.plan == BatchPlan(desired=1000, tolerable=found.tolerable)
+
+
+def test_the_peak_grows_with_the_batch(found: Prediction) -> None:
+    peaks = [found.peak_bytes(batch) for batch in (1, 2, 10, 100, 100_000)]
+    assert peaks == sorted(set(peaks))
+    assert found.peak_bytes(found.size) == pytest.approx(found.peak_allocated_bytes, rel=0.01)
+
+
+def test_the_breakdown_adds_up_to_the_card(found: Prediction) -> None:
+    parts = found.breakdown
+    assert parts.total_bytes == parts.needed_bytes == CARD.capacity_bytes
+    assert parts.outside_bytes == CARD.context_bytes[1]
+    assert parts.parameter_bytes == sum(-(-p.nbytes // 512) * 512 for p in cnn().parameters())
+    assert parts.optimizer_state_bytes == 2 * parts.parameter_bytes
+    held = found.peak_allocated_bytes + parts.cached_bytes
+    assert held == found.peak_reserved_bytes
+    assert parts.activation_bytes > 0.9 * found.peak_allocated_bytes
+    assert found.at_peak.phase in {"forward", "backward"}
+
+
+def test_what_would_allow_more(found: Prediction) -> None:
+    allowed = {what_if.change: what_if.tolerable for what_if in found.what_ifs}
+    assert allowed.keys() == {
+        *("expandable segments", "fused AdamW", "SGD with momentum", "bf16"),
+    }
+    assert allowed["bf16"] > 1.3 * found.tolerable
+    assert allowed["fused AdamW"] >= found.tolerable
+    assert allowed["SGD with momentum"] >= found.tolerable
+
+
+def test_several_gpus_are_predicted_from_the_same_traces(found: Prediction) -> None:
+    small, turing = found.others
+    assert small.tolerable < found.tolerable < turing.tolerable
+    assert turing.gpu.name == "T4"
+    assert "bf16" not in {what_if.change for what_if in turing.what_ifs}
+    assert small.peak_bytes(5) == found.peak_bytes(5)
+
+
+def test_it_prints_what_matters(found: Prediction) -> None:
+    text = str(found)
+    assert f"3.0 GiB, fp32: tolerable batch {found.tolerable} to {found.largest}" in text
+    assert str(found.plan) in text
+    assert f"in {found.at_peak.phase}" in text
+    assert "what if bf16: " in text
+    assert "T4, fp32: tolerable batch " in text
+
+
+def test_nothing_is_touched() -> None:
+    model = cnn().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(IMAGES[0][:2]).sum().backward()
+    optimizer.step()
+    before, twin = fingerprint(model, optimizer), copy.deepcopy(optimizer.state_dict())
+    prediction = predict(model, IMAGES, gpu=CARD, optimizer=optimizer, precision="bf16")
+    assert fingerprint(model, optimizer) == before
+    assert twin["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert not model.training
+    changes = {what_if.change for what_if in prediction.what_ifs}
+    assert changes == {"expandable segments", "fused SGD"}
+
+
+def test_what_does_not_fit_is_told_with_a_way_out() -> None:
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(28)))  # 448 MiB.
+    data = torch.zeros(4, 2048), torch.zeros(4, 2048)
+    with pytest.raises(DoesNotFitError, match=r"2\.0 GiB lacks .*SGD with momentum: ") as raised:
+        predict(model, data, gpu=replace(SMALL, context_bytes=(0, 0)))
+    assert raised.value.size == 1
+    assert raised.value.breakdown_bytes["parameters"] > 448 * 2**20
+
+
+class Parting(nn.Module):
+    """Takes another way above 12 examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x)
+        return out.exp().log() if len(x) > 12 else out
+
+
+def test_a_step_that_batches_take_differently_is_traced_at_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In this process, as on the CPU, which is the fall-back too."""
+    asked: list[Order] = []
+
+    def here(orders: list[Order]) -> Answer:
+        asked.extend(orders)
+        return child.answer(orders)
+
+    monkeypatch.setattr(fakecuda, "works", lambda: False)
+    monkeypatch.setattr(module, "traced", here)
+    monkeypatch.setattr(module, "_LARGEST", 64)
+    data = torch.zeros(16, 64), torch.zeros(16, dtype=torch.long)
+    sgd = functools.partial(torch.optim.SGD, lr=0.1, fused=True)
+    found = predict(Parting(), data, gpu=CARD, optimizer=sgd, precision="bf16")
+    assert found.tolerable == 64
+    assert {order.batches for order in asked} >= {(64,), (6, 9, 33)}
+    assert any("different ways" in note for note in found.notes)
+    assert any("traced as on the CPU" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gpu": "RTX 4091"}, ValueError, "RTX 4091"),
+        ({"gpu": []}, TypeError, r"gpu must be a name .* got \[\]"),
+        ({"gpu": 24}, TypeError, "got 24"),
+        ({"gpu": CARD, "mode": "test"}, ValueError, "mode must be .* got 'test'"),
+        ({"gpu": CARD, "desired": 0}, ValueError, "desired must be at least 1, got 0"),
+        ({"gpu": CARD, "precision": "fp8"}, ValueError, "precision must be"),
+        ({"gpu": CARD, "data": iter([IMAGES])}, TypeError, "one-pass"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_traced(
+    arguments: dict[str, object],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "traced", lambda _: pytest.fail("traced"))
+    with pytest.raises(error, match=message):
+        predict(cnn(), **{"data": IMAGES, **arguments})  # type: ignore[arg-type]
+
+
+def test_a_gpu_of_one_s_own_is_a_value() -> None:
+    assert isinstance(CARD, Gpu)
+    assert CARD.capacity_bytes == 3 * 2**30

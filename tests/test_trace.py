@@ -1,0 +1,275 @@
+"""What a step allocates on a GPU that is not here follows from the batch, one by one."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autobatch.commands.vision import import_torchvision
+from autobatch.errors import AutobatchError
+from autobatch.prediction import child, fakecuda
+from autobatch.prediction.allocator import replay
+from autobatch.prediction.orders import Answer, Order, packed, traced
+from autobatch.prediction.program import Change, TrainingStep
+from autobatch.prediction.trace import Change as Event
+from autobatch.prediction.trace import Place, Program, Recorder, Trace, fitted
+from autobatch.training.options import StepOptions
+from autobatch.training.precision import PrecisionName
+
+FITTED = (6, 9)
+OTHERS = (2, 17, 64)
+PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "fp16")
+
+
+def cnn() -> tuple[nn.Module, object]:
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+        *(nn.Dropout(0.1), nn.Flatten(), nn.Linear(8 * 15 * 15, 10)),
+    )
+    return net, (torch.zeros(16, 3, 32, 32), torch.zeros(16, dtype=torch.long))
+
+
+def vit() -> tuple[nn.Module, object]:
+    net = import_torchvision().models.VisionTransformer(
+        image_size=32,
+        patch_size=8,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=32,
+        mlp_dim=64,
+        dropout=0.1,
+    )
+    return net, (torch.zeros(16, 3, 32, 32), torch.zeros(16, dtype=torch.long))
+
+
+def gpt2() -> tuple[nn.Module, object]:
+    import_torchvision()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=100, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    ids = torch.zeros(16, 32, dtype=torch.long)
+    return GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
+
+
+NETS = {"cnn": cnn, "vit": vit, "gpt2": gpt2}
+
+
+def order(
+    net: nn.Module,
+    sample: object,
+    *,
+    batches: tuple[int, ...] = FITTED,
+    precision: PrecisionName = "fp32",
+    change: Change = "as it is",
+) -> Order:
+    step = TrainingStep(
+        model=net,
+        options=StepOptions(precision=precision),
+        optimizer=torch.optim.AdamW(net.parameters()),
+        sample=sample,
+        change=change,
+    )
+    return Order(program=packed(step, [*net.parameters(), *net.buffers()]), batches=batches)
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[tuple[str, str], list[Trace]]:
+    made = {name: make() for name, make in NETS.items()}
+    keys = [(name, precision) for name in NETS for precision in PRECISIONS]
+    orders = [
+        order(*made[name], batches=(*FITTED, *OTHERS), precision=precision)
+        for name, precision in keys
+    ]
+    answer = traced(orders)
+    assert answer.on_cuda
+    return dict(zip(keys, answer.traces, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_three_traces_give_the_events_of_every_batch(
+    name: str, precision: str, steps: dict[tuple[str, str], list[Trace]]
+) -> None:
+    traces = steps[name, precision]
+    every = fitted(*traces[:2])
+    assert every is not None
+    for trace, batch in zip(traces[2:], OTHERS, strict=True):
+        assert every.events(batch, workspace_bytes=512) == trace.events(batch, workspace_bytes=512)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_the_quick_peak_is_at_most_the_replayed_one(
+    name: str, precision: str, steps: dict[tuple[str, str], list[Trace]]
+) -> None:
+    for trace, batch in zip(steps[name, precision], (*FITTED, *OTHERS), strict=True):
+        events = trace.events(batch, workspace_bytes=2**20)
+        quick = trace.allocated_bytes(batch, workspace_bytes=2**20)
+        assert 0 <= replay(events).peak_allocated - quick < 2**20
+
+
+def test_memory_is_known_by_what_it_holds(steps: dict[tuple[str, str], list[Trace]]) -> None:
+    trace, (net, _) = steps["cnn", "fp32"][0], cnn()
+    events = trace.events(FITTED[0])
+    ran = replay(events)
+    assert ran.peak_at is not None
+    live = trace.live_bytes(events, ran.peak_at)
+    assert sum(live.values()) == ran.peak_allocated
+    blocks = sum(-(-p.nbytes // 512) * 512 for p in net.parameters())
+    assert live["parameters"] == blocks
+    assert live["optimizer state"] == 2 * blocks
+    assert 0 < live["gradients"] <= blocks
+
+
+def test_sixteen_bits_take_the_kernels_of_cuda(
+    steps: dict[tuple[str, str], list[Trace]],
+) -> None:
+    def operations(precision: str) -> set[str]:
+        return {c.place.operation for c in steps["vit", precision][0].changes if c.place}
+
+    assert "_scaled_dot_product_flash_attention" in operations("bf16")
+    assert "_scaled_dot_product_efficient_attention" in operations("fp32")
+    assert {"native_dropout", "_foreach_sqrt"} <= operations("fp16")
+
+
+def test_an_optimizer_step_takes_so_many_times_the_parameters() -> None:
+    """Parameters, gradients, state and temporaries, where hardly anything else is there."""
+    net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
+    sample = torch.zeros(4, 256), torch.zeros(4, 256)
+    copies: dict[Change, float] = {"as it is": 5.0, "fused": 4.0, "SGD": 3.0}
+    orders = [order(net, sample, batches=(2,), change=change) for change in copies]
+    for traces, expected in zip(traced(orders).traces, copies.values(), strict=True):
+        found = traces[0].allocated_bytes(2) / sum(p.nbytes for p in net.parameters())
+        assert found == pytest.approx(expected, abs=0.15)
+
+
+@dataclass(frozen=True)
+class Twice:
+    """Not a step of training: allocations by hand."""
+
+    more_above: int = 1000
+    end: bool = False
+    say: str = ""
+
+    def __call__(self, batch: int, recorder: Recorder) -> None:
+        sys.stdout.write(self.say * 100_000)
+        sys.stdout.flush()
+        if self.end:
+            os._exit(3)
+        first = torch.empty(100, batch, device=recorder.device)
+        again = [torch.empty(8, device=recorder.device) for _ in range(batch > self.more_above)]
+        if first.sum() > 0 and bool((first > 1).any()):
+            del again
+        assert first.sum().item() == 0
+
+
+@dataclass(frozen=True)
+class Fails:
+    def __call__(self, batch: int, recorder: Recorder) -> None:
+        raise KeyError(f"mine, at {batch} on {recorder.device}")
+
+
+def ordered(program: Program, *batches: int) -> Order:
+    return Order(program=packed(program, []), batches=batches or (6, 9, 33))
+
+
+def test_values_are_guessed_and_counted_and_different_ways_are_seen(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    plain, parting = traced([ordered(Twice(say="noise")), ordered(Twice(more_above=20))]).traces
+    assert plain[0].guessed == {"bool": 2, "float32": 1}
+    assert fitted(*plain) is not None
+    assert fitted(*parting[:2]) is not None
+    assert fitted(*parting) is None
+    assert capfd.readouterr() == ("", "")  # And what it prints reaches neither answer nor user.
+
+
+def test_errors_of_the_program_pass_through() -> None:
+    with pytest.raises(KeyError, match="mine"):
+        traced([ordered(Fails())])
+
+
+def test_a_process_that_ends_otherwise_is_told() -> None:
+    with pytest.raises(AutobatchError, match="ended with code 3"):
+        traced([ordered(Twice(end=True))])
+
+
+def test_what_cannot_be_sent_is_refused() -> None:
+    net = nn.Linear(2, 2)
+    net.own = threading.Lock()  # type: ignore[assignment]  # Any attribute may be set.
+    with pytest.raises(TypeError, match=r"cannot be sent to another process: .*lock"):
+        order(net, (torch.zeros(2, 2), torch.zeros(2, 2)))
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from autobatch.prediction.orders import Order, packed, traced\n"
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.inner(x)\n"
+        "net = Own()\n"
+        "def program(batch, recorder):\n"
+        "    net(torch.zeros(batch, 4, device=recorder.device)).sum().backward()\n"
+        "order = Order(program=packed(program, net.parameters()), batches=(2,))\n"
+        "print(len(traced([order]).traces))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(child.__file__).parents[2])},
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_another_build_of_torch_is_traced_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fakecuda, "works", lambda: False)
+    answer: Answer = child.answer([order(*cnn())])
+    assert not answer.on_cuda
+    every = fitted(*answer.traces[0])
+    assert every is not None
+    net = cnn()[0]
+    assert every.allocated_bytes(8) > 4 * sum(p.nbytes for p in net.parameters())
+    assert every.allocated_bytes(100) > every.allocated_bytes(8)
+
+
+def changes(*rows: tuple[int, int, Place | None]) -> list[Event]:
+    return [Event(name, size, 0, place) for name, size, place in rows]
+
+
+def test_an_allocation_of_no_bytes_is_none() -> None:
+    place = Place("forward", "slice")
+    trace = Trace(changes=[Event(1, -100, 100, place), Event(1, 0, 0, None)], kinds={}, guessed={})
+    assert trace.events(1) == []
+    assert trace.events(2) == [(1, 100), (1, 0)]
+
+
+def test_a_trace_of_one_batch_is_for_that_batch() -> None:
+    trace = Trace(changes=changes((1, 8, Place("forward", "x"))), kinds={}, guessed={}, batch=3)
+    assert trace.events(3) == [(1, 8)]
+    with pytest.raises(ValueError, match="a batch of 3 only, got 4"):
+        trace.events(4)
+
+
+def test_gradients_are_added_in_place() -> None:
+    """As the engine does it for plain tensors: the sum takes the place of the old one."""
+    added, other = Place("backward", "add.Tensor"), Place("backward", "mul.Tensor")
+    recorder = Recorder(torch.device("cuda:0"))
+    recorder._changes = changes(
+        (1, 800, other), (2, 800, other), (3, 800, added), (1, 0, None), (2, 0, None), (3, 0, None)
+    )
+    seen = [(change.name, change.constant) for change in recorder.trace(1).changes]
+    assert seen == [(1, 800), (2, 800), (2, 0), (1, 0)]
