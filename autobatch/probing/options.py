@@ -20,7 +20,8 @@ class SearchOptions:
             or what smaller ones used leaves no room for it. ``"failed"``: it has run out.
         multiple_of: Only multiples of this are candidates, as tensor cores like them.
         timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
-            at between micro-batches, so a trial that never returns is not ended.
+            at between micro-batches, so a trial that never returns is not ended. The first step
+            of all, which may load kernels and compile, is not timed.
         budget_seconds: No trial begins later; None sets no end.
         worst_case: What trials repeat. ``"longest"``: the longest example of the first batch or, if
             a Dataset or a DataLoader without workers has longer ones, of some that are looked at.
