@@ -317,7 +317,7 @@ def check(
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
         mode: As for ``find_batch_size``.
-        search: Of it, the timeout.
+        search: Of it, the timeout and the worst case.
 
     Raises:
         TypeError, ValueError: A bad argument, before anything is touched.

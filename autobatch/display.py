@@ -38,7 +38,14 @@ from autobatch.events import (
     TrialEnded,
     TrialStarted,
 )
-from autobatch.results import TRIAL_HEADER, LimitedBy, SearchResult, Trial, trial_row
+from autobatch.results import (
+    TRIAL_HEADER,
+    LimitedBy,
+    SearchResult,
+    Trial,
+    memory_unused,
+    trial_row,
+)
 from autobatch.units import format_bytes
 
 _REASONS: Final[dict[LimitedBy, str]] = {
@@ -317,7 +324,8 @@ def _row(trial: Trial, limit_bytes: int) -> Text:
 
 def _tolerable(search: SearchResult) -> str:
     upper = "" if search.upper.size is None else f" ({search.upper})"
-    return f"tolerable batch {search.size}, {_REASONS[search.limited_by]}{upper}"
+    reason = f"{_REASONS[search.limited_by]}{memory_unused(search)}"
+    return f"tolerable batch {search.size}, {reason}{upper}"
 
 
 def _loss(loss: float) -> str:

@@ -51,7 +51,7 @@ def find_largest(
             is on the CPU and there is one. Nothing is moved.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
-        search: As for ``find_and_train``.
+        search: As for ``find_and_train``; there is no data for a worst case.
         progress: As for ``find_and_train``.
 
     Raises:

@@ -59,11 +59,9 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     def put_back() -> None:
         _forget_numpy()  # Its normal number that waits may be another with the same memory.
         torch.set_rng_state(torch_cpu)
-        for restore in accelerators:
-            restore()
         np.random.set_state(numpy_global)
         random.setstate(python_global)
-        for restore in own:
+        for restore in (*own, *accelerators):  # A device that is lost may refuse: last.
             restore()
 
     return put_back

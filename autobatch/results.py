@@ -207,8 +207,9 @@ class SearchResult:
     def __str__(self) -> str:
         failed = sum(not trial.fits for trial in self.trials)
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
+        limit = f"{self.limited_by}{memory_unused(self)}"
         return (
-            f"tolerable batch {self.size} (limited by {self.limited_by}, {self.upper}{peak} of "
+            f"tolerable batch {self.size} (limited by {limit}, {self.upper}{peak} of "
             f"{format_bytes(self.limit_bytes)}; {len(self.trials)} trials, {failed} failed)"
         )
 
@@ -224,6 +225,13 @@ _VERDICTS: Final = {
 TRIAL_HEADER: Final = (
     f"{'size':>7}   {'verdict':<14}   {'peak':>10}   {'of limit':>8}   {'seconds':>7}"
 )
+
+
+def memory_unused(search: SearchResult) -> str:
+    """Return what a limit that is not memory's leaves of it, in words; ``""`` otherwise."""
+    if search.limited_by not in ("kernel", "time") or search.breakdown is None:
+        return ""
+    return f" and not by memory: {format_bytes(search.breakdown.free_bytes)} unused"
 
 
 def trial_row(trial: Trial, limit_bytes: int) -> str:

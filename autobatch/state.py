@@ -43,7 +43,8 @@ def preserved(
     the optimizers' state and groups, what lies in lists, mappings and sets among them however
     deep, and the random number generators. The copies lie in host memory. Ctrl-C during the
     restoring takes effect once it is complete. What a closure, a global variable, an array of
-    NumPy or an object of the user's own holds is not restored.
+    NumPy or an object of the user's own holds is not restored. What cannot be put back, as on a
+    device that is lost, keeps nothing else from it, and never hides an error from inside.
 
     Args:
         modules: Roots: the model, and the loss where it is a module.
@@ -70,10 +71,14 @@ def preserved(
                     restores.append(_gradient_set_aside(tensor))
         restores.append(random_state([*random_sources, *modules, *others]))
         yield
-    finally:
-        with uninterrupted():
-            for restore in restores:
-                restore()
+    except BaseException as error:
+        failure = _put_back(restores)
+        if failure is not None:
+            error.add_note(f"not everything could be put back: {failure}")
+        raise
+    failure = _put_back(restores)
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
@@ -168,6 +173,18 @@ def reachable(values: Iterable[object]) -> list[object]:
 def has_attributes(other: object) -> bool:
     """Whether what an object holds is in its attributes, and not in itself."""
     return hasattr(other, "__dict__") and not isinstance(other, LOOSE)
+
+
+def _put_back(restores: Iterable[Restore]) -> Exception | None:
+    """Call every one, whatever becomes of the others; return the first error."""
+    failures: list[Exception] = []
+    with uninterrupted():
+        for restore in restores:
+            try:
+                restore()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is returned
+                failures.append(error)
+    return failures[0] if failures else None
 
 
 def _tensors(modules: Iterable[nn.Module], held: Iterable[object]) -> list[Tensor]:

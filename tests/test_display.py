@@ -3,10 +3,12 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from autobatch.breakdown import Breakdown
 from autobatch.display import Display, print_table
 from autobatch.events import (
     EpochEnded,
@@ -181,6 +183,14 @@ def test_the_tolerable_batch_comes_with_its_reason(
     out, file = console(terminal=False)
     Display(out)(SearchEnded(search=found(limited_by, upper)))
     assert file.getvalue() == f"tolerable batch 93, {words}\n"
+
+
+def test_memory_that_a_kernels_limit_leaves_unused_is_said() -> None:
+    """USERS 1.2.6."""
+    out, file = console(terminal=False)
+    limited = replace(found("kernel"), breakdown=Breakdown(free_bytes=3 * MIB))
+    Display(out)(SearchEnded(search=limited))
+    assert "limited by a kernel and not by memory: 3.0 MiB unused (ran out at" in file.getvalue()
 
 
 def test_a_line_in_a_file_is_as_long_as_it_is() -> None:

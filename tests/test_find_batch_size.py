@@ -14,7 +14,14 @@ from states import fingerprint, identities
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autobatch import DoesNotFitError, Verdict, check, find_batch_size
+from autobatch import (
+    DeviceLostError,
+    DoesNotFitError,
+    Verdict,
+    check,
+    find_batch_size,
+    state,
+)
 from autobatch.commands.vision import import_torchvision
 from autobatch.devices.metered import MeteredDevice
 from autobatch.job import Job
@@ -258,6 +265,28 @@ def test_an_index_limit_is_told_apart_from_memory() -> None:
     error = RuntimeError("Expected canUse32BitIndexMath(input) to be true")
     found = find_batch_size(Mlp(fails=fails_above(30, error)), images(64))
     assert (found.size, found.limited_by) == (30, "kernel")
+
+
+def test_a_lost_device_is_said_though_nothing_on_it_can_be_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """USERS 1.2.9: the last good size and a clear text, not the error of the restoring."""
+    text = "CUDA error: an illegal memory access was encountered"
+    model = Mlp()
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(text)
+
+    def dies(size: int) -> None:
+        if size > 20:
+            monkeypatch.setattr(state, "_fill", refuse)
+            raise RuntimeError(text)
+
+    model.fails = dies
+    with pytest.raises(DeviceLostError, match="Until then 4 had run") as caught:
+        find_batch_size(model, images(64))
+    assert (caught.value.size, caught.value.tried) == (4, 64)
+    assert caught.value.__notes__ == [f"not everything could be put back: {text}"]
 
 
 def constant(outputs: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001  # That is its fault.

@@ -1,5 +1,6 @@
 """A search on devices that are made up: flaky, shared, slow, spilling, lost."""
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autobatch.breakdown import Breakdown
 from autobatch.devices.base import MemoryReading
@@ -176,6 +179,37 @@ def test_a_failure_that_was_another_s_does_not_end_the_search() -> None:
     assert found.upper.size == 91
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    chance=st.sampled_from([0.05, 0.3, 0.7]),
+    seed=st.integers(0, 10**6),
+    holes=st.frozensets(st.integers(1, 95), max_size=30),
+    ceiling=st.integers(1, 200),
+)
+def test_whatever_fails_by_chance_what_is_returned_ran_when_last_tried(
+    chance: float, seed: int, holes: frozenset[int], ceiling: int
+) -> None:
+    """USERS 1.1.9, 1.3.8, 1.3.13 and 7.3: flaky failures, and sizes that always fail in between."""
+    dice = random.Random(seed)
+
+    def fails(size: int, _: int) -> None:
+        if size in holes or dice.random() < chance:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 MiB.")
+
+    machine = Machine(happens=fails)
+    try:
+        found = machine.largest(ceiling)
+    except DoesNotFitError:
+        return
+    last = {trial.size: trial for trial in found.trials}
+    assert last[found.size].fits
+    assert found.size <= min(ceiling, 90)
+    assert found.size not in holes
+    if found.upper.reason == "ran out":
+        assert found.upper.size is not None
+        assert not last[found.upper.size].fits
+
+
 def test_a_size_that_runs_no_more_is_not_returned() -> None:
     """90 ran, then 91 did not, twice; and since then nothing above 80 does."""
 
@@ -273,6 +307,18 @@ def test_a_trial_that_takes_longer_than_its_timeout_is_not_tolerable(machine: Ma
     assert not any(trial.repeated for trial in failed), "it will not be faster"
 
 
+def test_what_happens_once_is_not_held_against_the_first_size(machine: Machine) -> None:
+    """USERS 1.3.11: the first step of all loads kernels and compiles, whatever its size."""
+
+    def warms_up(_: int, place: int) -> None:
+        machine.seconds += 60 * (place == 0)
+
+    machine.happens = warms_up
+    found = machine.largest(timeout_seconds=5)
+    assert found.size == 90
+    assert all(trial.fits for trial in found.trials)
+
+
 def test_a_search_whose_time_is_over_says_what_has_run(machine: Machine) -> None:
     machine.happens = lambda _size, _: setattr(machine, "seconds", machine.seconds + 1)
     with pytest.raises(SearchTimeoutError, match="budget_seconds=2: 4 has run") as caught:
@@ -289,6 +335,31 @@ def test_a_lost_device_ends_the_search_with_what_had_run() -> None:
         Machine(happens=dies).largest()
     assert (caught.value.size, caught.value.tried) == (4, 90)
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_failure_at_one_example_that_is_no_memory_is_no_ceiling() -> None:
+    """USERS 1.2.11: BatchNorm refuses one example in training mode, and larger sizes run."""
+
+    def normalises(size: int, _: int) -> None:
+        if size == 1:
+            raise ValueError("Expected more than 1 value per channel when training")
+
+    machine = Machine(happens=normalises)
+    assert machine.largest().size == 90
+    assert 1 not in machine.ran
+
+
+def test_the_text_of_what_may_be_memory_is_kept() -> None:
+    """USERS 1.2.4 and 1.2.13: the original text, and no error object."""
+    text = "CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate"
+
+    def refuses(size: int, _: int) -> None:
+        if size > 50:
+            raise RuntimeError(text)
+
+    found = Machine(happens=refuses).largest()
+    assert found.size == 50
+    assert {trial.message for trial in found.trials if not trial.fits} == {text}
 
 
 def test_the_users_own_error_passes_through() -> None:

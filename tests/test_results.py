@@ -20,7 +20,15 @@ from autobatch.errors import (
 )
 from autobatch.plan import BatchPlan
 from autobatch.remedies import what_would_help
-from autobatch.results import SearchResult, StepResult, TrainingResult, Trial, Upper, Verdict
+from autobatch.results import (
+    LimitedBy,
+    SearchResult,
+    StepResult,
+    TrainingResult,
+    Trial,
+    Upper,
+    Verdict,
+)
 
 PASSED = Trial(size=86, fits=True, peak_bytes=240 * 2**20, seconds=1.26)
 FAILED = Trial(
@@ -114,6 +122,17 @@ def test_a_search_result_reads_as_a_sentence() -> None:
     assert str(replace(unmeasured, upper=Upper(reason="ceiling"))) == (
         "tolerable batch 86 (limited by ceiling, at the ceiling of 256.0 MiB; 1 trials, 0 failed)"
     )
+
+
+@pytest.mark.parametrize("limited_by", ["kernel", "time"])
+def test_a_limit_that_is_not_memorys_says_what_is_unused(limited_by: LimitedBy) -> None:
+    """USERS 1.2.6."""
+    breakdown = Breakdown(activation_bytes=2**30, free_bytes=9 * 2**30)
+    limited = replace(SEARCH, limited_by=limited_by, breakdown=breakdown)
+    words = f"limited by {limited_by} and not by memory: 9.0 GiB unused, ran out at 128"
+    assert words in str(limited)
+    assert "unused" not in str(replace(limited, limited_by="memory"))
+    assert "unused" not in str(replace(limited, breakdown=None))
 
 
 def test_the_peak_of_a_search_is_that_of_the_last_trial_that_ran_at_its_size() -> None:

@@ -160,6 +160,29 @@ def test_without_readings_the_search_is_right(
     check(machine, limit_bytes)
 
 
+@drawn
+@given(
+    last=st.integers(1, 10**5),
+    holes=st.frozensets(st.integers(1, 10**5), max_size=50),
+    largest=st.integers(0, 10**5),
+)
+def test_where_sizes_fail_in_between_what_is_found_ran_and_the_next_one_failed(
+    last: int, holes: frozenset[int], largest: int
+) -> None:
+    """USERS 1.3.8 and 7.3: cuDNN may need more at 3 examples than at 4."""
+    tried: dict[int, bool] = {}
+
+    def attempt(size: int) -> Outcome:
+        tried[size] = size <= largest and size not in holes
+        return Outcome(fits=tried[size])
+
+    found, upper = hunt(range(1, last + 1), attempt, limit_bytes=100)
+    assert found == 0 or tried[found]
+    if found < last:
+        assert (upper.reason, upper.size) == ("ran out", found + 1)
+        assert not tried[found + 1]
+
+
 @pytest.mark.parametrize("kind", READINGS)
 @drawn
 @given(

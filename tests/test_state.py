@@ -35,6 +35,7 @@ from torch.optim import (
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from autobatch import state
+from autobatch.randomness import random_state
 from autobatch.state import preserved, training_mode, uninterrupted
 
 Factory = Callable[[Iterator[nn.Parameter]], Optimizer]
@@ -682,6 +683,36 @@ def test_an_error_inside_passes_through_when_everything_is_back(
     assert caught.value is raised
     assert fingerprint(*played.everything()) == values
     assert identities(*played.everything()) == objects
+
+
+def test_what_cannot_be_put_back_hides_no_error_and_keeps_nothing_else_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """USERS 1.2.9: a device that is lost takes no values, and the reason must be heard."""
+    played = SCENES["adam warm"]()
+    objects = identities(*played.everything())
+    drawn = random_state()
+    first = torch.rand(3)
+    drawn()
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("the device is dead")
+
+    def disturb(error: Exception | None) -> None:
+        with preserved(played.modules, played.optimizers):
+            played.disturb()
+            monkeypatch.setattr(state, "_fill", lost)
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyError, match="the reason") as caught:
+        disturb(KeyError("the reason"))
+    assert caught.value.__notes__ == ["not everything could be put back: the device is dead"]
+    assert identities(*played.everything()) == objects
+    assert torch.equal(torch.rand(3), first)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="dead"):
+        disturb(None)
 
 
 def test_one_inside_another_puts_back_each_its_own() -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from autobatch.devices.base import MemoryReading
+from autobatch.devices.host import host_memory
 from autobatch.devices.nvml import by_uuid
 from autobatch.results import OtherProcess
 
@@ -42,6 +43,10 @@ class CudaDevice:
         """Return the driver's free and total bytes and the allocator's own."""
         free, total = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
+        outside = max(total - free - reserved, 0)
+        if getattr(torch.cuda.get_device_properties(self._device), "is_integrated", False):
+            # The memory is the host's too, and a host without any hangs (pytorch#174358).
+            free, outside = min(free, host_memory()[1]), 0
         return MemoryReading(
             total_bytes=total,
             free_bytes=free,
@@ -49,7 +54,7 @@ class CudaDevice:
             reserved_bytes=reserved,
             peak_bytes=torch.cuda.max_memory_allocated(self._device),
             peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device),
-            outside_bytes=max(total - free - reserved, 0),
+            outside_bytes=outside,
             retries=torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0),
         )
 

@@ -1,5 +1,6 @@
 """A search, trial by trial: what is tried, what is told, what comes out."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -209,10 +210,11 @@ class Finder:
 
         Born after the only window of a trial, Adam's state would never overlap activations, and
         the peak would be a quarter too low. A first step also loads kernels and libraries, which
-        a GPU holds outside the allocator. Two examples first: BatchNorm may refuse one.
+        a GPU holds outside the allocator, and compiles: so no timeout holds for it. Two examples
+        first: BatchNorm may refuse one.
         """
         failed: list[Trial] = []
-        stage = self._stage(self.limit_bytes())
+        stage = replace(self._stage(self.limit_bytes()), timeout_seconds=math.inf)
         for size in reversed(smallest):
             trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
             if trial.fits:
