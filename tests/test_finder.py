@@ -203,6 +203,8 @@ def test_whatever_fails_by_chance_what_is_returned_ran_when_last_tried(
         return
     last = {trial.size: trial for trial in found.trials}
     assert last[found.size].fits
+    after = found.trials[found.trials.index(last[found.size]) :]
+    assert all(trial.fits for trial in after), "it did not run once more after a failure"
     assert found.size <= min(ceiling, 90)
     assert found.size not in holes
     if found.upper.reason == "ran out":

@@ -162,9 +162,9 @@ def test_without_readings_the_search_is_right(
 
 @drawn
 @given(
-    last=st.integers(1, 10**5),
-    holes=st.frozensets(st.integers(1, 10**5), max_size=50),
-    largest=st.integers(0, 10**5),
+    last=st.integers(1, 300),
+    holes=st.frozensets(st.integers(1, 300), max_size=200),
+    largest=st.integers(0, 300),
 )
 def test_where_sizes_fail_in_between_what_is_found_ran_and_the_next_one_failed(
     last: int, holes: frozenset[int], largest: int

@@ -117,7 +117,8 @@ class Failing(nn.Module):
         if len(rows) > self.largest:
             HELD.append(weakref.ref(hidden))
             self.fail()
-        return self.layer(hidden)
+        scores: Tensor = self.layer(hidden)
+        return scores
 
 
 HELD: list[weakref.ref[Tensor]] = []  # A global: no search puts it back.
@@ -269,7 +270,8 @@ class Clock(nn.Module):
         NOW[0] += len(rows)
         if len(rows) > 20:
             raise OOM(TEXT)
-        return self.layer(rows)
+        scores: Tensor = self.layer(rows)
+        return scores
 
 
 NOW = [0.0]  # What the clock shows. A global: no search puts it back.
@@ -380,14 +382,14 @@ def test_a_check_knows_the_timeout_and_the_worst_case() -> None:
 
 
 @pytest.mark.usefixtures("_clock")
-@pytest.mark.parametrize("options", [{"budget_seconds": 3}, {"timeout_seconds": 0.5}])
-def test_a_search_that_is_cut_short_leaves_everything_as_it_was(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "search", [SearchOptions(budget_seconds=3), SearchOptions(timeout_seconds=0.5)]
+)
+def test_a_search_that_is_cut_short_leaves_everything_as_it_was(search: SearchOptions) -> None:
     """USERS 1.3.11, 1.4.1 and 7.4."""
     model = Clock()
     optimizer = torch.optim.Adam(model.parameters())
     before = fingerprint(model, optimizer)
     with pytest.raises((SearchTimeoutError, DoesNotFitError)):
-        find_batch_size(
-            model, rows(), optimizer=optimizer, device="cpu", search=SearchOptions(**options)
-        )
+        find_batch_size(model, rows(), optimizer=optimizer, device="cpu", search=search)
     assert fingerprint(model, optimizer) == before
