@@ -114,7 +114,8 @@ class Finder:
     def rehearse(self, sizes: Sequence[int]) -> Trial:
         """Return the trial of one window."""
         self._make_optimizer_state(range(1, min(2, sizes[0]) + 1))
-        return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
+        with _told_if_lost(0, sizes[0]):
+            return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
 
     def _search(
         self, search: Search, windows: Callable[[int], Sequence[int]], began: float
