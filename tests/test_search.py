@@ -255,6 +255,21 @@ def test_the_undivided_batch_has_no_later_micro_batches() -> None:
     assert check(divided, 26_700).reason == "extrapolated"
 
 
+def test_what_a_window_is_spared_comes_off_the_bound() -> None:
+    """Behind one of two micro-batches none is sent ahead; behind those of 3 and more there is."""
+
+    def phases(size: int) -> tuple[Phase, ...]:
+        ahead = 0 if 2 * size >= 256 else 50 * size
+        return (*phase(1000 + 100 * size), *phase(2000 + 100 * size + ahead), *phase(3000))
+
+    machine = Machine(useful_sizes(256), 128, phases)
+    check(machine, 15_000, spared_bytes=lambda size: 50 * size if size >= 128 else 0)
+    assert 128 in machine.tried
+    blind = Machine(useful_sizes(256), 128, phases)
+    check(blind, 15_000)
+    assert 128 not in blind.tried, "nothing was to be spared"
+
+
 def test_a_reading_below_the_line_ends_its_use_as_a_proof() -> None:
     """Checkpointing in chunks of 64: a chunk more at once, and then nothing for a while."""
 

@@ -59,6 +59,7 @@ class Finder:
         *,
         windows: Callable[[int], Sequence[int]],
         reason: LimitedBy,
+        spared_bytes: Callable[[int], int] = lambda _: 0,
     ) -> SearchResult:
         """Return the largest candidate that ran inside the limit.
 
@@ -66,6 +67,7 @@ class Finder:
             candidates: Ascending.
             windows: The micro-batches that a trial of a size runs, the largest first.
             reason: What the ceiling is made of: the wish, or the data.
+            spared_bytes: What a candidate's window may do without, though smaller ones' hold it.
 
         Raises:
             DoesNotFitError: If none did.
@@ -80,6 +82,7 @@ class Finder:
             slack_bytes=0 if self.device.is_exact else _ROUNDING_BYTES,
             confirm=self.options.confirm,
             undivided=ceiling if len(windows(ceiling)) == 1 else None,
+            spared_bytes=spared_bytes,
         )
         others = self.device.others()
         self.observer(

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -54,6 +54,7 @@ class Search:
         confirm: ``"extrapolated"``: what the bound excludes is not tried. ``"failed"``: the next
             larger candidate is always tried.
         undivided: The candidate that is the whole logical batch: it has no later micro-batches.
+        spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Search:
         slack_bytes: int = 0,
         confirm: Confirm = "extrapolated",
         undivided: int | None = None,
+        spared_bytes: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self.limit_bytes = limit_bytes
         self._candidates = candidates
         self._slack_bytes = slack_bytes
         self._confirm = confirm
         self._undivided = undivided
+        self._spared_bytes = spared_bytes
         self._budget = math.ceil(math.log2(len(candidates) + 1)) + _SPARE
         self._outcomes: dict[int, Outcome] = {}  # By size; of one that was repeated, the last.
         self._good, self._bad = -1, len(candidates)  # Positions: seen to fit; to fail, or the end.
@@ -141,7 +144,7 @@ class Search:
         lines = list(self._lines(before, last, size, self._slack_bytes))
         if size == self._undivided:
             lines[1:-1] = []
-        return max(lines)
+        return max(lines) - self._spared_bytes(size)
 
     def _lines(
         self,
