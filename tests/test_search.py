@@ -330,8 +330,29 @@ def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
     for size in (4, 90, 100):
         search.learn(size, Outcome(fits=True, phases=phase(10 * size, floor_bytes=0)))
     assert search.next() is None
-    search.limit_bytes = 2000
+    search.relimit(2000)
     assert search.next() == 200
+
+
+@pytest.mark.parametrize("limit_bytes", [1_500, 4_000, 9_990, 20_000])
+def test_under_another_limit_the_answer_is_as_near_as_under_the_first(limit_bytes: int) -> None:
+    """A bisection leaves trials on all sides: walking through them would take dozens more."""
+
+    def run(search: Search, limit_bytes: int) -> list[int]:
+        tried: list[int] = []
+        while (size := search.next()) is not None:
+            tried.append(size)
+            fits = 10 * size <= limit_bytes
+            reading = phase(10 * size, floor_bytes=0) if fits else ()
+            search.learn(size, Outcome(fits=fits, phases=reading, explained=False))
+        return tried
+
+    search = Search(range(1, 5001), limit_bytes=10_000)
+    run(search, 10_000)
+    search.relimit(limit_bytes)
+    tried = run(search, limit_bytes)
+    assert search.size == limit_bytes // 10
+    assert len(tried) == len(set(tried)) <= 13 + FEW
 
 
 def test_without_readings_the_sizes_double_at_first() -> None:

@@ -132,7 +132,8 @@ class Finder:
                 now = self.device.read()
                 if moves < _MOST_MOVES and moved(before, now):
                     before, moves = now, moves + 1
-                    search.limit_bytes, self._valid_from = self.limit_bytes(), len(self._trials)
+                    search.relimit(self.limit_bytes())
+                    self._valid_from = len(self._trials)
                 size = search.next() or self._doubtful(search)
             if size is None:
                 return
