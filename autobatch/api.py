@@ -431,12 +431,16 @@ def _find_useful(
     """Search the sizes that change how a window is cut, in a job that is undisturbed."""
     examples, said = sample
     rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
+    if isinstance(job.recipe.objective, Whole):
+        # Outputs of all examples are alive whatever the size: memory is no convex curve.
+        search = replace(search, confirm="failed")
     found = _finder(job, rehearsal, search, observer, said, history).largest(
         useful_sizes(window, multiple_of),
         windows=lambda size: _rehearsed(
             job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
         ),
         reason=reason,
+        spared_bytes=rehearsal.spared_bytes,
     )
     if prefer == "fastest":
         found = _timed(job, rehearsal, found, window, multiple_of)

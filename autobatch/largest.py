@@ -1,11 +1,14 @@
 """The largest size of any function of one: two optimizers, reinforcement learning, generation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autobatch.accounts import account_for
 from autobatch.devices.base import Budget
@@ -18,15 +21,18 @@ from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_sear
 from autobatch.randomness import generators_in
 from autobatch.refusals import check_one_process
 from autobatch.results import SearchResult
-from autobatch.state import LOOSE, has_attributes, preserved
+from autobatch.state import has_attributes, preserved, reachable
 from autobatch.units import Size
+
+_ONE: Final = (str, Mapping, Tensor, nn.Module)  # Though they can be iterated over.
+_HELD: Final = (nn.Module, Optimizer, LRScheduler, GradScaler)
 
 
 def find_largest(
     run: Callable[[int], object],
     *,
     ceiling: int,
-    state: Iterable[object] | nn.Module = (),
+    state: object = (),
     device: str | torch.device | None = None,
     memory_limit: Size | None = None,
     headroom: Size | None = None,
@@ -43,10 +49,11 @@ def find_largest(
             optimizers where there are some. It is called with the smallest sizes first, so that
             optimizers have their state.
         ceiling: The largest size of interest.
-        state: What ``run`` changes, or the module that does: modules, optimizers, schedulers,
-            scalers, tensors, generators, containers, objects with attributes. Gradients of the
-            modules are let go between trials, and those that there were are put back. Arrays of
-            NumPy and what a closure holds are not put back.
+        state: What ``run`` changes, one thing or several: modules, optimizers, schedulers, scalers,
+            tensors, generators, containers, objects with attributes. What containers and attributes
+            hold is put back as far as it is one of these kinds of torch's. Gradients of the modules
+            are let go between trials, and those that there were are put back. Arrays of NumPy and
+            what a closure holds are not put back.
         device: Whose memory counts; None is where the first tensor of ``state`` is, or a GPU if it
             is on the CPU and there is one. Nothing is moved.
         memory_limit: As for ``find_and_train``.
@@ -98,14 +105,17 @@ def find_largest(
 class _Parts:
     """What ``state`` names, sorted by what putting it back takes."""
 
-    def __init__(self, state: Iterable[object] | nn.Module) -> None:
-        named = [state] if isinstance(state, nn.Module) else list(state)
+    def __init__(self, state: object) -> None:
+        named: list[object] = [state]
+        if isinstance(state, Iterable) and not isinstance(state, _ONE):
+            named = list(state)
         for part in named:
             if not _has_state(part):
                 raise TypeError(
                     "state must hold what run changes: modules, optimizers, tensors, containers, "
                     f"objects with attributes; got {part!r}"
                 )
+        named += _held_by(named)
         self.modules = [part for part in named if isinstance(part, nn.Module)]
         self.optimizers = [part for part in named if isinstance(part, Optimizer)]
         self.others = [p for p in named if not isinstance(p, nn.Module | Optimizer)]
@@ -129,9 +139,25 @@ class _Parts:
 
 
 def _has_state(part: object) -> bool:
+    """Whether it can be put back; a class of containers of the user's own may have other rules."""
     if isinstance(part, type):
         return False
-    return isinstance(part, LOOSE) or has_attributes(part) or any(generators_in(part))
+    is_generator = any(found is part for found in generators_in(part))
+    return is_generator or has_attributes(part) or bool(reachable([part]))
+
+
+def _held_by(named: Sequence[object]) -> list[object]:
+    """What of torch's lies in containers, and in the attributes of objects that are not torch's."""
+    holders = [part for part in named if has_attributes(part) and not isinstance(part, nn.Module)]
+    held: dict[int, object] = {}
+    for container in reachable([*named, *map(vars, holders)]):
+        if not isinstance(container, Tensor):
+            assert isinstance(container, Iterable), "what is reachable is a tensor or a container"
+            items = container.values() if isinstance(container, Mapping) else container
+            held |= {id(item): item for item in items if isinstance(item, _HELD)}
+    for part in named:
+        held.pop(id(part), None)
+    return list(held.values())
 
 
 class _Runs:

@@ -6,6 +6,7 @@ the model has afterwards.
 """
 
 import copy
+import functools
 import signal
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -53,7 +54,8 @@ def preserved(
         random_sources: Objects (loaders, datasets, samplers) whose own generators are restored.
     """
     # In this order, and put back in this order: a gradient needs its parameter's device and dtype.
-    restores: list[Restore] = []
+    # Ctrl-C in the middle of torch's own no_grad leaves it on.
+    restores: list[Restore] = [functools.partial(torch.set_grad_enabled, torch.is_grad_enabled())]
     try:
         children = [child for root in modules for child in root.modules()]
         others = list(others)
@@ -177,14 +179,25 @@ def has_attributes(other: object) -> bool:
 
 def _put_back(restores: Iterable[Restore]) -> Exception | None:
     """Call every one, whatever becomes of the others; return the first error."""
-    failures: list[Exception] = []
-    with uninterrupted():
-        for restore in restores:
-            try:
-                restore()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is returned
-                failures.append(error)
+    failures: list[Exception] | None = None
+    late: list[KeyboardInterrupt] = []
+    while failures is None:  # Ctrl-C may come before it can be held back.
+        try:
+            with uninterrupted():
+                failures = [error for restore in restores if (error := _error_of(restore))]
+        except KeyboardInterrupt as interrupt:
+            late.append(interrupt)
+    if late:
+        raise late[0]
     return failures[0] if failures else None
+
+
+def _error_of(restore: Restore) -> Exception | None:
+    try:
+        restore()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is returned
+        return error
+    return None
 
 
 def _tensors(modules: Iterable[nn.Module], held: Iterable[object]) -> list[Tensor]:

@@ -4,7 +4,7 @@ import copy
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,17 @@ from autobatch import (
     SearchOptions,
     StepResult,
     TrainingResult,
+    WholeBatch,
     check,
     find_and_train,
     find_batch_size,
 )
+from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import logical_batches
 from autobatch.commands.vision import import_torchvision
 from autobatch.events import Event, StepEnded, TrialEnded
+from autobatch.probing.search import Confirm
+from autobatch.training.feed import Feed
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 train = functools.partial(find_and_train, progress=False)
@@ -610,3 +614,48 @@ def test_training_in_multiples_of_eight_takes_the_undivided_steps() -> None:
         assert all(size % 8 == 0 for size in step.micro_batch_sizes[:-1])
     assert all(trial.size % 8 == 0 for trial in eights.search.trials if trial.size < 100)
     assert eights.losses == pytest.approx(whole.losses, rel=1e-12)
+
+
+def ahead(self: Feed, parts: Sequence[Nest], *, more_follow: bool = False) -> Iterator[Nest]:
+    """What a GPU does: the next one is there while the current one computes."""
+    following = self.move(parts[0])
+    for part in (*parts[1:], *(parts[-1:] if more_follow else ())):
+        current, following = following, self.move(part)
+        yield current
+        del current
+    if not more_follow:
+        yield following
+
+
+@pytest.mark.parametrize("kib", [300, 390, 400, 430, 500, 700, 790])
+def test_where_batches_are_sent_ahead_a_short_window_is_not_thought_to_need_more(
+    kib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs are all there is: undivided, half of what the line says is enough."""
+    monkeypatch.setattr(Feed, "__call__", ahead)
+    monkeypatch.setattr(Feed, "sends_ahead", True)
+    data = torch.randn(96, 1024), torch.randn(96, 1)
+
+    def found(confirm: Confirm) -> int:
+        model = nn.Linear(1024, 1)
+        return train(
+            model, data, 96, optimizer=functools.partial(torch.optim.SGD, lr=1e-9), max_steps=1,
+            memory_limit=kib * 1024, search=SearchOptions(confirm=confirm),
+        ).search.size  # fmt: skip
+
+    assert found("extrapolated") == found("failed")
+
+
+@pytest.mark.parametrize("kib", range(590, 800, 30))
+def test_the_loss_of_a_whole_batch_rules_nothing_out(kib: int) -> None:
+    """Undivided, its outputs are alive once; divided, joined as well: less is needed, not more."""
+    data = torch.randn(96, 64), torch.randn(96, 1)
+
+    def found(confirm: Confirm) -> int:
+        return train(
+            nn.Linear(64, 512), data, 96, loss=WholeBatch(lambda out, _: out.mean()), max_steps=1,
+            optimizer=functools.partial(torch.optim.SGD, lr=1e-9), memory_limit=kib * 1024,
+            search=SearchOptions(confirm=confirm),
+        ).search.size  # fmt: skip
+
+    assert found("extrapolated") == found("failed")

@@ -293,6 +293,20 @@ def test_a_size_that_was_slow_once_is_tolerable(machine: Machine) -> None:
     assert machine.ran.count(90) == 2
 
 
+def test_what_a_step_takes_whatever_its_size_is_no_collapse(machine: Machine) -> None:
+    """90 ran before another process came; now 20 fit, and a step's constant 9 s weigh more."""
+
+    def happens(size: int, _: int) -> None:
+        machine.seconds += 9
+        if size == 90:
+            machine.outside_bytes = 700 * MIB
+
+    machine.happens = happens
+    found = search(machine.finder(lambda: LIMIT - machine.outside_bytes))
+    assert found.size == 20
+    assert not any("driver" in trial.message for trial in found.trials)
+
+
 def test_a_meter_is_not_suspected_of_spilling(machine: Machine) -> None:
     machine.is_exact = True
     machine.happens = lambda size, _: setattr(machine, "seconds", machine.seconds + size * size)
@@ -362,6 +376,15 @@ def test_the_text_of_what_may_be_memory_is_kept() -> None:
     found = Machine(happens=refuses).largest()
     assert found.size == 50
     assert {trial.message for trial in found.trials if not trial.fits} == {text}
+
+
+def test_a_device_that_is_lost_in_the_first_step_is_said_to_be_lost() -> None:
+    def dies(_size: int, _: int) -> None:
+        raise RuntimeError(FATAL)
+
+    with pytest.raises(DeviceLostError, match="restart the process") as caught:
+        Machine(happens=dies).largest()
+    assert (caught.value.size, caught.value.tried) == (0, 2)
 
 
 def test_the_users_own_error_passes_through() -> None:

@@ -4,6 +4,7 @@ import gc
 import random
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,6 +76,43 @@ def test_two_optimizers_fit_to_the_last_example_and_are_as_they_were() -> None:
     assert above.size == found.size
     assert above.upper.reason == "ran out"
     assert duel.counts == {"steps": 1}
+
+
+class Slotted:
+    __slots__ = ("model", "noise")
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.noise = model, torch.Generator()
+
+
+class OwnDict(dict[str, object]):
+    """Which may have rules of its own."""
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda duel: duel,
+        lambda duel: [duel],
+        lambda duel: (part for part in duel.state),
+        lambda duel: dict(enumerate(duel.state)),
+        lambda duel: [[duel.state[:3]], {"rest": duel.state[3:]}],
+    ],
+    ids=["an object", "in a list", "a generator", "a mapping", "nested"],
+)
+def test_state_is_put_back_however_it_is_named(named: Callable[[Duel], object]) -> None:
+    duel = Duel()
+    duel.step(4)
+    before = fingerprint(*duel.state)
+    find_largest(duel.step, ceiling=8, state=named(duel))
+    assert fingerprint(*duel.state) == before
+
+
+def test_one_optimizer_need_not_be_in_a_list() -> None:
+    duel = Duel()
+    before = fingerprint(duel.optimizers[0])
+    find_largest(duel.step, ceiling=8, state=duel.optimizers[0])
+    assert fingerprint(duel.optimizers[0]) == before
 
 
 def test_what_is_not_named_is_not_put_back() -> None:
@@ -173,6 +211,10 @@ def test_one_module_need_not_be_in_a_list() -> None:
         ({"ceiling": 0}, ValueError, "ceiling must be at least 1, got 0"),
         ({"state": [3]}, TypeError, "state must hold what run changes: .*; got 3"),
         ({"state": ["model"]}, TypeError, "got 'model'"),
+        ({"state": 3}, TypeError, "state must hold what run changes: .*; got 3"),
+        ({"state": None}, TypeError, "got None"),
+        ({"state": [Slotted(nn.Linear(1, 1))]}, TypeError, "state must hold .*Slotted"),
+        ({"state": [OwnDict()]}, TypeError, "got {}"),
         ({"search": {"confirm": "failed"}}, TypeError, r"search must be SearchOptions\(...\), got"),
         ({"memory_limit": "much"}, ValueError, "memory_limit cannot be read from 'much'"),
         ({"device": "cudo"}, ValueError, "device cannot be read from 'cudo'"),

@@ -1,6 +1,7 @@
 """The meter, held to PyTorch's own account of every allocation."""
 
 import gc
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, Optimizer
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from autobatch.devices.failures import verdict_of
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.metered import MeteredDevice, _Meter
 from autobatch.results import Verdict
 
 ROOMY = 10**15
@@ -517,3 +519,38 @@ def test_nothing_is_imported_for_those_who_compile_nothing(
     monkeypatch.setattr(torch.compiler, "set_stance", lambda _: pytest.fail("touched"))
     with MeteredDevice().limited_to(ROOMY):
         torch.ones(1)
+
+
+# Ctrl-C.
+
+
+def test_a_tensor_that_dies_runs_no_line_of_python() -> None:
+    """Ctrl-C in what a weak reference calls would be printed, ignored and lost."""
+    device = MeteredDevice()
+    called: list[str] = []
+    with device.limited_to(1 << 20):
+        held = [torch.zeros(100)]
+        sys.setprofile(lambda frame, event, _: called.append(f"{event} {frame.f_code.co_name}"))
+        held.clear()
+        sys.setprofile(None)
+        assert device.read().allocated_bytes == 0
+    assert not [entry for entry in called if entry.startswith("call ")]
+
+
+@pytest.mark.parametrize("method", ["__enter__", "__exit__"])
+def test_ctrl_c_while_the_meter_begins_or_ends_leaves_none_behind(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    plain = getattr(_Meter, method)
+
+    def pressed(meter: _Meter, *args: object) -> object:
+        result = plain(meter, *args)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(_Meter, method, pressed)
+    device = MeteredDevice()
+    with pytest.raises(KeyboardInterrupt), device.limited_to(100):
+        pass
+    assert _get_current_dispatch_mode() is None
+    torch.zeros(1000)

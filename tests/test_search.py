@@ -255,6 +255,21 @@ def test_the_undivided_batch_has_no_later_micro_batches() -> None:
     assert check(divided, 26_700).reason == "extrapolated"
 
 
+def test_what_a_window_is_spared_comes_off_the_bound() -> None:
+    """Behind one of two micro-batches none is sent ahead; behind those of 3 and more there is."""
+
+    def phases(size: int) -> tuple[Phase, ...]:
+        ahead = 0 if 2 * size >= 256 else 50 * size
+        return (*phase(1000 + 100 * size), *phase(2000 + 100 * size + ahead), *phase(3000))
+
+    machine = Machine(useful_sizes(256), 128, phases)
+    check(machine, 15_000, spared_bytes=lambda size: 50 * size if size >= 128 else 0)
+    assert 128 in machine.tried
+    blind = Machine(useful_sizes(256), 128, phases)
+    check(blind, 15_000)
+    assert 128 not in blind.tried, "nothing was to be spared"
+
+
 def test_a_reading_below_the_line_ends_its_use_as_a_proof() -> None:
     """Checkpointing in chunks of 64: a chunk more at once, and then nothing for a while."""
 
@@ -315,8 +330,29 @@ def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
     for size in (4, 90, 100):
         search.learn(size, Outcome(fits=True, phases=phase(10 * size, floor_bytes=0)))
     assert search.next() is None
-    search.limit_bytes = 2000
+    search.relimit(2000)
     assert search.next() == 200
+
+
+@pytest.mark.parametrize("limit_bytes", [1_500, 4_000, 9_990, 20_000])
+def test_under_another_limit_the_answer_is_as_near_as_under_the_first(limit_bytes: int) -> None:
+    """A bisection leaves trials on all sides: walking through them would take dozens more."""
+
+    def run(search: Search, limit_bytes: int) -> list[int]:
+        tried: list[int] = []
+        while (size := search.next()) is not None:
+            tried.append(size)
+            fits = 10 * size <= limit_bytes
+            reading = phase(10 * size, floor_bytes=0) if fits else ()
+            search.learn(size, Outcome(fits=fits, phases=reading, explained=False))
+        return tried
+
+    search = Search(range(1, 5001), limit_bytes=10_000)
+    run(search, 10_000)
+    search.relimit(limit_bytes)
+    tried = run(search, limit_bytes)
+    assert search.size == limit_bytes // 10
+    assert len(tried) == len(set(tried)) <= 13 + FEW
 
 
 def test_without_readings_the_sizes_double_at_first() -> None:

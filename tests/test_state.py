@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -801,6 +802,34 @@ def test_ctrl_c_during_the_restoring_comes_when_it_is_complete(
     assert fingerprint(*played.everything()) == values
     assert identities(*played.everything()) == objects
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_ctrl_c_before_it_can_be_held_back_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """As the restoring begins, and again, and in the middle of torch's no_grad."""
+    played = SCENES["adam warm"]()
+    values = fingerprint(*played.everything())
+    pressed: list[int] = []
+
+    def hold() -> AbstractContextManager[None]:
+        pressed.append(1)
+        if len(pressed) in range(2, 2 + calls):  # The first is for the gradients.
+            raise KeyboardInterrupt
+        return uninterrupted()
+
+    monkeypatch.setattr(state, "uninterrupted", hold)
+
+    def interrupted() -> None:
+        with preserved(played.modules, played.optimizers):
+            played.disturb()
+            torch.set_grad_enabled(False)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.is_grad_enabled()
+    assert fingerprint(*played.everything()) == values
 
 
 @pytest.mark.parametrize("at_call", range(1, 13))  # Some of them are parameters with gradients.

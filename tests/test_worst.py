@@ -1,7 +1,7 @@
 """The longest examples that can be found without reading all the data."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -148,6 +148,28 @@ def test_what_cannot_be_looked_at_without_harm_is_not(data: Any) -> None:
     """Workers would inherit what a dataset opens here; a sampler may leave rows out."""
     _, said = chosen(data)
     assert said == "the first batch"
+
+
+def refusing(examples: list[Example]) -> Example:
+    return padded(examples[::2])[0][:1] + padded(examples[1::2])[0][:1], examples[0][1][None]
+
+
+def dropping(examples: list[Example]) -> Example:
+    words, labels = padded(examples)
+    return words[: len(words) // 2], labels[: len(words) // 2]
+
+
+@pytest.mark.parametrize("collate", [refusing, dropping])
+def test_a_collate_function_that_wants_pairs_is_left_in_peace(
+    collate: Callable[[list[Example]], Example],
+) -> None:
+    texts = Texts([6, 6, 6, 6, *lengths(100)])
+    pairs = DataLoader(texts, batch_size=4, collate_fn=collate)
+    source = open_source(pairs, batch_size=4)
+    first = read_sample(source)
+    found, said = worst_case_of(source, first, "longest")
+    assert found is first
+    assert said.startswith("the first batch; the longest of 204 is none alone: ")
 
 
 def test_first_looks_at_nothing_else() -> None:

@@ -61,8 +61,12 @@ def worst_case_of(source: Source, sample: Nest, worst_case: WorstCase) -> tuple[
     longest, seen = _longest(loader.dataset)
     if longest is None:
         return sample, f"the first batch; {seen} examples looked at are alike"
-    batch = as_batch(loader.collate_fn([longest]))
-    if example_bytes(batch) <= example_bytes(largest_piece(sample)):
+    try:
+        batch = as_batch(loader.collate_fn([longest]))
+        is_longer = example_bytes(batch) > example_bytes(largest_piece(sample))
+    except Exception as error:  # noqa: BLE001  # It was written for batches: it makes pairs, say.
+        return sample, f"the first batch; the longest of {seen} is none alone: {error!r:.200}"
+    if not is_longer:
         return sample, f"the first batch; none of {seen} examples looked at is longer"
     return batch, f"the longest of {seen} examples looked at: {describe(batch)}"
 

@@ -9,8 +9,9 @@ inside a kernel, nor tensors that other threads make. It costs 10 to 15 microsec
 import gc
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.host import host_memory
 from autobatch.results import OtherProcess
+from autobatch.state import uninterrupted
 from autobatch.units import format_bytes
 
 
@@ -85,14 +87,18 @@ class MeteredDevice:
         A limit inside a limit can only be tighter.
         """
         self._adopt()
-        outer = self._meter.limit_bytes
-        self._meter.limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
+        outer, stack = self._meter.limit_bytes, ExitStack()
         try:
-            # A limit inside a limit must not count everything twice.
-            with eagerly(), self._meter if outer is None else nullcontext():
-                yield
+            with uninterrupted():  # Ctrl-C in between would leave the mode behind.
+                stack.enter_context(eagerly())
+                if outer is None:  # A limit inside a limit must not count everything twice.
+                    stack.enter_context(self._meter)
+                self._meter.limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
+            yield
         finally:
-            self._meter.limit_bytes = outer
+            with uninterrupted():
+                self._meter.limit_bytes = outer
+                stack.close()
 
     def reset_peak(self) -> None:
         """Count the peak from here on."""
@@ -114,15 +120,28 @@ class MeteredDevice:
             self._meter.note(tensor)
 
 
+_Reference = weakref.KeyedRef[int, torch.UntypedStorage]
+
+
 class _Meter(TorchDispatchMode):
     """Counts the bytes of live CPU storages that pass as results of an operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped.
         self.limit_bytes: int | None = None
-        self.live_bytes = 0
         self.peak_bytes = 0
-        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._live_bytes = 0
+        self._storages: dict[int, tuple[_Reference, int]] = {}
+        # Filled without a line of Python: Ctrl-C in the callback of a reference would be lost.
+        self._dead: deque[_Reference] = deque()
+
+    @property
+    def live_bytes(self) -> int:
+        """What is alive now."""
+        while self._dead:
+            _, freed_bytes = self._storages.pop(self._dead.popleft().key)
+            self._live_bytes -= freed_bytes
+        return self._live_bytes
 
     def __torch_dispatch__(
         self,
@@ -147,18 +166,15 @@ class _Meter(TorchDispatchMode):
             self._count(part.untyped_storage())
 
     def _count(self, storage: torch.UntypedStorage) -> None:
+        live_bytes = self.live_bytes  # First: a dead storage's key may be this one's.
         key, now_bytes = storage._cdata, storage.nbytes()
         known, before_bytes = self._storages.get(key, (None, 0))
         if known is not None and before_bytes == now_bytes:
             return
-        reference = known or weakref.ref(storage, lambda _: self._forget(key))
+        reference = known or weakref.KeyedRef(storage, self._dead.append, key)
         self._storages[key] = (reference, now_bytes)
-        self.live_bytes += now_bytes - before_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-    def _forget(self, key: int) -> None:
-        _, freed_bytes = self._storages.pop(key)
-        self.live_bytes -= freed_bytes
+        self._live_bytes = live_bytes + now_bytes - before_bytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
 
 def _flat(result: object) -> Iterator[Tensor]:

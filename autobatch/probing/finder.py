@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -58,6 +59,7 @@ class Finder:
         *,
         windows: Callable[[int], Sequence[int]],
         reason: LimitedBy,
+        spared_bytes: Callable[[int], int] = lambda _: 0,
     ) -> SearchResult:
         """Return the largest candidate that ran inside the limit.
 
@@ -65,6 +67,7 @@ class Finder:
             candidates: Ascending.
             windows: The micro-batches that a trial of a size runs, the largest first.
             reason: What the ceiling is made of: the wish, or the data.
+            spared_bytes: What a candidate's window may do without, though smaller ones' hold it.
 
         Raises:
             DoesNotFitError: If none did.
@@ -79,6 +82,7 @@ class Finder:
             slack_bytes=0 if self.device.is_exact else _ROUNDING_BYTES,
             confirm=self.options.confirm,
             undivided=ceiling if len(windows(ceiling)) == 1 else None,
+            spared_bytes=spared_bytes,
         )
         others = self.device.others()
         self.observer(
@@ -113,7 +117,8 @@ class Finder:
     def rehearse(self, sizes: Sequence[int]) -> Trial:
         """Return the trial of one window."""
         self._make_optimizer_state(range(1, min(2, sizes[0]) + 1))
-        return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
+        with _told_if_lost(0, sizes[0]):
+            return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
 
     def _search(
         self, search: Search, windows: Callable[[int], Sequence[int]], began: float
@@ -127,7 +132,8 @@ class Finder:
                 now = self.device.read()
                 if moves < _MOST_MOVES and moved(before, now):
                     before, moves = now, moves + 1
-                    search.limit_bytes, self._valid_from = self.limit_bytes(), len(self._trials)
+                    search.relimit(self.limit_bytes())
+                    self._valid_from = len(self._trials)
                 size = search.next() or self._doubtful(search)
             if size is None:
                 return
@@ -167,22 +173,22 @@ class Finder:
                 larger_ran_out=any(not trial.fits for trial in self._trials),
             )
 
-        try:
+        with _told_if_lost(search.size, size):
             trial = run()
             if self._has_collapsed(trial):
                 again = run()
                 trial = _spilt(again) if self._has_collapsed(again) else again
-        except Exception as error:
-            if verdict_of(error) is not Verdict.FATAL:
-                raise
-            raise DeviceLostError(search.size, size, str(error)) from error
         return replace(trial, repeated=any(size == before.size for before in self._trials))
 
     def _has_collapsed(self, trial: Trial) -> bool:
-        """Whether a size is so slow that its memory must lie elsewhere: in the host's, say."""
+        """Whether a size is so slow that its memory must lie elsewhere: in the host's, say.
+
+        Only smaller sizes tell: what a step takes whatever its size weighs less on a larger one.
+        """
         if self.device.is_exact or not trial.fits or trial.seconds < _COLLAPSE_SECONDS:
             return False
-        rates = [before.seconds / before.size for before in self._trials if before.fits]
+        smaller = (before for before in self._trials if before.fits and before.size < trial.size)
+        rates = [before.seconds / before.size for before in smaller]
         return bool(rates) and trial.seconds / trial.size > _COLLAPSE * min(rates)
 
     def _learn(self, search: Search, trial: Trial) -> None:
@@ -202,7 +208,7 @@ class Finder:
             rehearsal=self.rehearsal,
             device=self.device,
             limit_bytes=limit_bytes,
-            timeout_seconds=float("inf") if timeout is None else timeout,
+            timeout_seconds=math.inf if timeout is None else timeout,
         )
 
     def _make_optimizer_state(self, smallest: Sequence[int]) -> list[Trial]:
@@ -216,7 +222,8 @@ class Finder:
         failed: list[Trial] = []
         stage = replace(self._stage(self.limit_bytes()), timeout_seconds=math.inf)
         for size in reversed(smallest):
-            trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
+            with _told_if_lost(0, size):
+                trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
             if trial.fits:
                 break
             failed.append(trial)
@@ -245,6 +252,17 @@ class Finder:
             worst_case=self.worst_case,
             breakdown=self.breakdown(search.limit_bytes, chosen),
         )
+
+
+@contextmanager
+def _told_if_lost(size: int, tried: int) -> Iterator[None]:
+    """Turn an error that says that the device is lost into one that says what had run."""
+    try:
+        yield
+    except Exception as error:
+        if verdict_of(error) is not Verdict.FATAL:
+            raise
+        raise DeviceLostError(size, tried, str(error)) from error
 
 
 def _spilt(trial: Trial) -> Trial:

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -31,6 +31,11 @@ class Outcome:
     phases: tuple[Phase, ...] = ()
     explained: bool = True
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was read, or 0."""
+        return max((phase.peak_bytes for phase in self.phases), default=0)
+
 
 class Search:
     """Chooses what to try next, and knows when nothing is left to try.
@@ -42,18 +47,19 @@ class Search:
     line shows that memory is not convex here, and ends its use as a proof; a failure that the
     readings do not explain ends their use altogether.
 
-    What is returned ran. No candidate is asked for twice by ``next``, none is more than 64 times
-    what has run (where candidates lie that close), and at most
+    What is returned ran. Under one limit no candidate is asked for twice by ``next``, none is more
+    than 64 times what has run (where candidates lie that close), and at most
     ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for each such leap that
     ran.
 
     Args:
         candidates: Ascending, without repeats.
-        limit_bytes: What a step may allocate; may be changed at any time.
+        limit_bytes: What a step may allocate.
         slack_bytes: How far readings may be rounded.
         confirm: ``"extrapolated"``: what the bound excludes is not tried. ``"failed"``: the next
             larger candidate is always tried.
         undivided: The candidate that is the whole logical batch: it has no later micro-batches.
+        spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
     """
 
     def __init__(
@@ -64,13 +70,15 @@ class Search:
         slack_bytes: int = 0,
         confirm: Confirm = "extrapolated",
         undivided: int | None = None,
+        spared_bytes: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self.limit_bytes = limit_bytes
         self._candidates = candidates
         self._slack_bytes = slack_bytes
         self._confirm = confirm
         self._undivided = undivided
-        self._budget = math.ceil(math.log2(len(candidates) + 1)) + _SPARE
+        self._spared_bytes = spared_bytes
+        self._budget = self._most_trials()
         self._outcomes: dict[int, Outcome] = {}  # By size; of one that was repeated, the last.
         self._good, self._bad = -1, len(candidates)  # Positions: seen to fit; to fail, or the end.
 
@@ -95,13 +103,33 @@ class Search:
             return None
         return self._candidates[self._guess()]
 
+    def relimit(self, limit_bytes: int) -> None:
+        """Go on under another limit: what it puts in doubt is forgotten, and may be tried again.
+
+        A larger one puts failures in doubt, a smaller one what has used more.
+        """
+        rises, self.limit_bytes = limit_bytes > self.limit_bytes, limit_bytes
+        self._budget = self._most_trials()
+        self._outcomes = {
+            size: outcome
+            for size, outcome in self._outcomes.items()
+            if (outcome.peak_bytes <= limit_bytes if outcome.fits else not rises)
+        }
+        self._find_bracket()
+
     def learn(self, size: int, outcome: Outcome) -> None:
         """Take note of a trial; of a candidate that was tried before, it is the last word."""
-        candidates = self._candidates
-        position = bisect.bisect_left(candidates, size)
+        position = bisect.bisect_left(self._candidates, size)
         if not (outcome.fits and position == self._farthest()):  # A leap that ran costs nothing.
             self._budget -= 1
         self._outcomes[size] = outcome
+        self._find_bracket()
+
+    def _most_trials(self) -> int:
+        return math.ceil(math.log2(len(self._candidates) + 1)) + _SPARE
+
+    def _find_bracket(self) -> None:
+        candidates = self._candidates
         ran = [bisect.bisect_left(candidates, n) for n, o in self._outcomes.items() if o.fits]
         failed = [
             bisect.bisect_left(candidates, n) for n, o in self._outcomes.items() if not o.fits
@@ -141,7 +169,7 @@ class Search:
         lines = list(self._lines(before, last, size, self._slack_bytes))
         if size == self._undivided:
             lines[1:-1] = []
-        return max(lines)
+        return max(lines) - self._spared_bytes(size)
 
     def _lines(
         self,

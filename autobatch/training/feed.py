@@ -24,6 +24,11 @@ class Feed:
         self._on_cpu = device.type == "cpu"
         self._stream: torch.cuda.Stream | None = None
 
+    @property
+    def sends_ahead(self) -> bool:
+        """Whether the next micro-batch is on the device while the current one computes."""
+        return self._device.type == "cuda"
+
     def move(self, nest: Nest) -> Nest:
         """Return a copy on the device: a model that works in place must not reach the original."""
         if type(nest) is tuple and self._on_cpu:  # The short way, for every micro-batch.
@@ -46,7 +51,7 @@ class Feed:
             more_follow: Whether these stand for a longer window, so that behind the last one
                 another is on its way: a trial's memory must be that of training.
         """
-        if self._device.type != "cuda":
+        if not self.sends_ahead:
             return map(self.move, parts)
         return self._ahead(parts, more_follow=more_follow)
 

@@ -1,8 +1,10 @@
 """The step of training, ready to be tried at any size."""
 
+import math
 from collections.abc import Callable, Sequence
 
-from autobatch.batches.nest import Nest
+from autobatch.batches.nest import Nest, size_of, tensors
+from autobatch.batches.pieces import example_bytes, largest_piece
 from autobatch.batches.sample import repeated
 from autobatch.state import attributes_of
 from autobatch.training.large import LargeCheck
@@ -51,6 +53,17 @@ class Rehearsal:
             recipe.clear()
 
         return window
+
+    def spared_bytes(self, size: int) -> int:
+        """Return what one or two micro-batches of ``size`` hold less than those of longer windows.
+
+        There none is sent ahead while the last computes.
+        """
+        if not self._recipe.feed.sends_ahead or self._desired is None or 2 * size < self._desired:
+            return 0
+        piece = largest_piece(self._sample)
+        more = example_bytes(piece) * (size - size_of(piece))
+        return math.ceil(sum(tensor.nbytes for tensor in tensors(piece)) + more)
 
     def verify(self, size: int, peak_bytes: int) -> str:
         """Return what a kernel did wrong at a size that ran, or ``""``."""
