@@ -2,53 +2,51 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
-from typing import Final, Literal, get_args
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autobatch.batches.nest import Nest, map_tensors, size_of
-from autobatch.batches.regroup import Data, Source, open_source
-from autobatch.batches.sample import read_sample
-from autobatch.batches.worst import worst_case_of
+from autobatch.batches.regroup import Data, open_source
 from autobatch.course import Course
 from autobatch.display import observer_of
-from autobatch.errors import DoesNotFitError
-from autobatch.events import Observer, SizesTimed, TrialStarted
-from autobatch.isolation.parent import run_isolated, try_isolated
+from autobatch.events import Observer
+from autobatch.isolation.parent import try_isolated
 from autobatch.job import Job, OptimizerFactory
-from autobatch.plan import BatchPlan, check_size, even_sizes, useful_sizes
-from autobatch.probing.finder import Finder
+from autobatch.plan import check_size
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
-from autobatch.probing.speed import sizes_to_time, speeds
-from autobatch.randomness import check_seed, random_state, seed_all
-from autobatch.results import LimitedBy, SearchResult, StepResult, TrainingResult, Trial, Verdict
+from autobatch.randomness import check_seed, seed_all
+from autobatch.results import SearchResult, StepResult, TrainingResult, Trial
+from autobatch.searching import (
+    Mode,
+    Prefer,
+    check_mode,
+    check_prefer,
+    find_any,
+    find_isolated,
+    find_useful,
+    refuse_one_pass,
+    sample_of,
+    sample_to_send,
+    size_for_inference,
+    try_alone,
+    try_size,
+)
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
-from autobatch.training.evaluation import Inference, Metric, inference
+from autobatch.training.evaluation import Metric
 from autobatch.training.forward import Forward
 from autobatch.training.options import LossLike, NonFinite, StepOptions
 from autobatch.training.precision import PrecisionName
-from autobatch.training.rehearsal import Rehearsal
 from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
-from autobatch.training.whole_batch import Whole
 from autobatch.units import Size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
-Mode = Literal["train", "inference"]
-Prefer = Literal["largest", "fastest"]
-_PREFER: Final = get_args(Prefer)
-_PASSES: Final[dict[Mode, int]] = {"train": 2, "inference": 1}  # Micro-batches in a trial.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
-
-Resolve = Callable[..., Job]
-Find = Callable[..., SearchResult]
-Sample = tuple[Nest, str]  # A trial's examples, and which they are, in words.
 
 
 def find_and_train(
@@ -164,8 +162,7 @@ def find_and_train(
         max_steps = check_size("max_steps", max_steps)
     check_seed(seed)
     check_search(search)
-    if prefer not in _PREFER:
-        raise ValueError(f"prefer must be one of {_PREFER}, got {prefer!r}")
+    check_prefer(prefer)
     options = StepOptions(
         loss=loss,
         forward=forward,
@@ -255,7 +252,7 @@ def find_batch_size(
     if ceiling is not None:
         ceiling = check_size("ceiling", ceiling)
     check_search(search)
-    _check_mode(mode)
+    check_mode(mode)
     options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
     resolve = functools.partial(
         Job.resolve,
@@ -268,11 +265,11 @@ def find_batch_size(
     )
     job = None if search.isolate else resolve(data, batch_size=_SAMPLE)
     source = open_source(data, batch_size=_SAMPLE) if job is None else job.source
-    _refuse_one_pass(source)
+    refuse_one_pass(source)
     held = source.examples
     largest = min(ceiling or held or _UNKNOWN_CEILING, held or ceiling or _UNKNOWN_CEILING)
     find = functools.partial(
-        _find_any,
+        find_any,
         candidates=search.candidates(largest),
         mode=mode,
         search=search,
@@ -281,9 +278,9 @@ def find_batch_size(
     with ExitStack() as stack:
         observer = observer_of(progress, stack)
         if job is None:
-            return _isolated(resolve, find, _sample_to_send(source, search), search, observer)
+            return find_isolated(resolve, find, sample_to_send(source, search), search, observer)
         with job.undisturbed():
-            return find(job, _sample(source, search), observer)
+            return find(job, sample_of(source, search), observer)
 
 
 def check(
@@ -324,7 +321,7 @@ def check(
     """
     size = check_size("size", size)
     check_search(search)
-    _check_mode(mode)
+    check_mode(mode)
     options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
     resolve = functools.partial(
         Job.resolve,
@@ -338,14 +335,14 @@ def check(
     examples = min(size, _SAMPLE)
     if search.isolate:
         source = open_source(data, batch_size=examples)
-        _refuse_one_pass(source)
-        sample = _sample_to_send(source, search)
-        task = functools.partial(_try_alone, resolve, sample, size, mode, search)
+        refuse_one_pass(source)
+        sample = sample_to_send(source, search)
+        task = functools.partial(try_alone, resolve, sample, size, mode, search)
         return try_isolated(task, timeout_seconds=search.patience_seconds)
     job = resolve(data, batch_size=examples)
-    _refuse_one_pass(job.source)
+    refuse_one_pass(job.source)
     with job.undisturbed():
-        return _try(job, _sample(job.source, search), size, mode, search)
+        return try_size(job, sample_of(job.source, search), size, mode, search)
 
 
 def _train(
@@ -359,217 +356,19 @@ def _train(
             return course.done_before()
         window = course.window(first)
         find = functools.partial(
-            _find_useful,
+            find_useful,
             window=window,
             prefer=prefer,
             search=search,
             reason="ceiling" if window == course.desired else "data",
         )
         if search.isolate:
-            sample = _sample_to_send(job.source, search, first)
-            found = _isolated(job.resolve_again, find, sample, search, observer)
+            sample = sample_to_send(job.source, search, first)
+            found = find_isolated(job.resolve_again, find, sample, search, observer)
         else:
             with job.undisturbed():
-                sample = _sample(job.source, search, first)
+                sample = sample_of(job.source, search, first)
                 found = find(job, sample, observer)
     del first, sample  # The largest that there is: the epochs hold it for as long as it is needed.
-    infer = functools.partial(_size_for_inference, job)
+    infer = functools.partial(size_for_inference, job)
     return course.train(found, window, observer, infer, search.multiple_of)
-
-
-def _timed(
-    job: Job, rehearsal: Rehearsal, found: SearchResult, window: int, multiple_of: int
-) -> SearchResult:
-    """The search, with how fast the size that it found and smaller ones train."""
-    limited = functools.partial(job.device.limited_to, found.limit_bytes)
-    timed = speeds(
-        rehearsal,
-        job.device,
-        {
-            size: even_sizes(window, size, multiple_of)
-            for size in sizes_to_time(useful_sizes(window, multiple_of), found.size)
-        },
-        limited if job.trains_limited else nullcontext,
-    )
-    return replace(found, speeds=timed)
-
-
-def _size_for_inference(job: Job, run: Inference, candidates: Sequence[int]) -> int:
-    """The largest size that inference really ran at, beside the weights and the optimizer."""
-    finder = _finder(job, run, STANDARD_SEARCH, lambda _: None, "")
-    return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
-
-
-def _find_any(
-    job: Job,
-    sample: Sample,
-    observer: Observer,
-    history: Sequence[Trial] = (),
-    *,
-    candidates: Sequence[int],
-    mode: Mode,
-    search: SearchOptions,
-    reason: LimitedBy,
-) -> SearchResult:
-    """Search all candidates, in a job that is undisturbed."""
-    return _probe(job, sample, mode, search, observer, history).largest(
-        candidates, windows=lambda size: (size,) * _PASSES[mode], reason=reason
-    )
-
-
-def _find_useful(
-    job: Job,
-    sample: Sample,
-    observer: Observer,
-    history: Sequence[Trial] = (),
-    *,
-    window: int,
-    prefer: Prefer,
-    search: SearchOptions,
-    reason: LimitedBy,
-) -> SearchResult:
-    """Search the sizes that change how a window is cut, in a job that is undisturbed."""
-    examples, said = sample
-    rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
-    if isinstance(job.recipe.objective, Whole):
-        # Outputs of all examples are alive whatever the size: memory is no convex curve.
-        search = replace(search, confirm="failed")
-    found = _finder(job, rehearsal, search, observer, said, history).largest(
-        useful_sizes(window, multiple_of),
-        windows=lambda size: _rehearsed(
-            job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
-        ),
-        reason=reason,
-        spared_bytes=rehearsal.spared_bytes,
-    )
-    if prefer == "fastest":
-        found = _timed(job, rehearsal, found, window, multiple_of)
-        observer(SizesTimed(search=found))
-    return found
-
-
-def _try(job: Job, sample: Sample, size: int, mode: Mode, search: SearchOptions) -> Trial:
-    """Rehearse one size, in a job that is undisturbed."""
-    try:
-        finder = _probe(job, sample, mode, search, lambda _: None)
-        return finder.rehearse((size,) * _PASSES[mode])
-    except DoesNotFitError as error:  # The model alone is too large: so is any batch.
-        return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
-
-
-def _isolated(
-    resolve: Resolve, find: Find, sample: Sample, search: SearchOptions, observer: Observer
-) -> SearchResult:
-    """Search in a process of its own."""
-    return run_isolated(
-        functools.partial(_find_alone, resolve, find, sample),
-        observer=observer,
-        timeout_seconds=search.patience_seconds,
-    )
-
-
-def _find_alone(
-    resolve: Resolve, find: Find, sample: Sample, observer: Observer, history: Sequence[Trial]
-) -> SearchResult:
-    """In the isolated process: make the job anew, and search."""
-    job = resolve([sample[0]], batch_size=size_of(sample[0]))
-    with job.undisturbed():
-        return find(job, sample, observer, history)
-
-
-def _try_alone(
-    resolve: Resolve,
-    sample: Sample,
-    size: int,
-    mode: Mode,
-    search: SearchOptions,
-    observer: Observer,
-    _: Sequence[Trial],
-) -> Trial:
-    """In the isolated process: make the job anew, and rehearse one size."""
-    job = resolve([sample[0]], batch_size=size_of(sample[0]))
-    observer(TrialStarted(size=size))
-    with job.undisturbed():
-        return _try(job, sample, size, mode, search)
-
-
-def _sample(source: Source, search: SearchOptions, first: Nest | None = None) -> Sample:
-    """Return the examples of a trial: from ``first``, where that has been read already."""
-    return worst_case_of(source, read_sample(source) if first is None else first, search.worst_case)
-
-
-def _sample_to_send(source: Source, search: SearchOptions, first: Nest | None = None) -> Sample:
-    """As ``_sample``; no generator has moved afterwards.
-
-    Copied, for a slice of a tensor would take with it all that it is a slice of.
-    """
-    put_back = random_state([source.owner])
-    try:
-        examples, said = _sample(source, search, first)
-        return map_tensors(Tensor.clone, examples), said
-    finally:
-        put_back()
-
-
-def _probe(
-    job: Job,
-    sample: Sample,
-    mode: Mode,
-    search: SearchOptions,
-    observer: Observer,
-    history: Sequence[Trial] = (),
-) -> Finder:
-    """A search over a job that is undisturbed, in training or in inference."""
-    examples, said = sample
-    if mode == "train":
-        return _finder(job, Rehearsal(job.recipe, examples), search, observer, said, history)
-    job.recipe.model.eval()
-    forward = job.options.batch_loss or job.options.forward
-    run = inference(job.recipe, forward, examples)
-    return _finder(job, run, search, observer, said, history)
-
-
-def _check_mode(mode: object) -> None:
-    if mode not in _PASSES:
-        raise ValueError(f"mode must be one of {tuple(_PASSES)}, got {mode!r}")
-
-
-def _finder(
-    job: Job,
-    rehearsal: Rehearsal | Inference,
-    search: SearchOptions,
-    observer: Observer,
-    worst_case: str,
-    history: Sequence[Trial] = (),
-) -> Finder:
-    return Finder(
-        rehearsal=rehearsal,
-        device=job.device,
-        limit_bytes=job.limit_bytes,
-        breakdown=functools.partial(job.breakdown, trains=isinstance(rehearsal, Rehearsal)),
-        observer=observer,
-        options=search,
-        worst_case=worst_case,
-        history=history,
-    )
-
-
-def _rehearsed(job: Job, plan: BatchPlan) -> tuple[int, ...]:
-    """The micro-batches that stand for a window of ``plan``.
-
-    Two of the largest: gradients are alive in the second's forward pass. And a single example
-    where the plan has one: BatchNorm may refuse it, and had better do so now. Where the loss is
-    that of the whole batch, all of them: their outputs are alive together.
-    """
-    if isinstance(job.recipe.objective, Whole):
-        return plan.micro_batch_sizes
-    sizes = (plan.micro_batch,) * min(2, plan.accumulation_steps)
-    return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes
-
-
-def _refuse_one_pass(source: Source) -> None:
-    if source.one_pass:
-        raise TypeError(
-            "the sample of a one-pass iterable could not be given back; pass a DataLoader, a "
-            "Dataset, tensors or a list of batches, or use find_and_train, which trains on it"
-        )

@@ -59,12 +59,15 @@ def test_normalised_by_the_micro_batch_it_is_another_step() -> None:
         assert_same_parameters(ours, whole)
 
 
+@pytest.mark.parametrize("loss", [LOSS, None], ids=["given", "inferred"])
 @pytest.mark.parametrize(("examples", "sizes"), [(5, (2, 2, 1)), (3, (2, 1)), (9, (2,) * 4 + (1,))])
-def test_a_last_example_borrows_from_its_neighbour(examples: int, sizes: tuple[int, ...]) -> None:
+def test_a_last_example_borrows_from_its_neighbour(
+    examples: int, sizes: tuple[int, ...], loss: nn.Module | None
+) -> None:
     ours = normalised()
     whole = twin(ours)
     x, y = rows(examples)
-    step = Accumulator(ours, sgd(ours), LOSS, micro_batch=2).step((x, y))
+    step = Accumulator(ours, sgd(ours), loss, micro_batch=2).step((x, y))
     assert step.micro_batch_sizes == sizes
     assert step.replays == 0
     # By hand: the last example is normalised together with the one before it.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_results import SEARCH
 from torch import Tensor, nn
 
-import autobatch.api
+import autobatch.searching
 from autobatch import find_and_train
 from autobatch.devices.base import MemoryDevice
 from autobatch.events import Event, SizesTimed, TrainingStarted
@@ -105,6 +105,15 @@ def test_a_size_that_runs_out_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert [s.size for s in timed(Track(took), monkeypatch)] == [8, 32]
 
 
+def test_a_size_that_runs_out_later_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def took(size: int, place: int) -> float:
+        if size == 16 and place == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 1.0
+
+    assert [s.size for s in timed(Track(took), monkeypatch)] == [8, 32]
+
+
 def test_another_error_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     def took(*_: int) -> float:
         raise IndexError("mine")
@@ -146,7 +155,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
         rates = {size: 400.0 if size == 16 else 100.0 for size in windows}
         return tuple(Speed(size=n, examples_per_second=r, windows=3) for n, r in rates.items())
 
-    monkeypatch.setattr(autobatch.api, "speeds", measured)
+    monkeypatch.setattr(autobatch.searching, "speeds", measured)
     events: list[Event] = []
     result = find_and_train(
         nn.Linear(4, 3), data(), desired=64, prefer="fastest", progress=events.append

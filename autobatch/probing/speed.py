@@ -48,19 +48,22 @@ def speeds(
     """
     ready: dict[int, Callable[[], float]] = {}
     for size, sizes in windows.items():
-        run = _timed(rehearsal, device, sizes, limited)
-        if _runs(run):
-            ready[size] = run
-        else:
-            rehearsal.clear()
-            device.release_cached()
+        ready[size] = _timed(rehearsal, device, sizes, limited)
     seconds: dict[int, list[float]] = {size: [] for size in ready}
     began = time.perf_counter()
-    for place in range(_ROUNDS.stop - 1):
-        if place >= _ROUNDS.start and time.perf_counter() - began > _SECONDS:
+    for place in range(_ROUNDS.stop):
+        if place > _ROUNDS.start and time.perf_counter() - began > _SECONDS:
             break
-        for size, run in ready.items():
-            seconds[size].append(run())
+        for size in list(seconds):
+            took = _seconds(ready[size])
+            if took is None:
+                del seconds[size]
+                rehearsal.clear()
+                device.release_cached()
+            elif place:
+                seconds[size].append(took)
+        if not place:
+            began = time.perf_counter()
     rehearsal.clear()
     return tuple(
         Speed(
@@ -91,12 +94,11 @@ def _timed(
     return run
 
 
-def _runs(run: Callable[[], float]) -> bool:
-    """Whether memory holds it. Once this has returned, the error has let go of the window."""
+def _seconds(run: Callable[[], float]) -> float | None:
+    """How long it took; None, and the error has let go of the window, if memory ran out."""
     try:
-        run()
+        return run()
     except Exception as error:
         if verdict_of(error) not in _TOO_MUCH:
             raise
-        return False
-    return True
+    return None

@@ -24,6 +24,7 @@ from autobatch.training.batch_norm import (
     pooled_statistics,
 )
 from autobatch.training.feed import Feed
+from autobatch.training.inferred import Inferred
 from autobatch.training.ledger import Ledger
 from autobatch.training.members import Members
 from autobatch.training.objective import Compared, Objective, Witness
@@ -265,11 +266,12 @@ class _Run:
             yield next(moved), host, count
 
     def _may_borrow(self) -> bool:
-        recipe = self.recipe
+        recipe, objective = self.recipe, self.recipe.objective
+        compared = objective.chosen if isinstance(objective, Inferred) else objective
         return (
             recipe.batch_norm == "micro"
+            and isinstance(compared, Compared | Whole)
             and normalises_by_batch(recipe.members.of_model)
-            and isinstance(recipe.objective, Compared | Whole)
         )
 
 

@@ -1,0 +1,254 @@
+"""Searches wired: what training rehearses handed to probing, here or in another process."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Final, Literal, get_args
+
+from torch import Tensor
+
+from autobatch.batches.nest import Nest, map_tensors, size_of
+from autobatch.batches.regroup import Source
+from autobatch.batches.sample import read_sample
+from autobatch.batches.worst import worst_case_of
+from autobatch.errors import DoesNotFitError
+from autobatch.events import Observer, SizesTimed, TrialStarted
+from autobatch.isolation.parent import run_isolated
+from autobatch.job import Job
+from autobatch.plan import BatchPlan, even_sizes, useful_sizes
+from autobatch.probing.finder import Finder
+from autobatch.probing.options import STANDARD_SEARCH, SearchOptions
+from autobatch.probing.speed import sizes_to_time, speeds
+from autobatch.randomness import random_state
+from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
+from autobatch.training.evaluation import Inference, inference
+from autobatch.training.rehearsal import Rehearsal
+from autobatch.training.whole_batch import Whole
+
+Mode = Literal["train", "inference"]
+Prefer = Literal["largest", "fastest"]
+Resolve = Callable[..., Job]
+Find = Callable[..., SearchResult]
+Sample = tuple[Nest, str]  # A trial's examples, and which they are, in words.
+
+_PREFER: Final = get_args(Prefer)
+_PASSES: Final[dict[Mode, int]] = {"train": 2, "inference": 1}  # Micro-batches in a trial.
+
+
+def _timed(
+    job: Job, rehearsal: Rehearsal, found: SearchResult, window: int, multiple_of: int
+) -> SearchResult:
+    """The search, with how fast the size that it found and smaller ones train."""
+    limited = functools.partial(job.device.limited_to, found.limit_bytes)
+    timed = speeds(
+        rehearsal,
+        job.device,
+        {
+            size: even_sizes(window, size, multiple_of)
+            for size in sizes_to_time(useful_sizes(window, multiple_of), found.size)
+        },
+        limited if job.trains_limited else nullcontext,
+    )
+    return replace(found, speeds=timed)
+
+
+def size_for_inference(job: Job, run: Inference, candidates: Sequence[int]) -> int:
+    """The largest size that inference really ran at, beside the weights and the optimizer."""
+    finder = _finder(job, run, STANDARD_SEARCH, lambda _: None, "")
+    return finder.largest(candidates, windows=lambda size: (size,), reason="ceiling").size
+
+
+def find_any(
+    job: Job,
+    sample: Sample,
+    observer: Observer,
+    history: Sequence[Trial] = (),
+    *,
+    candidates: Sequence[int],
+    mode: Mode,
+    search: SearchOptions,
+    reason: LimitedBy,
+) -> SearchResult:
+    """Search all candidates, in a job that is undisturbed."""
+    return _probe(job, sample, mode, search, observer, history).largest(
+        candidates, windows=lambda size: (size,) * _PASSES[mode], reason=reason
+    )
+
+
+def find_useful(
+    job: Job,
+    sample: Sample,
+    observer: Observer,
+    history: Sequence[Trial] = (),
+    *,
+    window: int,
+    prefer: Prefer,
+    search: SearchOptions,
+    reason: LimitedBy,
+) -> SearchResult:
+    """Search the sizes that change how a window is cut, in a job that is undisturbed."""
+    examples, said = sample
+    rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
+    if isinstance(job.recipe.objective, Whole):
+        # Outputs of all examples are alive whatever the size: memory is no convex curve.
+        search = replace(search, confirm="failed")
+    found = _finder(job, rehearsal, search, observer, said, history).largest(
+        useful_sizes(window, multiple_of),
+        windows=lambda size: _rehearsed(
+            job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
+        ),
+        reason=reason,
+        spared_bytes=rehearsal.spared_bytes,
+    )
+    if prefer == "fastest":
+        found = _timed(job, rehearsal, found, window, multiple_of)
+        observer(SizesTimed(search=found))
+    return found
+
+
+def try_size(job: Job, sample: Sample, size: int, mode: Mode, search: SearchOptions) -> Trial:
+    """Rehearse one size, in a job that is undisturbed."""
+    try:
+        finder = _probe(job, sample, mode, search, lambda _: None)
+        return finder.rehearse((size,) * _PASSES[mode])
+    except DoesNotFitError as error:  # The model alone is too large: so is any batch.
+        return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
+
+
+def find_isolated(
+    resolve: Resolve, find: Find, sample: Sample, search: SearchOptions, observer: Observer
+) -> SearchResult:
+    """Search in a process of its own."""
+    return run_isolated(
+        functools.partial(_find_alone, resolve, find, sample),
+        observer=observer,
+        timeout_seconds=search.patience_seconds,
+    )
+
+
+def _find_alone(
+    resolve: Resolve, find: Find, sample: Sample, observer: Observer, history: Sequence[Trial]
+) -> SearchResult:
+    """In the isolated process: make the job anew, and search."""
+    job = resolve([sample[0]], batch_size=size_of(sample[0]))
+    with job.undisturbed():
+        return find(job, sample, observer, history)
+
+
+def try_alone(
+    resolve: Resolve,
+    sample: Sample,
+    size: int,
+    mode: Mode,
+    search: SearchOptions,
+    observer: Observer,
+    _: Sequence[Trial],
+) -> Trial:
+    """In the isolated process: make the job anew, and rehearse one size."""
+    job = resolve([sample[0]], batch_size=size_of(sample[0]))
+    observer(TrialStarted(size=size))
+    with job.undisturbed():
+        return try_size(job, sample, size, mode, search)
+
+
+def sample_of(source: Source, search: SearchOptions, first: Nest | None = None) -> Sample:
+    """Return the examples of a trial: from ``first``, where that has been read already."""
+    return worst_case_of(source, read_sample(source) if first is None else first, search.worst_case)
+
+
+def sample_to_send(source: Source, search: SearchOptions, first: Nest | None = None) -> Sample:
+    """As ``sample_of``; no generator has moved afterwards.
+
+    Copied, for a slice of a tensor would take with it all that it is a slice of.
+    """
+    put_back = random_state([source.owner])
+    try:
+        examples, said = sample_of(source, search, first)
+        return map_tensors(Tensor.clone, examples), said
+    finally:
+        put_back()
+
+
+def _probe(
+    job: Job,
+    sample: Sample,
+    mode: Mode,
+    search: SearchOptions,
+    observer: Observer,
+    history: Sequence[Trial] = (),
+) -> Finder:
+    """A search over a job that is undisturbed, in training or in inference."""
+    examples, said = sample
+    if mode == "train":
+        return _finder(job, Rehearsal(job.recipe, examples), search, observer, said, history)
+    job.recipe.model.eval()
+    forward = job.options.batch_loss or job.options.forward
+    run = inference(job.recipe, forward, examples)
+    return _finder(job, run, search, observer, said, history)
+
+
+def check_prefer(prefer: object) -> None:
+    """Refuse what is no preference.
+
+    Raises:
+        ValueError: With the value that came.
+    """
+    if prefer not in _PREFER:
+        raise ValueError(f"prefer must be one of {_PREFER}, got {prefer!r}")
+
+
+def check_mode(mode: object) -> None:
+    """Refuse what is no mode of a search.
+
+    Raises:
+        ValueError: With the value that came.
+    """
+    if mode not in _PASSES:
+        raise ValueError(f"mode must be one of {tuple(_PASSES)}, got {mode!r}")
+
+
+def _finder(
+    job: Job,
+    rehearsal: Rehearsal | Inference,
+    search: SearchOptions,
+    observer: Observer,
+    worst_case: str,
+    history: Sequence[Trial] = (),
+) -> Finder:
+    return Finder(
+        rehearsal=rehearsal,
+        device=job.device,
+        limit_bytes=job.limit_bytes,
+        breakdown=functools.partial(job.breakdown, trains=isinstance(rehearsal, Rehearsal)),
+        observer=observer,
+        options=search,
+        worst_case=worst_case,
+        history=history,
+    )
+
+
+def _rehearsed(job: Job, plan: BatchPlan) -> tuple[int, ...]:
+    """The micro-batches that stand for a window of ``plan``.
+
+    Two of the largest: gradients are alive in the second's forward pass. And a single example
+    where the plan has one: BatchNorm may refuse it, and had better do so now. Where the loss is
+    that of the whole batch, all of them: their outputs are alive together.
+    """
+    if isinstance(job.recipe.objective, Whole):
+        return plan.micro_batch_sizes
+    sizes = (plan.micro_batch,) * min(2, plan.accumulation_steps)
+    return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes
+
+
+def refuse_one_pass(source: Source) -> None:
+    """Refuse data of which a sample could not be given back.
+
+    Raises:
+        TypeError: With the way out.
+    """
+    if source.one_pass:
+        raise TypeError(
+            "the sample of a one-pass iterable could not be given back; pass a DataLoader, a "
+            "Dataset, tensors or a list of batches, or use find_and_train, which trains on it"
+        )
