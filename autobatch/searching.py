@@ -90,8 +90,8 @@ def find_useful(
     """Search the sizes that change how a window is cut, in a job that is undisturbed."""
     examples, said = sample
     rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
-    if isinstance(job.recipe.objective, Whole):
-        # Outputs of all examples are alive whatever the size: memory is no convex curve.
+    is_whole = isinstance(job.recipe.objective, Whole)
+    if is_whole:  # All outputs are alive if it is cut, whatever the size: no convex curve.
         search = replace(search, confirm="failed")
     found = _finder(job, rehearsal, search, observer, said, history).largest(
         useful_sizes(window, multiple_of),
@@ -100,6 +100,7 @@ def find_useful(
         ),
         reason=reason,
         spared_bytes=rehearsal.spared_bytes,
+        ceiling_first=is_whole,
     )
     if prefer == "fastest":
         found = _timed(job, rehearsal, found, window, multiple_of)

@@ -659,3 +659,14 @@ def test_the_loss_of_a_whole_batch_rules_nothing_out(kib: int) -> None:
         ).search.size  # fmt: skip
 
     assert found("extrapolated") == found("failed")
+
+
+@pytest.mark.parametrize("kib", [480, 560, 620])
+def test_the_loss_of_a_whole_batch_may_fit_undivided_where_no_part_does(kib: int) -> None:
+    data = torch.randn(96, 64), torch.randn(96, 1)
+    result = train(
+        nn.Linear(64, 512), data, 96, loss=WholeBatch(lambda out, _: out.mean()), max_steps=1,
+        optimizer=functools.partial(torch.optim.SGD, lr=1e-9), memory_limit=kib * 1024,
+    )  # fmt: skip
+    assert result.search.size == 96
+    assert result.plan.accumulation_steps == 1

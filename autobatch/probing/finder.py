@@ -60,6 +60,7 @@ class Finder:
         windows: Callable[[int], Sequence[int]],
         reason: LimitedBy,
         spared_bytes: Callable[[int], int] = lambda _: 0,
+        ceiling_first: bool = False,
     ) -> SearchResult:
         """Return the largest candidate that ran inside the limit.
 
@@ -68,6 +69,7 @@ class Finder:
             windows: The micro-batches that a trial of a size runs, the largest first.
             reason: What the ceiling is made of: the wish, or the data.
             spared_bytes: What a candidate's window may do without, though smaller ones' hold it.
+            ceiling_first: Whether the ceiling may need less than smaller sizes, and is tried first.
 
         Raises:
             DoesNotFitError: If none did.
@@ -99,6 +101,9 @@ class Finder:
         for trial in failed:  # What does not fit once does not fit twice.
             if trial.size not in known:
                 self._learn(search, trial)
+        if ceiling_first and ceiling not in {trial.size for trial in self._trials}:
+            self.observer(TrialStarted(size=ceiling))
+            self._learn(search, self._attempt(windows(ceiling), search))
         self._search(search, windows, began)
         if search.size == 0:
             error = DoesNotFitError(
