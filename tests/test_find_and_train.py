@@ -360,9 +360,14 @@ def test_a_plan_with_a_single_example_is_rehearsed_with_it(desired: int) -> None
 
     model = Holds2()
     before = fingerprint(model)
+
+    def summed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
     with pytest.raises(DoesNotFitError, match="more than 1 value per channel"):
-        train(model, [rows(desired)], desired)
+        train(model, [rows(desired)], desired, batch_loss=summed)  # It cannot borrow a neighbour.
     assert fingerprint(model) == before
+    assert train(Holds2(), [rows(desired)], desired).plan.micro_batch_sizes[-1] == 1
     assert train(Holds2(), [rows(4)], 4).plan.micro_batch_sizes == (2, 2)
 
 

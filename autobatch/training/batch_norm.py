@@ -8,7 +8,6 @@ own momentum. For a layer whose inputs are the undivided batch's that is what th
 would have done.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -313,8 +312,7 @@ def _moved(
     """Return running means, and then variances, that the pooled calls have moved.
 
     Each kind of operation on tensors costs 20 microseconds here, cold behind a whole window, and
-    what it works on next to nothing: so they are few, and the weights are kept from window to
-    window.
+    what it works on next to nothing: so they are few, and the weights are made before.
 
     Args:
         before: Of shape ``(2 * channels,)``.
@@ -322,40 +320,11 @@ def _moved(
         momenta: Of each layer.
         channels: Of each mean, and then of each variance.
     """
-    counts = tuple(map(tuple, calls.counts))
-    weights = _weights(counts, tuple(momenta), tuple(channels), before.dtype)
-    weights = weights.to(before.device, non_blocking=True)
-    rows, left = len(counts), torch.stack(calls.rows)
-    pooled = (left * weights[:rows]).sum(0)
-    off = (left - pooled).square_().mul_(weights[rows:-1]).sum(0)
-    means = len(before) // 2
-    pooled[means:] += off[:means]
-    return before.lerp(pooled, weights[-1])
-
-
-@functools.lru_cache(maxsize=8)  # Windows are cut alike, and a short last one in its own way.
-def _weights(
-    counts: tuple[tuple[int, ...], ...],
-    momenta: tuple[float, ...],
-    channels: tuple[int, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return what pooling multiplies by, of shape ``(2 * micro-batches + 1, 2 * channels)``.
-
-    In its rows: for each micro-batch the weights of what it left; for each, those of how far its
-    mean is off, which only variances have; and the momenta.
-
-    Args:
-        counts: Of each micro-batch, values of a channel in each layer.
-        momenta: Of each layer.
-        channels: Of each mean, and then of each variance.
-        dtype: Of the statistics.
-    """
-    totals = list(map(sum, zip(*counts, strict=True)))
+    totals = list(map(sum, zip(*calls.counts, strict=True)))
     none = [0.0] * len(totals)
-    inside, between = [], []
-    for row in counts:
-        pairs = list(zip(row, totals, strict=True))
+    inside, between = [], []  # The weights of what each left, and of how far its mean is off.
+    for counts in calls.counts:
+        pairs = list(zip(counts, totals, strict=True))
         shares = [n / max(total, 1) for n, total in pairs]
         inside.append(shares + [max(n - 1, 0) / max(total - 1, 1) for n, total in pairs])
         between.append([n / max(total - 1, 1) for n, total in pairs] + none)
@@ -364,7 +333,13 @@ def _weights(
         m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
     ]
     by_channel = np.repeat([*inside, *between, own], channels, axis=1)
-    return torch.from_numpy(by_channel).to(dtype)
+    weights = torch.from_numpy(by_channel).to(before)
+    rows, left = len(inside), torch.stack(calls.rows)
+    pooled = (left * weights[:rows]).sum(0)
+    off = (left - pooled).square_().mul_(weights[rows:-1]).sum(0)
+    means = len(before) // 2
+    pooled[means:] += off[:means]
+    return before.lerp(pooled, weights[-1])
 
 
 def _momentum(layer: _BatchNorm, remaining: int) -> float:
