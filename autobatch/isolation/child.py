@@ -9,12 +9,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, cast
 
-import cloudpickle
-
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import DeviceLostError
 from autobatch.events import Event, TrialEnded, TrialStarted
 from autobatch.isolation.wire import Message, Raised, Returned, Told, unpacked
+from autobatch.pickling import cloudpickle
 from autobatch.results import Verdict
 
 # First the parent's own path; and Ctrl-C, which a terminal sends to both, is the parent's affair.
@@ -52,7 +51,7 @@ class _Teller:
         self.send(Told(event=event))
 
     def send(self, message: Message) -> None:
-        self._channel.send_bytes(cloudpickle.dumps(message))
+        self._channel.send_bytes(cloudpickle().dumps(message))
 
 
 def _answer(known: bytes, content: bytes, teller: _Teller) -> Message:

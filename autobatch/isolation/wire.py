@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any, Final
 
-import cloudpickle
 import torch
 
 from autobatch.errors import AutobatchError
 from autobatch.events import Event
+from autobatch.pickling import cloudpickle
 
 _DEPTH: Final = 12  # How far into an argument the part that cannot be sent is sought.
 
@@ -78,7 +78,7 @@ def _pickled_error(error: BaseException) -> bytes | None:
     """Return an error as bytes, or None if no form of it arrives."""
     for form in (error, _Bare(error)):
         with suppress(Exception):  # A user's error may hold anything.
-            content: bytes = cloudpickle.dumps(form)
+            content: bytes = cloudpickle().dumps(form)
             pickle.loads(content)
             return content
     return None
@@ -130,7 +130,7 @@ def unpacked(content: bytes) -> object:
 def _packed(value: object) -> memoryview:
     buffer = io.BytesIO()
     # Torch's own format keeps one copy of memory that tensors share.
-    torch.save(value, buffer, cloudpickle, pickle.HIGHEST_PROTOCOL)
+    torch.save(value, buffer, cloudpickle(), pickle.HIGHEST_PROTOCOL)
     return buffer.getbuffer()
 
 

@@ -13,12 +13,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.commands.vision import import_torchvision
+from autobatch.pickling import cloudpickle
 from autobatch.prediction import fakecuda
 from autobatch.prediction.orders import Answer, Order
 from autobatch.prediction.trace import Program, Recorder, Trace, record
@@ -72,7 +72,7 @@ def _sendable(work: Callable[[], Answer]) -> bytes:
         failure = error
         failure.add_note(f"In the process that traced it:\n{traceback.format_exc()}")
     try:
-        content = cloudpickle.dumps(failure)
+        content = cloudpickle().dumps(failure)
         pickle.loads(content)  # Some errors can be written, and not read.
         return bytes(content)
     except Exception:  # noqa: BLE001

@@ -4,6 +4,7 @@ Programs are sent by cloudpickle, so a script needs no main guard; what lies on 
 as shapes.
 """
 
+import functools
 import io
 import os
 import pickle
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import cloudpickle
 from torch import Tensor, nn
 
 from autobatch.errors import AutobatchError
+from autobatch.pickling import cloudpickle
 from autobatch.prediction.trace import Program, Trace
 
 _TAIL: Final = 2000  # Characters of what the child said last.
@@ -60,7 +61,8 @@ def packed(program: Program, on_device: Iterable[Tensor]) -> bytes:
         TypeError: If something in it cannot be sent to another process.
     """
     stream = io.BytesIO()
-    packer = _Packer(stream, {id(tensor) for tensor in on_device})
+    packer = cloudpickle().Pickler(stream)
+    packer.persistent_id = functools.partial(_as_shape, {id(tensor) for tensor in on_device})
     try:
         packer.dump(program)
     except Exception as error:
@@ -102,17 +104,10 @@ def traced(orders: Sequence[Order]) -> Answer:
     return answer
 
 
-class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is not typed.
-    """Puts what is on the device down as its shape."""
-
-    def __init__(self, stream: io.BytesIO, on_device: set[int]) -> None:
-        super().__init__(stream)
-        self._on_device = on_device
-
-    def persistent_id(self, value: object) -> tuple[Any, ...] | None:
-        """Return how to make a tensor like ``value``, or None where it is pickled."""
-        if not isinstance(value, Tensor) or not (id(value) in self._on_device or value.is_cuda):
-            return None
-        shape, dtype = tuple(value.shape), value.dtype
-        is_parameter = isinstance(value, nn.Parameter)
-        return id(value), shape, value.stride(), dtype, value.requires_grad, is_parameter
+def _as_shape(on_device: set[int], value: object) -> tuple[Any, ...] | None:
+    """Return how to make a tensor like ``value``, or None where it is pickled."""
+    if not isinstance(value, Tensor) or not (id(value) in on_device or value.is_cuda):
+        return None
+    shape, dtype = tuple(value.shape), value.dtype
+    is_parameter = isinstance(value, nn.Parameter)
+    return id(value), shape, value.stride(), dtype, value.requires_grad, is_parameter
