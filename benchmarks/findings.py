@@ -26,7 +26,7 @@ class Findings:
         quick: Only to see that it works; the figures mean nothing.
         tables: Rows by title, each as the columns' names and values.
         cases: The same and more.
-        left_out: Cases that were not measured for want of time.
+        left_out: Cases that were not measured, and why.
     """
 
     device: torch.device
@@ -42,7 +42,7 @@ class Findings:
             if time.monotonic() < self.deadline:
                 yield name, case
             else:
-                self.left_out.append(name)
+                self.left_out.append(f"{name}: no time")
 
     def add(self, table: str, row: Fields, **more: object) -> None:
         """Note one case: a row that is shown, and what is only written."""
@@ -51,7 +51,7 @@ class Findings:
 
     def __str__(self) -> str:
         tables = [f"{title}\n\n{table_text(rows)}\n" for title, rows in self.tables.items()]
-        return "\n".join([*tables, *(f"LEFT OUT, no time: {name}" for name in self.left_out)])
+        return "\n".join([*tables, *(f"LEFT OUT: {name}" for name in self.left_out)])
 
 
 def table_text(rows: list[Fields]) -> str:

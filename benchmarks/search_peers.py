@@ -43,9 +43,16 @@ def installed() -> list[str]:
     with suppress(ImportError):
         import_torchvision()  # Lightning imports it; beside a CPU build it needs our detour.
     with silence():
-        for name in found:
-            importlib.import_module(PEERS[name][0])
-    return found
+        return [name for name in found if _imports(PEERS[name][0])]
+
+
+def _imports(package: str) -> bool:
+    """Whether it is not only there, but whole."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
 
 
 def largest_by_doubling(fits: Callable[[int], bool], ceiling: int) -> int:

@@ -109,7 +109,9 @@ def packed(task: Callable[..., object]) -> memoryview:
 
     Raises:
         TypeError: If part of it cannot be sent; the argument is named.
+        AutobatchError: If cloudpickle is not installed.
     """
+    cloudpickle()
     try:
         return _packed(task)
     except Exception as error:  # noqa: BLE001  # Pickling runs code of the user's.
