@@ -1,6 +1,10 @@
 """The promises, on a real GPU: its own out-of-memory, allocator, generators and driver."""
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autobatch import (
     Accumulator,
     DoesNotFitError,
+    SearchOptions,
     TrainingResult,
     Verdict,
     check,
@@ -337,3 +342,64 @@ def test_nvml_and_torch_agree_on_the_device_by_uuid() -> None:
     assert seen.name == properties.name
     assert seen.total_bytes is not None
     assert abs(seen.total_bytes - properties.total_memory) < 0.05 * properties.total_memory
+
+
+@pytest.mark.parametrize("gib", [1, 3])
+def test_what_the_bound_rules_out_does_not_fit(gib: int) -> None:
+    memory_limit = limit(gib * GIB)
+    model, options = net(), SearchOptions(confirm="failed")
+    find = functools.partial(
+        find_batch_size, model, many(4096), ceiling=4096, optimizer=ADAM, memory_limit=memory_limit
+    )
+    found, proved = find(), find(search=options)
+    assert proved.upper.reason == "ran out"
+    assert found.size >= 0.99 * proved.size
+    assert sum(not trial.fits for trial in found.trials) <= 2
+    assert len(found.trials) <= 6
+
+
+def test_phases_are_read_and_their_peaks_are_the_trial_s() -> None:
+    trial = check(net(), images(), 32, optimizer=ADAM)
+    assert len(trial.phases) == 3
+    assert max(phase.peak_bytes for phase in trial.phases) == trial.peak_bytes
+
+
+def test_a_forward_pass_holds_more_than_a_step() -> None:
+    memory_limit = limit(GIB)
+    trained = find_batch_size(net(), many(4096), optimizer=ADAM, memory_limit=memory_limit)
+    inferred = find_batch_size(net(), many(4096), mode="inference", memory_limit=memory_limit)
+    assert inferred.size > trained.size
+
+
+def test_the_fastest_is_timed_on_the_gpu() -> None:
+    result = find_and_train(
+        net(), many(512), 256, prefer="fastest", max_steps=2, memory_limit=limit(GIB),
+        progress=False,
+    )  # fmt: skip
+    assert len(result.search.speeds) > 1
+    assert result.plan.tolerable == result.search.fastest
+
+
+def test_we_are_not_named_among_the_others() -> None:
+    torch.ones(2**20, device="cuda")
+    assert os.getpid() not in {other.pid for other in device().others()}
+
+
+def test_isolated_the_search_leaves_this_process_without_a_context() -> None:
+    script = """
+        import torch
+        from torch import nn
+        from autobatch import SearchOptions, find_batch_size
+        found = find_batch_size(
+            nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)),
+            (torch.randn(4096, 1024), torch.randint(0, 8, (4096,))),
+            device="cuda",
+            search=SearchOptions(isolate=True),
+        )
+        print(found.size, torch.cuda.is_initialized())
+    """
+    pytest.importorskip("cloudpickle")
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["4096", "False"]
