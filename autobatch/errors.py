@@ -69,6 +69,8 @@ class DoesNotFitError(AutobatchError):
 
     def __str__(self) -> str:
         where = "here" if self.limit_bytes is None else f"in {format_bytes(self.limit_bytes)}"
+        if self.limit_bytes is not None and self.limit_bytes <= 0:
+            where = f"where {format_bytes(-self.limit_bytes)} more are held already than allowed"
         said = f"; the last failure said: {self.message}" if self.message else ""
         missing = self.breakdown.missing_bytes if self.breakdown else 0
         more = f": it needs at least {format_bytes(missing)} more" if missing else ""

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutErro
 from autobatch.events import Event, SearchEnded, SearchStarted, TrialEnded, TrialStarted
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import SearchOptions
-from autobatch.results import OtherProcess, SearchResult, Upper, Verdict
+from autobatch.results import OtherProcess, SearchResult, Trial, Upper, Verdict
 
 MIB = 2**20
 LIMIT = 1000 * MIB
@@ -340,6 +340,13 @@ def test_a_search_whose_time_is_over_says_what_has_run(machine: Machine) -> None
     with pytest.raises(SearchTimeoutError, match="budget_seconds=2: 4 has run") as caught:
         machine.largest(budget_seconds=2)
     assert caught.value.size == 4
+
+
+def test_what_earlier_processes_took_is_off_the_budget(machine: Machine) -> None:
+    ran = Trial(size=4, fits=True, seconds=1.5)
+    finder = replace(machine.finder(budget_seconds=1), history=(ran,))
+    with pytest.raises(SearchTimeoutError, match="4 has run"):
+        search(finder)
 
 
 def test_a_lost_device_ends_the_search_with_what_had_run() -> None:

@@ -76,7 +76,8 @@ class Finder:
             SearchTimeoutError: If the time was over before the answer was known.
             DeviceLostError: If the device was lost.
         """
-        began, ceiling = time.monotonic(), candidates[-1]
+        ceiling = candidates[-1]
+        began = time.monotonic() - sum(trial.seconds for trial in self.history)
         failed = self._make_optimizer_state(candidates[:2])
         search = Search(
             candidates,
