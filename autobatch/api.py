@@ -358,7 +358,8 @@ def _train(
         find = functools.partial(
             find_useful,
             window=window,
-            prefer=prefer,
+            # The checkpoint's own size stays where it fits: it need not be timed again.
+            prefer=prefer if course.saved is None else "largest",
             search=search,
             reason="ceiling" if window == course.desired else "data",
         )

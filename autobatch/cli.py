@@ -342,7 +342,7 @@ def exit_code(error: BaseException) -> ExitCode:
 def _explained(error: BaseException, journal: Journal) -> str:
     """Say what ended the command, and what was done until then."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted {journal}"
+        return f"interrupted {journal}" + f"; {error}" * bool(str(error))
     done = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
     if journal.training is not None:
         done += f"\nit happened {journal}"

@@ -54,6 +54,8 @@ def find_largest(
             hold is put back as far as it is one of these kinds of torch's. Gradients of the modules
             are let go between trials, and those that there were are put back. Arrays of NumPy and
             what a closure holds are not put back.
+            On the CPU only what is named here, or made by an operation, is counted: name weights
+            that ``run`` reads as well.
         device: Whose memory counts; None is where the first tensor of ``state`` is, or a GPU if it
             is on the CPU and there is one. Nothing is moved.
         memory_limit: As for ``find_and_train``.

@@ -169,3 +169,14 @@ def test_what_a_card_can_do_follows_from_its_compute_capability(
     gpu = find_gpu(name)
     assert gpu.workspace_bytes == workspace_bytes
     assert gpu.bf16 == gpu.flash == able
+
+
+@pytest.mark.parametrize("asked", ["RTX 2080", "RTX 3080 12GB", "3070 Super"])
+def test_a_card_is_not_taken_for_its_ti_or_super(asked: str) -> None:
+    with pytest.raises(ValueError, match="no GPU in the catalogue"):
+        find_gpu(asked)
+
+
+@pytest.mark.parametrize("asked", ["24GiB", " 24 gib", "24576MiB"])
+def test_a_size_is_a_gpu_of_that_size(asked: str) -> None:
+    assert find_gpu(asked).capacity_bytes == 24 * 2**30

@@ -23,7 +23,7 @@ def test_a_code_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_there_is_code_for_each_way_in() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for name in ("find_and_train", "find_batch_size", "check", "Accumulator"):
         assert any(f"{name}(" in block for block in BLOCKS)
 

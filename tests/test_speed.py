@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from test_results import SEARCH
 from torch import Tensor, nn
 
 import autobatch.searching
-from autobatch import find_and_train
+from autobatch import TrainingResult, find_and_train
 from autobatch.devices.base import MemoryDevice
 from autobatch.events import Event, SizesTimed, TrainingStarted
 from autobatch.plan import useful_sizes
@@ -183,6 +184,30 @@ def test_the_fastest_is_found_without_a_trace() -> None:
     if fast.plan == plain.plan:
         assert fast.losses == plain.losses
     assert fast.steps == plain.steps == 4
+
+
+def test_a_resumed_training_keeps_its_size_and_times_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(
+        _rehearsal: object, _device: MemoryDevice, windows: dict[int, Sequence[int]], _: object
+    ) -> tuple[Speed, ...]:
+        rates = {size: 400.0 if size == 16 else 100.0 for size in windows}
+        return tuple(Speed(size=n, examples_per_second=r, windows=3) for n, r in rates.items())
+
+    def trained(epochs: int) -> TrainingResult:
+        torch.manual_seed(0)
+        return find_and_train(
+            nn.Linear(4, 3), data(), desired=64, prefer="fastest", epochs=epochs, seed=1,
+            checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+
+    monkeypatch.setattr(autobatch.searching, "speeds", measured)
+    assert trained(1).plan.micro_batch_sizes == (16,) * 4
+    monkeypatch.setattr(autobatch.searching, "speeds", None)  # Not to be asked.
+    resumed = trained(2)
+    assert resumed.plan.micro_batch_sizes == (16,) * 4
+    assert not any("preferred" in note for note in resumed.notes)
 
 
 def test_what_is_to_be_preferred_is_checked() -> None:

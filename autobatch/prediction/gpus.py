@@ -30,6 +30,9 @@ _HELD_BACK_FRACTION: Final = 0.016
 # Words of a name that tell no two cards apart.
 _FILLERS: Final = re.compile("nvidia|geforce|tesla|rtx|generation|gpu")
 
+_VARIANTS: Final = {"ti", "super"}  # Another card than the one without the word.
+_SIZE: Final = re.compile(r"\s*\d+(?:\.\d+)?\s*[kmgt]i?b\s*", re.IGNORECASE)
+
 # Where a capacity was read, as it stands there: in logs that many public repositories hold. Both
 # programs print cudaDeviceProp.totalGlobalMem in MiB.
 _TORCH: Final = "torch.cuda.get_device_properties: major={}, minor={}, total_memory={}MB"
@@ -96,13 +99,17 @@ def find_gpu(name: str) -> Gpu:
 
     Case, punctuation, maker and order do not matter: ``"4090"``, ``"nvidia-geforce-rtx-4090"`` and
     what ``torch.cuda.get_device_name`` says are the same card. A part of a name will do if it
-    belongs to one card only; a whole name wins over longer ones (``"A10"`` is not the A10G).
+    belongs to one card only; a whole name wins over longer ones (``"A10"`` is not the A10G), and
+    without the word a Ti is not meant. A size such as ``"24GiB"`` is ``custom_gpu``.
 
     Raises:
         ValueError: If no card has that name, or several do.
     """
+    if _SIZE.fullmatch(name):
+        return custom_gpu(name)
     asked = _words(name)
-    found = [gpu for gpu in CATALOGUE if asked and asked <= _words(f"{gpu.name} {gpu.also}")]
+    meant = [gpu for gpu in CATALOGUE if _VARIANTS & _words(gpu.name) <= asked]
+    found = [gpu for gpu in meant if asked and asked <= _words(f"{gpu.name} {gpu.also}")]
     whole = [gpu for gpu in found if _words(gpu.name) <= asked]
     if len(whole or found) == 1:
         return (whole or found)[0]

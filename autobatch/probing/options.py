@@ -22,7 +22,8 @@ class SearchOptions:
             in them: 256 by 100 in eights is 88 + 88 + 80. The undivided batch is tried as it is.
         timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
             at between micro-batches, so a trial that never returns is not ended, unless it is
-            isolated. The first step of all, which may load kernels and compile, is not timed.
+            isolated: then its process is, after twice as long. The first step of all, which may
+            load kernels and compile, is not timed.
         budget_seconds: No trial begins later; None sets no end.
         worst_case: What trials repeat. ``"longest"``: the longest example of the first batch or, if
             a Dataset or a DataLoader without workers has longer ones, of some that are looked at.
