@@ -99,7 +99,7 @@ def check(machine: Machine, limit_bytes: int, search: Hunt = hunt, **options: An
         assert upper == (Upper(reason="ran out", size=beyond[0]) if beyond else AT_THE_CEILING)
         assert set(beyond) <= set(machine.tried), "more was not tried"
     bisection = math.ceil(math.log2(len(candidates) + 1))
-    assert len(machine.tried) <= bisection + FEW + leaps(candidates)
+    assert len(machine.tried) <= bisection + FEW + leaps(candidates) + ("prior" in options)
     return upper
 
 
@@ -308,6 +308,92 @@ def test_curves_of_several_phases_take_four_trials_or_fewer(seed: int) -> None:
     assert statistics.median(trials) <= 4
     assert statistics.median(failures) == 0
     assert statistics.fmean(failures) <= 0.5
+
+
+def curves_of(*curves: tuple[int, int, int]) -> Callable[[int], tuple[Phase, ...]]:
+    """Phases of ``constant + slope * size + bend * size**2`` bytes."""
+    return lambda size: tuple(
+        Phase(floor_bytes=c // 2, peak_bytes=c + slope * size + bend * size**2)
+        for c, slope, bend in curves
+    )
+
+
+@drawn
+@given(
+    machine=machines(),
+    phases=st.lists(
+        st.tuples(st.integers(0, 10**9), st.integers(10**5, 10**8), st.sampled_from([0, 0, 7])),
+        min_size=1,
+        max_size=3,
+    ).map(lambda curves: curves_of(*curves)),
+    prior=st.integers(0, 2 * 10**6) | st.integers(0, 400),
+    error=st.none() | st.floats(0.8, 1.2),
+    confirm=st.sampled_from(["extrapolated", "failed"]),
+    slack_bytes=st.sampled_from([0, 2**21]),
+)
+def test_a_prior_right_or_wrong_costs_at_most_one_trial(
+    machine: Machine,
+    phases: Callable[[int], tuple[Phase, ...]],
+    prior: int,
+    error: float | None,
+    confirm: str,
+    slack_bytes: int,
+) -> None:
+    """Drawn from anywhere, or near the answer."""
+    machine.phases = phases
+    limit_bytes = max(one.peak_bytes for one in phases(machine.largest))
+    if error is not None:
+        prior = int(error * machine.largest)
+    guided = Machine(machine.candidates, machine.largest, phases)
+    options: dict[str, Any] = {"confirm": confirm, "slack_bytes": slack_bytes}
+    without = hunt(machine.candidates, machine.attempt, limit_bytes=limit_bytes, **options)
+    found = hunt(guided.candidates, guided.attempt, limit_bytes=limit_bytes, prior=prior, **options)
+    assert found[0] == without[0] == expected(machine)
+    assert len(guided.tried) <= len(machine.tried) + 1
+
+
+@pytest.mark.parametrize("kind", READINGS)
+@drawn
+@given(machine=machines(), slope=st.integers(1, 10**6), prior=st.integers(0, 2 * 10**6))
+def test_whatever_is_read_a_search_with_a_prior_is_right(
+    kind: str, machine: Machine, slope: int, prior: int
+) -> None:
+    machine.phases = lambda size: phase(READINGS[kind](size, slope))
+    check(machine, READINGS[kind](machine.largest, slope), prior=prior)
+
+
+@pytest.mark.parametrize(
+    ("prior", "tried"),
+    [
+        (None, [4, 11, 96]),
+        (96, [4, 96]),
+        (80, [4, 80, 96]),
+        (120, [4, 120, 11, 96]),
+        (97, [4, 97, 11, 96]),
+        (5, [4, 11, 96]),  # What 4 read leaves room for 11.
+        (0, [4, 11, 96]),
+        (10**9, [4, 256, 11, 96]),
+    ],
+)
+def test_a_known_search_with_a_prior(prior: int | None, tried: list[int]) -> None:
+    """The first is what there is without one."""
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    upper = check(machine, 14_600, prior=prior)
+    assert machine.tried == tried
+    following = Upper(reason="extrapolated", size=97, bytes=14_700)
+    assert upper == (Upper(reason="ran out", size=97) if prior == 97 else following)
+
+
+def test_a_prior_above_the_ceiling_is_the_ceiling() -> None:
+    machine = Machine(range(1, 65), 64, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    assert check(machine, 14_600, prior=1000) == AT_THE_CEILING
+    assert machine.tried == [4, 64]
+
+
+def test_where_nothing_is_read_a_prior_is_tried_before_the_sizes_double() -> None:
+    machine = Machine(range(1, 1025), 20)
+    check(machine, limit_bytes=10**9, prior=20)
+    assert machine.tried == [4, 20, 40, 26, 22, 21]
 
 
 def test_a_size_that_is_tried_again_has_its_last_word() -> None:

@@ -49,8 +49,8 @@ class Search:
 
     What is returned ran. Under one limit no candidate is asked for twice by ``next``, none is more
     than 64 times what has run (where candidates lie that close), and at most
-    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for each such leap that
-    ran.
+    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for a prior, and for each
+    such leap that ran.
 
     Args:
         candidates: Ascending, without repeats.
@@ -60,6 +60,9 @@ class Search:
             larger candidate is always tried.
         undivided: The candidate that is the whole logical batch: it has no later micro-batches.
         spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
+        prior: A first guess of the answer. The first size is tried before it; where what that one
+            read leaves room for more, the guess is too small, and is not tried. A wrong one costs a
+            trial.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Search:
         confirm: Confirm = "extrapolated",
         undivided: int | None = None,
         spared_bytes: Callable[[int], int] = lambda _: 0,
+        prior: int | None = None,
     ) -> None:
         self.limit_bytes = limit_bytes
         self._candidates = candidates
@@ -78,6 +82,7 @@ class Search:
         self._confirm = confirm
         self._undivided = undivided
         self._spared_bytes = spared_bytes
+        self._prior = prior
         self._budget = self._most_trials()
         self._outcomes: dict[int, Outcome] = {}  # By size; of one that was repeated, the last.
         self._good, self._bad = -1, len(candidates)  # Positions: seen to fit; to fail, or the end.
@@ -120,7 +125,9 @@ class Search:
     def learn(self, size: int, outcome: Outcome) -> None:
         """Take note of a trial; of a candidate that was tried before, it is the last word."""
         position = bisect.bisect_left(self._candidates, size)
-        if not (outcome.fits and position == self._farthest()):  # A leap that ran costs nothing.
+        # A leap that ran costs nothing, nor does a prior: it is tried beside all others.
+        leapt = outcome.fits and position == self._farthest()
+        if not (leapt or position == self._presumed()):
             self._budget -= 1
         self._outcomes[size] = outcome
         self._find_bracket()
@@ -189,6 +196,7 @@ class Search:
         """The next position to try, always inside the bracket."""
         bisects = self._budget <= math.ceil(math.log2(self._bad - self._good))
         wanted = (self._good + self._bad) // 2 if bisects else self._hint()
+        wanted = max(wanted, self._presumed())
         position = min(max(min(wanted, self._farthest()), self._good + 1), self._bad - 1)
         # One example last: a model may refuse it for a reason of its own, as BatchNorm does.
         alone = self._candidates[position] == 1 and self._bad > 1
@@ -198,6 +206,12 @@ class Search:
         """The last position that what has run is a measure of."""
         return bisect.bisect_right(self._candidates, _STRETCH * (self.size or _FIRST)) - 1
 
+    def _presumed(self) -> int:
+        """The prior's position, or as far towards it as may be gone; -1 unless one size has run."""
+        if self._prior is None or self._good < 0 or len(self._outcomes) > 1:
+            return -1
+        return min(bisect.bisect_right(self._candidates, self._prior) - 1, self._farthest())
+
     def _hint(self) -> int:
         candidates, untried = self._candidates, self._bad == len(self._candidates)
         middle = (self._good + self._bad) // 2
@@ -205,7 +219,8 @@ class Search:
             return bisect.bisect_right(candidates, _FIRST) - 1 if untried else middle
         if self._is_read():
             inside = self._last_inside()
-            return inside if untried else min(inside, middle)
+            foreseen = untried or self._read_at(candidates[self._bad]) > self.limit_bytes
+            return inside if foreseen else min(inside, middle)
         # Nothing to go by: double, then a third of the way. A size that is too large costs time,
         # host memory for its batch, and a failure.
         size, doubled = self.size, 2 * self.size
