@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from autobatch import (
     DeviceLostError,
     DoesNotFitError,
+    SearchOptions,
+    SearchResult,
     Verdict,
     check,
     find_batch_size,
@@ -138,6 +140,22 @@ def test_under_any_limit_the_next_larger_size_does_not_fit(limit_kib: int, adam:
         above = check(model, data, found.size + 1, optimizer=optimizer, memory_limit=limit)
         assert above.failure is Verdict.OUT_OF_MEMORY
         assert above.peak_bytes is None
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5, 0.9, 1.0, 1.1, 1000.0])
+def test_a_first_guess_changes_no_answer_and_costs_at_most_a_trial(error: float) -> None:
+    def find(prior: int | None) -> SearchResult:
+        return find_batch_size(
+            Mlp(), images(300), memory_limit="200KiB", search=SearchOptions(prior=prior)
+        )
+
+    plain = find(None)
+    guided = find(int(error * plain.size))
+    assert (guided.size, guided.ceiling) == (plain.size, 300)
+    assert 4 < guided.size < 300
+    assert len(guided.trials) <= len(plain.trials) + 1
+    if error == 1:
+        assert [trial.size for trial in guided.trials] == [4, plain.size]
 
 
 def test_a_reported_peak_is_the_largest_of_the_first_five_training_windows() -> None:

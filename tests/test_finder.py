@@ -153,6 +153,34 @@ def test_a_proof_by_failure_is_followed_by_the_size_once_more() -> None:
     ]
 
 
+@dataclass(frozen=True)
+class Guess:
+    """As a prediction says it; the number need not be an ``int``."""
+
+    tolerable: Any
+
+
+@pytest.mark.parametrize(
+    ("prior", "sizes"),
+    [
+        (90, [4, 90]),
+        (torch.tensor(90), [4, 90]),
+        (Guess(90), [4, 90]),
+        (Guess(0), [4, 90]),
+        (5, [4, 90]),
+        (100, [4, 100, 90]),
+        (10**6, [4, 256, 90]),
+    ],
+)
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_prior_is_tried_after_a_small_size(prior: Any, sizes: list[int], is_exact: bool) -> None:
+    machine = Machine(is_exact=is_exact)
+    found = machine.largest(prior=prior)
+    assert [trial.size for trial in found.trials] == sizes
+    assert (found.size, found.upper.reason) == (90, "extrapolated")
+    assert machine.ran == [2, *sizes]
+
+
 def test_on_a_real_device_the_last_failure_is_repeated_once() -> None:
     found = Machine().largest(confirm="failed")
     assert [(trial.size, trial.fits, trial.repeated) for trial in found.trials][2:] == [
@@ -448,6 +476,12 @@ def test_only_multiples_are_candidates(multiple_of: int) -> None:
         ("timeout_seconds", float("nan"), ValueError, "timeout_seconds must be above 0, got nan"),
         ("budget_seconds", "1 min", TypeError, "budget_seconds must be a number .* '1 min'"),
         ("budget_seconds", True, TypeError, "budget_seconds must be a number"),
+        ("prior", -1, ValueError, "prior must be at least 0, got -1"),
+        ("prior", True, TypeError, "prior must be an integer, a Prediction or None, got True"),
+        ("prior", "90", TypeError, "prior must be an integer, .* got '90'"),
+        ("prior", 1.5, TypeError, "prior must be an integer, .* got 1.5"),
+        ("prior", Guess(None), TypeError, r"prior must be .*, got Guess\(tolerable=None\)"),
+        ("prior", Guess(-3), ValueError, "prior must be at least 0, got -3"),
     ],
 )
 def test_bad_options_are_refused(

@@ -9,7 +9,7 @@ import torch
 from states import fingerprint
 from torch import nn
 
-from autobatch import BatchPlan, DoesNotFitError, predict
+from autobatch import BatchPlan, DoesNotFitError, SearchOptions, predict
 from autobatch.prediction import child, fakecuda
 from autobatch.prediction import predict as module
 from autobatch.prediction.gpus import Gpu, custom_gpu
@@ -78,6 +78,10 @@ def test_several_gpus_are_predicted_from_the_same_traces(found: Prediction) -> N
     assert turing.gpu.name == "T4"
     assert "bf16" not in {what_if.change for what_if in turing.what_ifs}
     assert small.peak_bytes(5) == found.peak_bytes(5)
+
+
+def test_a_search_takes_the_safe_end_as_its_first_guess(found: Prediction) -> None:
+    assert SearchOptions(prior=found).prior_size == found.tolerable
 
 
 def test_it_prints_what_matters(found: Prediction) -> None:

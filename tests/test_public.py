@@ -64,6 +64,7 @@ SIGNATURES = {
     ],
     "SearchOptions": [
         *["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case", "isolate"],
+        "prior",
     ],
     "Shared": ["value"],
     "WholeBatch": ["loss"],

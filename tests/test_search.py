@@ -99,7 +99,7 @@ def check(machine: Machine, limit_bytes: int, search: Hunt = hunt, **options: An
         assert upper == (Upper(reason="ran out", size=beyond[0]) if beyond else AT_THE_CEILING)
         assert set(beyond) <= set(machine.tried), "more was not tried"
     bisection = math.ceil(math.log2(len(candidates) + 1))
-    assert len(machine.tried) <= bisection + FEW + leaps(candidates) + ("prior" in options)
+    assert len(machine.tried) <= bisection + FEW + leaps(candidates)
     return upper
 
 
@@ -330,6 +330,7 @@ def curves_of(*curves: tuple[int, int, int]) -> Callable[[int], tuple[Phase, ...
     error=st.none() | st.floats(0.8, 1.2),
     confirm=st.sampled_from(["extrapolated", "failed"]),
     slack_bytes=st.sampled_from([0, 2**21]),
+    explained=st.booleans(),
 )
 def test_a_prior_right_or_wrong_costs_at_most_one_trial(
     machine: Machine,
@@ -338,13 +339,14 @@ def test_a_prior_right_or_wrong_costs_at_most_one_trial(
     error: float | None,
     confirm: str,
     slack_bytes: int,
+    explained: bool,
 ) -> None:
     """Drawn from anywhere, or near the answer."""
-    machine.phases = phases
+    machine.phases, machine.explained = phases, explained
     limit_bytes = max(one.peak_bytes for one in phases(machine.largest))
     if error is not None:
         prior = int(error * machine.largest)
-    guided = Machine(machine.candidates, machine.largest, phases)
+    guided = Machine(machine.candidates, machine.largest, phases, explained)
     options: dict[str, Any] = {"confirm": confirm, "slack_bytes": slack_bytes}
     without = hunt(machine.candidates, machine.attempt, limit_bytes=limit_bytes, **options)
     found = hunt(guided.candidates, guided.attempt, limit_bytes=limit_bytes, prior=prior, **options)
@@ -448,7 +450,7 @@ def test_without_readings_the_sizes_double_at_first() -> None:
 
 
 def test_a_failure_that_the_readings_do_not_explain_ends_the_trust_in_them() -> None:
-    """From the bend on they say that 528 is the last. Doubted, a third of the way is tried."""
+    """Doubted, a third of the way is tried, until they say themselves that 800 is too much."""
 
     def bent(size: int) -> tuple[Phase, ...]:
         return phase(1000 + size + max(size - 256, 0))
@@ -458,7 +460,10 @@ def test_a_failure_that_the_readings_do_not_explain_ends_the_trust_in_them() -> 
     assert trusted.tried == [4, 256, 800, (256 + 800) // 2]
     doubted = Machine(range(1, 1025), 600, bent, explained=False)
     check(doubted, limit_bytes=1800)
-    assert doubted.tried[:5] == [4, 256, 800, 256 + (800 - 256) // 3, 437 + (800 - 437) // 3]
+    assert doubted.tried[:5] == [4, 256, 800, 256 + (800 - 256) // 3, 528]
+    walled = Machine(range(1, 1025), 600, lambda size: phase(1000 + size), explained=False)
+    check(walled, limit_bytes=10**9)
+    assert walled.tried[:5] == [4, 256, 1024, 256 + (1024 - 256) // 3, 512 + (1024 - 512) // 3]
 
 
 def test_host_memory_is_not_asked_for_a_million_examples_after_a_hundred_ran() -> None:

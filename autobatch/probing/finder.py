@@ -86,6 +86,7 @@ class Finder:
             confirm=self.options.confirm,
             undivided=ceiling if len(windows(ceiling)) == 1 else None,
             spared_bytes=spared_bytes,
+            prior=self.options.prior_size,
         )
         others = self.device.others()
         self.observer(

@@ -1,14 +1,24 @@
 """How a search is to be made: the user's options, checked before anything is touched."""
 
 import math
+import operator
 from dataclasses import dataclass
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 
 from autobatch.batches.worst import WorstCase, check_worst_case
 from autobatch.plan import check_size
 from autobatch.probing.search import Confirm
 
 _CONFIRM: Final = get_args(Confirm)
+
+
+class HasTolerable(Protocol):
+    """What knows a tolerable batch before it is searched for, as a prediction does."""
+
+    @property
+    def tolerable(self) -> int:
+        """Examples; 0 where not even one is expected to fit."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +41,9 @@ class SearchOptions:
         isolate: Trials run in a process of their own, which takes some seconds to start. Here
             nothing is touched, and no GPU is. A size at which that process dies, loses its device
             or never returns is not tolerable, and the search goes on in a fresh one.
+        prior: A first guess of the answer, in examples: a number, or a prediction for the device at
+            hand, of which the safe end counts. It is tried after one small size, unless that has
+            shown that more fits; a wrong one costs a trial. None guesses from the small size.
 
     Raises:
         TypeError, ValueError: With the value that came and the way out.
@@ -42,6 +55,7 @@ class SearchOptions:
     budget_seconds: float | None = None
     worst_case: WorstCase = "longest"
     isolate: bool = False
+    prior: int | HasTolerable | None = None
 
     def __post_init__(self) -> None:
         if self.confirm not in _CONFIRM:
@@ -52,6 +66,13 @@ class SearchOptions:
         check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        # The number alone: an isolated search is sent its options, and a prediction holds a model.
+        object.__setattr__(self, "prior", _prior_size(self.prior))
+
+    @property
+    def prior_size(self) -> int | None:
+        """The first guess, in examples."""
+        return _prior_size(self.prior)
 
     @property
     def patience_seconds(self) -> float | None:
@@ -78,6 +99,20 @@ def check_search(search: object) -> None:
     """
     if not isinstance(search, SearchOptions):
         raise TypeError(f"search must be SearchOptions(...), got {search!r}")
+
+
+def _prior_size(prior: object) -> int | None:
+    if prior is None:
+        return None
+    size = getattr(prior, "tolerable", prior)
+    try:
+        size = operator.index(None if isinstance(size, bool) else size)
+    except TypeError:
+        message = f"prior must be an integer, a Prediction or None, got {prior!r}"
+        raise TypeError(message) from None
+    if size < 0:
+        raise ValueError(f"prior must be at least 0, got {size}")
+    return size
 
 
 def _seconds(name: str, value: object) -> float | None:

@@ -49,8 +49,8 @@ class Search:
 
     What is returned ran. Under one limit no candidate is asked for twice by ``next``, none is more
     than 64 times what has run (where candidates lie that close), and at most
-    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for a prior, and for each
-    such leap that ran.
+    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for each such leap that
+    ran.
 
     Args:
         candidates: Ascending, without repeats.
@@ -125,9 +125,7 @@ class Search:
     def learn(self, size: int, outcome: Outcome) -> None:
         """Take note of a trial; of a candidate that was tried before, it is the last word."""
         position = bisect.bisect_left(self._candidates, size)
-        # A leap that ran costs nothing, nor does a prior: it is tried beside all others.
-        leapt = outcome.fits and position == self._farthest()
-        if not (leapt or position == self._presumed()):
+        if not (outcome.fits and position == self._farthest()):  # A leap that ran costs nothing.
             self._budget -= 1
         self._outcomes[size] = outcome
         self._find_bracket()
@@ -151,8 +149,13 @@ class Search:
     def _is_read(self) -> bool:
         """Whether readings are there, and explain all that has happened."""
         return bool(self._passed()) and all(
-            outcome.fits or outcome.explained for outcome in self._outcomes.values()
+            outcome.fits or outcome.explained or self._is_foreseen(size)
+            for size, outcome in self._outcomes.items()
         )
+
+    def _is_foreseen(self, size: int) -> bool:
+        """Whether the lines as read leave no room for ``size``."""
+        return self._read_at(size) > self.limit_bytes
 
     def _is_excluded(self) -> bool:
         """Whether the next larger candidate cannot fit."""
@@ -207,10 +210,10 @@ class Search:
         return bisect.bisect_right(self._candidates, _STRETCH * (self.size or _FIRST)) - 1
 
     def _presumed(self) -> int:
-        """The prior's position, or as far towards it as may be gone; -1 unless one size has run."""
+        """The prior's position; -1 unless it is to be tried now, after a single size that ran."""
         if self._prior is None or self._good < 0 or len(self._outcomes) > 1:
             return -1
-        return min(bisect.bisect_right(self._candidates, self._prior) - 1, self._farthest())
+        return bisect.bisect_right(self._candidates, self._prior) - 1
 
     def _hint(self) -> int:
         candidates, untried = self._candidates, self._bad == len(self._candidates)
@@ -219,8 +222,8 @@ class Search:
             return bisect.bisect_right(candidates, _FIRST) - 1 if untried else middle
         if self._is_read():
             inside = self._last_inside()
-            foreseen = untried or self._read_at(candidates[self._bad]) > self.limit_bytes
-            return inside if foreseen else min(inside, middle)
+            trusted = untried or self._is_foreseen(candidates[self._bad])
+            return inside if trusted else min(inside, middle)
         # Nothing to go by: double, then a third of the way. A size that is too large costs time,
         # host memory for its batch, and a failure.
         size, doubled = self.size, 2 * self.size
