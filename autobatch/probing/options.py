@@ -3,7 +3,7 @@
 import math
 import operator
 from dataclasses import dataclass
-from typing import Final, Protocol, get_args
+from typing import Any, Final, Protocol, get_args
 
 from autobatch.batches.worst import WorstCase, check_worst_case
 from autobatch.plan import check_size
@@ -104,9 +104,9 @@ def check_search(search: object) -> None:
 def _prior_size(prior: object) -> int | None:
     if prior is None:
         return None
-    size = getattr(prior, "tolerable", prior)
+    guess: Any = getattr(prior, "tolerable", prior)
     try:
-        size = operator.index(None if isinstance(size, bool) else size)
+        size = operator.index(None if isinstance(guess, bool) else guess)
     except TypeError:
         message = f"prior must be an integer, a Prediction or None, got {prior!r}"
         raise TypeError(message) from None

@@ -49,8 +49,8 @@ class Search:
 
     What is returned ran. Under one limit no candidate is asked for twice by ``next``, none is more
     than 64 times what has run (where candidates lie that close), and at most
-    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for each such leap that
-    ran.
+    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for a prior that failed,
+    and for each such leap that ran.
 
     Args:
         candidates: Ascending, without repeats.
@@ -62,7 +62,7 @@ class Search:
         spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
         prior: A first guess of the answer. The first size is tried before it; where what that one
             read leaves room for more, the guess is too small, and is not tried. A wrong one costs a
-            trial.
+            trial at most where phases are straight lines; where they bend, seldom two or three.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class Search:
     def learn(self, size: int, outcome: Outcome) -> None:
         """Take note of a trial; of a candidate that was tried before, it is the last word."""
         position = bisect.bisect_left(self._candidates, size)
-        if not (outcome.fits and position == self._farthest()):  # A leap that ran costs nothing.
+        # A leap that ran costs nothing, nor does a prior that failed: it came beside all others.
+        if position != (self._farthest() if outcome.fits else self._presumed()):
             self._budget -= 1
         self._outcomes[size] = outcome
         self._find_bracket()
@@ -210,10 +211,10 @@ class Search:
         return bisect.bisect_right(self._candidates, _STRETCH * (self.size or _FIRST)) - 1
 
     def _presumed(self) -> int:
-        """The prior's position; -1 unless it is to be tried now, after a single size that ran."""
+        """The prior's position, or as far towards it as may be gone; -1 unless one size has run."""
         if self._prior is None or self._good < 0 or len(self._outcomes) > 1:
             return -1
-        return bisect.bisect_right(self._candidates, self._prior) - 1
+        return min(bisect.bisect_right(self._candidates, self._prior) - 1, self._farthest())
 
     def _hint(self) -> int:
         candidates, untried = self._candidates, self._bad == len(self._candidates)
