@@ -105,11 +105,13 @@ def _prior_size(prior: object) -> int | None:
     if prior is None:
         return None
     guess: Any = getattr(prior, "tolerable", prior)
+    refusal = TypeError(f"prior must be an integer, a Prediction or None, got {prior!r}")
+    if isinstance(guess, bool):
+        raise refusal
     try:
-        size = operator.index(None if isinstance(guess, bool) else guess)
+        size = operator.index(guess)
     except TypeError:
-        message = f"prior must be an integer, a Prediction or None, got {prior!r}"
-        raise TypeError(message) from None
+        raise refusal from None
     if size < 0:
         raise ValueError(f"prior must be at least 0, got {size}")
     return size
