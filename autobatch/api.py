@@ -1,4 +1,4 @@
-"""The public functions: the only place where probing meets training."""
+"""The public functions: arguments checked, a search, a training."""
 
 import functools
 import os

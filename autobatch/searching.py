@@ -1,4 +1,4 @@
-"""Searches wired: what training rehearses handed to probing, here or in another process."""
+"""Searches wired, the only place where probing meets training: here or in another process."""
 
 import functools
 from collections.abc import Callable, Sequence
