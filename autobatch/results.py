@@ -30,6 +30,10 @@ class Verdict(enum.Enum):
     OTHER = "the user's error"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """The memory of one stretch of a trial, in bytes: at its start, and at most."""
@@ -210,7 +214,8 @@ class SearchResult:
         limit = f"{self.limited_by}{memory_unused(self)}"
         return (
             f"tolerable batch {self.size} (limited by {limit}, {self.upper}{peak} of "
-            f"{format_bytes(self.limit_bytes)}; {len(self.trials)} trials, {failed} failed)"
+            f"{format_bytes(self.limit_bytes)}; {_count(len(self.trials), 'trial')}, "
+            f"{failed} failed)"
         )
 
 
@@ -365,7 +370,7 @@ class TrainingResult:
         losses = f"loss {self.losses[0]:.4f} to {statistics.fmean(tail):.4f}" if tail else "no loss"
         lines = (
             str(self.plan),
-            f"{self.steps} steps in {self.epochs} epochs, {losses}",
+            f"{_count(self.steps, 'step')} in {_count(self.epochs, 'epoch')}, {losses}",
             f"{self.examples} examples in {self.seconds:.1f} s "
             f"({self.examples_per_second:.0f} per second), {self.replays} replays",
             *map(str, self.evaluations[-1:]),

@@ -122,7 +122,7 @@ def test_a_search_result_reads_as_a_sentence() -> None:
     )
     unmeasured = replace(SEARCH, trials=(replace(PASSED, peak_bytes=None),), limited_by="ceiling")
     assert str(replace(unmeasured, upper=Upper(reason="ceiling"))) == (
-        "tolerable batch 86 (limited by ceiling, at the ceiling of 256.0 MiB; 1 trials, 0 failed)"
+        "tolerable batch 86 (limited by ceiling, at the ceiling of 256.0 MiB; 1 trial, 0 failed)"
     )
 
 
