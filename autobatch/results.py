@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar
 from autobatch.breakdown import Breakdown
 from autobatch.plan import BatchPlan
 from autobatch.plot import memory_over_size, save
-from autobatch.units import format_bytes
+from autobatch.units import count, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,10 +28,6 @@ class Verdict(enum.Enum):
     SUSPECT = "perhaps memory"
     TOO_SLOW = "too slow"
     OTHER = "the user's error"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,13 +205,14 @@ class SearchResult:
         return figure
 
     def __str__(self) -> str:
-        failed = sum(not trial.fits for trial in self.trials)
+        trials = [trial for trial in self.trials if not trial.repeated]
+        failed, repeats = sum(not t.fits for t in trials), len(self.trials) - len(trials)
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
         limit = f"{self.limited_by}{memory_unused(self)}"
         return (
             f"tolerable batch {self.size} (limited by {limit}, {self.upper}{peak} of "
-            f"{format_bytes(self.limit_bytes)}; {_count(len(self.trials), 'trial')}, "
-            f"{failed} failed)"
+            f"{format_bytes(self.limit_bytes)}; {count(len(trials), 'trial')}, "
+            f"{failed} failed{f', {repeats} repeated' * bool(repeats)})"
         )
 
 
@@ -246,7 +243,8 @@ def trial_row(trial: Trial, limit_bytes: int) -> str:
     if trial.peak_bytes is not None:
         peak = format_bytes(trial.peak_bytes)
         share = f"{trial.peak_bytes / max(limit_bytes, 1):.1%}"
-    return f"{trial.size:>7}   {verdict:<14}   {peak:>10}   {share:>8}   {trial.seconds:>7.1f}"
+    row = f"{trial.size:>7}   {verdict:<14}   {peak:>10}   {share:>8}   {trial.seconds:>7.1f}"
+    return row + "  again" * trial.repeated
 
 
 Number = TypeVar("Number", bound=float | None)
@@ -370,7 +368,7 @@ class TrainingResult:
         losses = f"loss {self.losses[0]:.4f} to {statistics.fmean(tail):.4f}" if tail else "no loss"
         lines = (
             str(self.plan),
-            f"{_count(self.steps, 'step')} in {_count(self.epochs, 'epoch')}, {losses}",
+            f"{count(self.steps, 'step')} in {count(self.epochs, 'epoch')}, {losses}",
             f"{self.examples} examples in {self.seconds:.1f} s "
             f"({self.examples_per_second:.0f} per second), {self.replays} replays",
             *map(str, self.evaluations[-1:]),

@@ -1,4 +1,4 @@
-"""Bytes to text for people, and back."""
+"""Bytes and counts to text for people, and bytes back."""
 
 import re
 from fractions import Fraction
@@ -32,6 +32,11 @@ def parse_bytes(size: Size, *, name: str = "size") -> int:
     if count < 1:
         raise ValueError(f"{name} must be above zero bytes, got {size!r}")
     return count
+
+
+def count(number: int, noun: str, nouns: str = "") -> str:
+    """Return ``number`` with its noun: ``"1 trial"``, ``"2 trials"``."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def _read(text: str, name: str) -> int:

@@ -189,6 +189,11 @@ def test_on_a_real_device_the_last_failure_is_repeated_once() -> None:
         (90, True, True),
     ]
     assert found.upper == Upper(reason="ran out", size=91)
+    assert "; 3 trials, 1 failed, 2 repeated)" in str(found)
+    assert [line.endswith("again") for line in found.table().splitlines()[1:]] == [
+        *(False, False, False),
+        *(True, True),
+    ]
 
 
 def test_a_failure_that_was_another_s_does_not_end_the_search() -> None:
@@ -297,6 +302,28 @@ def test_what_ran_because_the_cache_was_given_back_is_not_tolerable() -> None:
     assert all(trial.failure is Verdict.OUT_OF_MEMORY for trial in failed)
     assert "gave its cache back 1 times" in failed[0].message
     assert found.limited_by == "memory"
+
+
+def test_blocks_that_a_trial_leaves_are_in_nobody_s_way() -> None:
+    """A size that makes room only because others ran before it would not do so in training."""
+
+    class Caches(Machine):
+        cached = 7  # Of whatever ran before the search.
+
+        def release_cached(self) -> None:
+            self.cached = 0
+
+    def runs(size: int, _: int) -> None:
+        machine.retries += machine.cached > 0
+        machine.cached = size
+
+    machine = Caches(happens=runs)
+    found = machine.largest(confirm="failed")
+    assert found.size == 90
+    assert [trial.size for trial in found.trials if not trial.fits] == [91, 91]
+    assert machine.cached == 0, "the search leaves blocks to nobody"
+    assert machine.finder().rehearse((8, 8)).fits
+    assert machine.cached == 0
 
 
 def test_a_size_at_which_speed_collapses_is_not_tolerable(machine: Machine) -> None:

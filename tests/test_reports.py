@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from autobatch.commands.reports import Journal, count, search_fields, training_fields
+from autobatch.commands.reports import Journal, search_fields, training_fields
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted
 from autobatch.plan import BatchPlan
 from autobatch.results import (
@@ -15,6 +15,7 @@ from autobatch.results import (
     Upper,
     Verdict,
 )
+from autobatch.units import count
 
 PLAN = BatchPlan(desired=10, tolerable=4)
 SEARCH = SearchResult(

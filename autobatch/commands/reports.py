@@ -8,6 +8,7 @@ from autobatch.errors import DoesNotFitError
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, TrainingResult, Trial
+from autobatch.units import count
 
 Fields = dict[str, object]
 
@@ -119,6 +120,7 @@ def trial_fields(trial: Trial) -> Fields:
         "reserved_bytes": trial.reserved_bytes,
         "seconds": trial.seconds,
         "message": trial.message,
+        "repeated": trial.repeated,
     }
 
 
@@ -174,11 +176,6 @@ def training_fields(result: TrainingResult) -> Fields:
         "replays": result.replays,
         "notes": list(result.notes),
     }
-
-
-def count(number: int, noun: str, nouns: str = "") -> str:
-    """Return ``number`` with its noun: ``"1 trial"``, ``"2 trials"``."""
-    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def _number(value: float | None) -> float | None:

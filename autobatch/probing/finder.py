@@ -226,6 +226,8 @@ class Finder:
         a GPU holds outside the allocator, and compiles: so no timeout holds for it. Two examples
         first: BatchNorm may refuse one.
         """
+        if not self.device.is_exact:
+            self.device.release_cached()  # Blocks of whatever ran before are in no trial's way.
         failed: list[Trial] = []
         stage = replace(self._stage(self.limit_bytes()), timeout_seconds=math.inf)
         for size in reversed(smallest):

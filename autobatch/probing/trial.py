@@ -92,8 +92,8 @@ class Stage:
             failure, message = Verdict.OUT_OF_MEMORY, _retried(record.retries())
         if failure is None and (message := self._complaint(sizes[0], record.peak_bytes)):
             failure = Verdict.TOO_LARGE
-        if failure is not None:
-            self.device.release_cached()
+        if failure is not None or not self.device.is_exact:
+            self.device.release_cached()  # Nobody after it finds blocks of this one.
         reached = max(record.peak_bytes, record.last_bytes + requested)
         return Trial(
             size=sizes[0],
