@@ -46,7 +46,7 @@ from autobatch.results import (
     memory_unused,
     trial_row,
 )
-from autobatch.units import format_bytes
+from autobatch.units import count, format_bytes
 
 _REASONS: Final[dict[LimitedBy, str]] = {
     "memory": "limited by memory",
@@ -101,7 +101,7 @@ class Display:
         self._entered = False
         epoch = self._epoch
         if epoch.steps:  # Left early: max_steps, an error or Ctrl-C.
-            note = f"  (stopped after {_count(epoch.steps, 'step')})"
+            note = f"  (stopped after {count(epoch.steps, 'step')})"
             self.log(self._line(epoch.number, epoch.mean_loss, self._speed) + note)
         self._epoch = _Epoch(began=self._console.get_time())
 
@@ -120,7 +120,7 @@ class Display:
     @_show.register
     def _(self, event: Resumed) -> None:
         self._first = event.epoch
-        done = _count(event.steps, "step")
+        done = count(event.steps, "step")
         self.log(f"going on from {event.checkpoint}: {done} done, epoch {event.epoch}")
 
     @_show.register
@@ -336,7 +336,3 @@ def _loss(loss: float) -> str:
 def _speed(examples_per_second: float) -> str:
     digits = 0 if examples_per_second >= 10 else 1
     return f"{examples_per_second:>6,.{digits}f} examples/s"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

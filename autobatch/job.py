@@ -17,7 +17,7 @@ from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import Trial
-from autobatch.state import attributes_of, preserved, training_mode
+from autobatch.state import attributes_of, preserved, state_tensors, training_mode
 from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
 from autobatch.units import Size, format_bytes
@@ -183,7 +183,7 @@ class Job:
         parameters = [p for module in self.modules for p in module.parameters()]
         buffers = [buffer for module in self.modules for buffer in module.buffers()]
         home = self.device.torch_device
-        state = [t for t in _state_tensors(self.recipe.optimizer) if t.device == home]
+        state = [t for t in state_tensors(self.recipe.optimizer) if t.device == home]
         return {
             "parameters": _bytes(parameters),
             "buffers": _bytes(buffers),
@@ -210,16 +210,7 @@ def _residents(modules: list[nn.Module], optimizer: Optimizer) -> list[Tensor]:
     held: list[Tensor] = []
     for module in modules:
         held += [*module.parameters(), *module.buffers()]
-    return held + _state_tensors(optimizer)
-
-
-def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    return [
-        value
-        for entry in optimizer.state.values()
-        for value in entry.values()
-        if isinstance(value, Tensor)
-    ]
+    return held + state_tensors(optimizer)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

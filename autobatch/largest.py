@@ -21,7 +21,7 @@ from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_sear
 from autobatch.randomness import generators_in
 from autobatch.refusals import check_one_process
 from autobatch.results import SearchResult
-from autobatch.state import has_attributes, preserved, reachable
+from autobatch.state import has_attributes, preserved, reachable, state_tensors
 from autobatch.units import Size
 
 _ONE: Final = (str, Mapping, Tensor, nn.Module)  # Though they can be iterated over.
@@ -130,13 +130,8 @@ class _Parts:
     def tensors(self) -> list[Tensor]:
         """Return all that live between two runs."""
         found = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
-        found += [
-            value
-            for optimizer in self.optimizers
-            for entry in optimizer.state.values()
-            for value in entry.values()
-            if isinstance(value, Tensor)
-        ]
+        for optimizer in self.optimizers:
+            found += state_tensors(optimizer)
         return found + [part for part in self.others if isinstance(part, Tensor)]
 
 

@@ -172,6 +172,16 @@ def reachable(values: Iterable[object]) -> list[object]:
     return list(found.values())
 
 
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Return what an optimizer keeps for its parameters: Adam's moments, say."""
+    return [
+        value
+        for entry in optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    ]
+
+
 def has_attributes(other: object) -> bool:
     """Whether what an object holds is in its attributes, and not in itself."""
     return hasattr(other, "__dict__") and not isinstance(other, LOOSE)

@@ -18,7 +18,6 @@ from autobatch.commands.reports import (
     Fields,
     Report,
     TrainingReport,
-    count,
     plan_fields,
     search_fields,
     training_fields,
@@ -33,7 +32,7 @@ from autobatch.prediction.predict import Prediction, predict
 from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
-from autobatch.units import parse_bytes
+from autobatch.units import count, parse_bytes
 
 
 class OptimizerName(enum.StrEnum):

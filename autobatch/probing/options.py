@@ -1,12 +1,11 @@
 """How a search is to be made: the user's options, checked before anything is touched."""
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, get_args
 
 from autobatch.batches.worst import WorstCase, check_worst_case
-from autobatch.plan import check_size
+from autobatch.plan import check_positive, check_size
 from autobatch.probing.search import Confirm
 
 _CONFIRM: Final = get_args(Confirm)
@@ -65,7 +64,7 @@ class SearchOptions:
         object.__setattr__(self, "multiple_of", check_size("multiple_of", self.multiple_of))
         check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
-            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         # The number alone: an isolated search is sent its options, and a prediction holds a model.
         object.__setattr__(self, "prior", _prior_size(self.prior))
 
@@ -115,16 +114,6 @@ def _prior_size(prior: object) -> int | None:
     if size < 0:
         raise ValueError(f"prior must be at least 0, got {size}")
     return size
-
-
-def _seconds(name: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number of seconds or None, got {value!r}")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-    return float(value)
 
 
 STANDARD_SEARCH: Final = SearchOptions()

@@ -10,6 +10,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
+from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
 from autobatch.training.custom import BatchLoss, Custom
@@ -25,7 +26,7 @@ from autobatch.training.precision import (
     check_precision,
     scaler_for,
 )
-from autobatch.training.update import Update, check_clip
+from autobatch.training.update import Update
 from autobatch.training.whole_batch import Whole, WholeBatch
 from autobatch.training.window import Recipe
 
@@ -65,8 +66,8 @@ class StepOptions:
             raise ValueError(
                 f"gradient_dtype must be torch.float32 or None, got {self.gradient_dtype!r}"
             )
-        norm = check_clip("clip_grad_norm", self.clip_grad_norm)
-        value = check_clip("clip_grad_value", self.clip_grad_value)
+        norm = check_positive("clip_grad_norm", self.clip_grad_norm)
+        value = check_positive("clip_grad_value", self.clip_grad_value)
         if norm is not None and value is not None:
             raise ValueError(
                 f"clip_grad_norm={norm} and clip_grad_value={value} depend on which comes first; "

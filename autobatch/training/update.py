@@ -1,6 +1,5 @@
 """From a finished gradient to the optimizer's step, taken whole or not at all."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -115,22 +114,6 @@ def _elements(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Every gradient's elements; a sparse gradient has only some, and torch no norm for it."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return [g.coalesce().values() if g.is_sparse else g for g in gradients]
-
-
-def check_clip(name: str, value: object) -> float | None:
-    """Return the bound, or refuse it by ``name``.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not above 0. Infinity clips nothing, and reports the norm.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number above 0 or None, got {value!r}")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-    return float(value)
 
 
 class _Before:
