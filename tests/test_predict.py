@@ -11,10 +11,11 @@ from torch import nn
 
 from autobatch import BatchPlan, DoesNotFitError, SearchOptions, predict
 from autobatch.prediction import child, fakecuda
-from autobatch.prediction import predict as module
+from autobatch.prediction import step as module
 from autobatch.prediction.gpus import Gpu, custom_gpu
 from autobatch.prediction.orders import Answer, Order
 from autobatch.prediction.predict import Prediction
+from autobatch.units import format_bytes
 
 CARD = custom_gpu("3GiB")
 SMALL = custom_gpu("2GiB")
@@ -114,6 +115,10 @@ def test_what_does_not_fit_is_told_with_a_way_out() -> None:
         predict(model, data, gpu=replace(SMALL, context_bytes=(0, 0)))
     assert raised.value.size == 1
     assert raised.value.breakdown_bytes["parameters"] > 448 * 2**20
+    told = raised.value.breakdown
+    assert told is not None
+    assert told.total_bytes == SMALL.capacity_bytes == raised.value.limit_bytes
+    assert f"lacks {format_bytes(told.missing_bytes)}" in str(raised.value), "one shortfall"
 
 
 class Parting(nn.Module):

@@ -78,6 +78,11 @@ class MemoryDevice(Protocol):
         """Wait until the device has done, and failed at, all that it was asked."""
 
 
+def standard_headroom(total_bytes: int) -> int:
+    """Return what is kept free of a device where nobody says: 2 %, and at least 300 MiB."""
+    return max(int(total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What the user allows, in bytes.
@@ -116,8 +121,10 @@ class Budget:
         """
         reachable = reading.free_bytes + reading.reserved_bytes
         if self.memory_limit_bytes is None:
-            standard = max(int(reading.total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
-            return reachable - (standard if self.headroom_bytes is None else self.headroom_bytes)
+            headroom_bytes = self.headroom_bytes
+            if headroom_bytes is None:
+                headroom_bytes = standard_headroom(reading.total_bytes)
+            return reachable - headroom_bytes
         allowed = self.memory_limit_bytes - reading.outside_bytes
         return min(allowed, reachable) - (self.headroom_bytes or 0)
 
