@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import gc
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from autobatch.training.mixing import MixingCheck
 torch.set_num_threads(1)
 # What was imported stays: autobatch collects garbage after a failure, and need not look there.
 gc.freeze()
+# Started in the background, Python ignores Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples each time: a red run is a change of the code, not of the dice.
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
