@@ -9,6 +9,7 @@ import random
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
@@ -53,7 +54,7 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     Returns:
         A function that puts all of them back, as often as it is called.
     """
-    torch_cpu = torch.get_rng_state()
+    torch_cpu = torch.default_generator.get_state()
     accelerators = _accelerators()
     numpy_global = _numpy_state()
     put_python_back = _python_state()
@@ -70,16 +71,32 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     return put_back
 
 
+# Those that this build of torch has: every window asks whether they are in use.
+_ACCELERATORS: Final = tuple(
+    module
+    for module, version in (
+        (torch.cuda, torch.version.cuda or torch.version.hip),
+        (torch.xpu, torch.version.xpu),
+    )
+    if version
+)
+
+
 def _accelerators() -> list[Restore]:
     """Take the generators of the GPUs that are in use; a GPU that is idle is not started."""
     found: list[Restore] = [
         functools.partial(module.set_rng_state_all, module.get_rng_state_all())
-        for module in (torch.cuda, torch.xpu)
+        for module in _ACCELERATORS
         if module.is_initialized()
     ]
     if torch.mps.is_available():
         found.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
     return found
+
+
+def _memory_at(address: int, size: int) -> "ctypes.Array[ctypes.c_char]":
+    """Memory of somebody else's, whose ``raw`` copies it: asked for at every window."""
+    return (ctypes.c_char * size).from_address(address)
 
 
 _WORDS: Final = struct.Struct("i624I")  # Of CPython's generator: its position, and its key.
@@ -91,9 +108,10 @@ def _python_state() -> Restore:
 
     Where they are known to lie in memory one after the other, they are copied as they lie.
     """
-    if not _lies_open():
+    memory = _python_memory()
+    if memory is None:
         return functools.partial(random.setstate, random.getstate())
-    words, waiting = _words_of(_SOURCE), vars(_SOURCE)["gauss_next"]
+    words, waiting = memory.raw, vars(_SOURCE)["gauss_next"]
 
     def put_back() -> None:
         position, *key = _WORDS.unpack(words)
@@ -102,28 +120,42 @@ def _python_state() -> Restore:
     return put_back
 
 
-def _words_of(generator: random.Random) -> bytes:
-    return ctypes.string_at(id(generator) + object.__basicsize__, _WORDS.size)
-
-
 @functools.cache
-def _lies_open() -> bool:
-    """Whether the state is where CPython has it, behind an object's header; looked at once."""
+def _python_memory() -> "ctypes.Array[ctypes.c_char] | None":
+    """Where CPython has its state, behind an object's header; None where it has another layout."""
     ends = object.__basicsize__ + _WORDS.size
     if sys.implementation.name != "cpython" or _random.Random.__basicsize__ < ends:
-        return False
+        return None
+    memory = _memory_at(id(_SOURCE) + object.__basicsize__, _WORDS.size)
     version, state, _ = random.getstate()
-    position, *key = _WORDS.unpack(_words_of(_SOURCE))
-    return bool(version == 3 and state == (*key, position))
+    position, *key = _WORDS.unpack(memory.raw)
+    return memory if version == 3 and state == (*key, position) else None
 
 
 _MT19937_BYTES: Final = 624 * 4 + 4  # Key and position: all of its struct that draws move.
-_known: tuple[bytes, Any] | None = None  # A cache: NumPy's generator as it was when last taken.
+
+
+@dataclass(slots=True)
+class _Numpy:
+    """NumPy's generator, and a cache of its state as it was when last taken.
+
+    Attributes:
+        bits: The bit generator; it may be replaced.
+        memory: Where it has its key and position.
+        known: A copy of that, and the state that belongs to it; None if there is none.
+    """
+
+    bits: object
+    memory: "ctypes.Array[ctypes.c_char]"
+    known: tuple[bytes, Any] | None = None
+
+
+_numpy: _Numpy | None = None
 
 
 def _forget_numpy() -> None:
-    global _known
-    _known = None
+    global _numpy
+    _numpy = None
 
 
 def _numpy_state() -> Any:
@@ -132,15 +164,18 @@ def _numpy_state() -> Any:
     Its memory is compared with what it was. A normal number that waits to be handed out lies
     elsewhere; with none waiting, one cannot come to wait without a draw.
     """
-    global _known
+    global _numpy
     bits = np.random.get_bit_generator()  # type: ignore[attr-defined]  # Public, but not typed.
-    if type(bits) is not np.random.MT19937:
-        return np.random.get_state()
-    memory = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
-    if _known is not None and _known[0] == memory:
-        return _known[1]
+    if _numpy is None or _numpy.bits is not bits:
+        if type(bits) is not np.random.MT19937:
+            return np.random.get_state()
+        _numpy = _Numpy(bits, _memory_at(bits.ctypes.state_address, _MT19937_BYTES))
+    memory = _numpy.memory.raw
+    if _numpy.known is not None and _numpy.known[0] == memory:
+        return _numpy.known[1]
     state: Any = np.random.get_state()
-    _known = None if state[3] else (memory, state)  # Of five: the fourth is whether one waits.
+    # Of five parts: the fourth is whether one waits.
+    _numpy.known = None if state[3] else (memory, state)
     return state
 
 

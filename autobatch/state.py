@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from autobatch.randomness import Restore, random_state
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
-_PLAIN_TYPES: Final = frozenset(_PLAIN)
+PLAIN_TYPES: Final = frozenset(_PLAIN)
 # Exactly these are put back item by item: a class of the user's may have other rules.
 _MAPPINGS: Final = (dict, OrderedDict, defaultdict, Counter)
 _COLLECTIONS: Final = (list, deque, set, tuple)
@@ -167,7 +167,7 @@ def reachable(values: Iterable[object]) -> list[object]:
             unseen += value.values()
         elif isinstance(value, list | deque | set | tuple) and type(value) in _COLLECTIONS:
             found[id(value)] = value
-            if not _PLAIN_TYPES.issuperset(map(type, value)):  # Most hold a layer's few numbers.
+            if not PLAIN_TYPES.issuperset(map(type, value)):  # Most hold a layer's few numbers.
                 unseen += value
     return list(found.values())
 

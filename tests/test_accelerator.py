@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autobatch import randomness
 from autobatch.devices import accelerator
 from autobatch.devices.accelerator import AcceleratorDevice, MpsDevice
 from autobatch.devices.base import MemoryDevice
@@ -411,6 +412,7 @@ def test_its_random_numbers_are_put_back(kind: str, monkeypatch: pytest.MonkeyPa
     module = getattr(torch, kind)
     every = "_all" if kind == "xpu" else ""
     started = "is_initialized" if kind == "xpu" else "is_available"
+    monkeypatch.setattr(randomness, "_ACCELERATORS", (torch.xpu,))
     monkeypatch.setattr(module, started, lambda: True)
     monkeypatch.setattr(module, f"get_rng_state{every}", lambda: list(state))
     monkeypatch.setattr(module, f"set_rng_state{every}", state.extend)

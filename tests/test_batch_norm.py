@@ -20,6 +20,7 @@ from autobatch import Accumulator, InexactStepError, StepResult
 from autobatch.training import batch_norm
 from autobatch.training.batch_norm import (
     Pool,
+    Statistics,
     check_batch_norm,
     frozen_statistics,
     moving_layers,
@@ -113,7 +114,7 @@ def test_momentum_and_hooks_are_put_back_also_after_an_error() -> None:
     before = fingerprint(model)
 
     def fail() -> None:
-        with pooled_statistics([model.norm]):
+        with pooled_statistics(Statistics([model.norm])):
             assert model.norm.momentum == 1.0
             raise KeyError("mine")
 
@@ -202,7 +203,7 @@ def test_gradients_are_those_of_micro_batches_normalised_by_themselves() -> None
 def pooled_over(model: nn.Module, micro_batches: int) -> AbstractContextManager[Pool | None]:
     """What a window of so many does with the model's statistics."""
     layers = moving_layers(model.modules())
-    return pooled_statistics(layers) if micro_batches > 1 and layers else nullcontext()
+    return pooled_statistics(Statistics(layers)) if micro_batches > 1 and layers else nullcontext()
 
 
 def pool(model: nn.Module, parts: Sequence[Tensor], borrowed: Sequence[int] = ()) -> list[Tensor]:
@@ -411,7 +412,7 @@ def test_after_an_error_the_layers_are_what_they_were_with_the_same_tensors() ->
     before, objects = fingerprint(model), identities(model)
 
     def fail() -> None:
-        with pooled_statistics([model.norm]) as pooled:
+        with pooled_statistics(Statistics([model.norm])) as pooled:
             pooled.begin()
             model(rows(4)[0])
             pooled.end()
@@ -533,22 +534,32 @@ def test_another_mode_is_named_with_the_choices(mode: object) -> None:
     assert repr(mode) in str(refused.value)
 
 
-def test_statistics_that_move_past_the_hooks_are_refused_in_pieces() -> None:
-    class ByHand(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(5)
-            self.layer = nn.Linear(5, 3)
+class ByHand(nn.Module):
+    """Calls its layer past the layer's hooks, and, if it is told to, past the layer itself."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(self.norm.forward(x))  # type: ignore[no-any-return]
+    def __init__(self, *, past_itself: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5).double()
+        self.forward_of = nn.BatchNorm1d.forward if past_itself else lambda norm, x: norm.forward(x)
 
-    model = ByHand()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_of(self.norm, x)
+
+
+def test_a_layer_whose_forward_is_called_by_hand_is_pooled_like_any_other() -> None:
+    x = drifting(8, (5,))
+    ours, whole = ByHand(past_itself=False), ByHand(past_itself=False)
+    assert_exact(pool(ours, x.split(3)), undivided(whole, x))
+
+
+def test_statistics_that_move_unseen_are_refused_in_pieces() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(ByHand(past_itself=True), nn.Linear(5, 3).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batch = torch.randn(8, 5), torch.randint(0, 3, (8,))
+    batch = torch.randn(8, 5, dtype=torch.float64), torch.randint(0, 3, (8,))
     Accumulator(model, optimizer).step(batch)
     before = fingerprint(model)
-    with pytest.raises(InexactStepError, match="without its hooks"):
+    with pytest.raises(InexactStepError, match="unseen"):
         Accumulator(model, optimizer, micro_batch=4).step(batch)
     assert fingerprint(model) == before
 

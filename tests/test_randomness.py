@@ -1,3 +1,4 @@
+import ctypes
 import random
 import struct
 import types
@@ -288,8 +289,9 @@ def test_a_normal_number_that_waits_is_not_mistaken_for_one_that_was_handed_out(
 def test_pythons_state_is_taken_as_it_lies_in_memory_or_as_python_tells_it(
     monkeypatch: pytest.MonkeyPatch, lies_open: bool
 ) -> None:
-    assert randomness._lies_open(), "this is CPython"
-    monkeypatch.setattr(randomness, "_lies_open", lambda: lies_open)
+    assert randomness._python_memory() is not None, "this is CPython"
+    if not lies_open:
+        monkeypatch.setattr(randomness, "_python_memory", lambda: None)
     random.seed(7)
     random.gauss(0, 1)  # The second of a pair waits.
     before = random.getstate()
@@ -301,12 +303,13 @@ def test_pythons_state_is_taken_as_it_lies_in_memory_or_as_python_tells_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("_words_of", lambda _: bytes(2500)), ("_WORDS", struct.Struct("i6240I"))]
+    ("name", "value"),
+    [("_memory_at", lambda *_: (ctypes.c_char * 2500)()), ("_WORDS", struct.Struct("i6240I"))],
 )
 def test_a_state_that_lies_elsewhere_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    looked_at = randomness._lies_open.__wrapped__
-    assert looked_at()
+    looked_at = randomness._python_memory.__wrapped__
+    assert looked_at() is not None
     monkeypatch.setattr(randomness, name, value)
-    assert not looked_at()
+    assert looked_at() is None

@@ -66,7 +66,7 @@ class FakeFeed(Feed):
     Copies do not have a stream of their own.
     """
 
-    def move(self, nest: Nest) -> Nest:
+    def move(self, nest: Nest, *, targets_are_read: bool = False) -> Nest:  # noqa: ARG002
         """Return a copy on the device."""
         return unwrapped(map_tensors(self._copied, nest))
 

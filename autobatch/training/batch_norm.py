@@ -8,19 +8,21 @@ own momentum. For a layer whose inputs are the undivided batch's that is what th
 would have done.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.errors import InexactStepError
 
-_NAMES: Final = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 BatchNormMode = Literal["micro", "frozen", "refuse"]
 _MODES: Final[tuple[BatchNormMode, ...]] = ("micro", "frozen", "refuse")
 
@@ -69,41 +71,41 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def pooled_statistics(layers: Sequence[_BatchNorm]) -> Iterator["Pool"]:
+def pooled_statistics(taken: "Statistics") -> Iterator["Pool"]:
     """Pool the layers' running statistics inside; apply them at the end.
 
     After an error the layers are as they were.
 
     Args:
-        layers: Those whose statistics a forward pass moves, on one device.
+        taken: What their statistics are before.
     """
-    pool = Pool(layers)
+    pool = Pool(taken)
     try:
-        with _noted(layers, pool):
+        with _noted(taken.layers, pool):
             yield pool
         pool.apply()
     except BaseException:
-        pool.put_back()
+        taken.put_back()
         raise
 
 
 @contextmanager
 def _noted(layers: Sequence[_BatchNorm], pool: "Pool") -> Iterator[None]:
-    """Have the pool told of the layers' calls inside, and their buffers take what those see."""
-    momenta = [layer.momentum for layer in layers]
-    # Last among the hooks that a layer has: it is to see what the layer sees.
-    hooks = [
-        layer.register_forward_pre_hook(pool.about_to_run, with_kwargs=True) for layer in layers
-    ]
+    """Have the pool told of the layers' calls inside, and their buffers take what those see.
+
+    Each layer has a forward pass of its own for this: a hook would take six times as long.
+    """
+    kept = [(layer, layer.momentum, vars(layer).get("forward")) for layer in layers]
     try:
         for layer in layers:
-            _set_momentum(layer, 1.0)
+            # A module's own way of setting looks at all it has first.
+            vars(layer).update(forward=pool.watched(layer), momentum=1.0)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, momentum in zip(layers, momenta, strict=True):
-            _set_momentum(layer, momentum)
+        for layer, momentum, forward in kept:
+            own = vars(layer)
+            own["momentum"] = momentum
+            own.pop("forward", None) if forward is None else own.update(forward=forward)
 
 
 def normalises_by_batch(modules: Iterable[nn.Module]) -> bool:
@@ -122,10 +124,6 @@ def moving_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
 def _moves(layer: _BatchNorm) -> bool:
     # track_running_stats may have been set to False later: the buffers are there, and stay.
     return layer.training and layer.track_running_stats and layer.running_mean is not None
-
-
-def _set_momentum(layer: _BatchNorm, momentum: float | None) -> None:
-    object.__setattr__(layer, "momentum", momentum)  # A module's own way looks at all it has first.
 
 
 @dataclass(slots=True)
@@ -147,11 +145,6 @@ class _Track:
     counts: list[int] = field(default_factory=list)
     left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def written(self) -> int:
-        """Return how often the number of batches was written to: torch counts no other writing."""
-        number = self.own["num_batches_tracked"]
-        return 0 if number is None else number._version
-
     def call(self, place: int) -> tuple[int, Tensor, Tensor]:
         """Return the count, mean and variance of a call; zeros if there was none."""
         mean, variance = self.left[place] if place < len(self.left) else _statistics(self.own)
@@ -170,8 +163,54 @@ class _Calls:
             then the unbiased variances.
     """
 
-    counts: list[Sequence[int]] = field(default_factory=list)
+    counts: list[tuple[int, ...]] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
+
+
+class Statistics:
+    """What layers have seen so far, taken: to be put back, and for a pool to go on from.
+
+    Args:
+        layers: In training, with running statistics, on one device.
+
+    Attributes:
+        buffers: Each layer's running mean, running variance and number of batches.
+        channels: Of each mean, and then of each variance.
+        own: All the means, and then all the variances.
+        values: Theirs, in one row.
+        numbers: Of batches; a layer need not have one.
+        counts: Theirs, in one row.
+    """
+
+    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+        self.layers = layers
+        self.buffers: list[dict[str, Tensor | None]] = [
+            {name: layer._buffers[name] for name in STATISTICS} for layer in layers
+        ]
+        self.channels = tuple(layer.num_features for layer in layers) * 2
+        pairs = list(map(_statistics, self.buffers))
+        self.own = [mean for mean, _ in pairs] + [variance for _, variance in pairs]
+        self.values = torch.cat(self.own)
+        numbers = (own["num_batches_tracked"] for own in self.buffers)
+        self.numbers = [number for number in numbers if number is not None]
+        self.counts = torch.stack(self.numbers) if self.numbers else self.values[:0]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the layers their own buffers back, as they were."""
+        self.put_buffers(self.counts)
+        self.fill(self.values)
+
+    def put_buffers(self, counts: Tensor) -> None:
+        """Give the layers their own buffers back, with these numbers of batches."""
+        for layer, own in zip(self.layers, self.buffers, strict=True):
+            layer._buffers.update(own)
+        if self.numbers:
+            torch._foreach_copy_(self.numbers, counts.unbind())
+
+    def fill(self, values: Tensor) -> None:
+        """Fill the layers' own buffers with these means and variances."""
+        torch._foreach_copy_(self.own, values.split(self.channels))
 
 
 class Pool:
@@ -180,25 +219,18 @@ class Pool:
     A micro-batch that makes fewer calls than others has no part in the later ones.
 
     Args:
-        layers: In training, with running statistics, on one device.
+        taken: What their statistics were before the window.
     """
 
-    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+    def __init__(self, taken: Statistics) -> None:
+        self._taken = taken
         self._open = False
         self._borrowed = self._examples = 0
         self._calls: list[_Calls] = []
         self._tracks: dict[_BatchNorm, _Track] = {
-            layer: _Track({name: layer._buffers[name] for name in _NAMES}, place)
-            for place, layer in enumerate(layers)
+            layer: _Track(own, place)
+            for place, (layer, own) in enumerate(zip(taken.layers, taken.buffers, strict=True))
         }
-        # All the means, and then all the variances.
-        self._channels = [layer.num_features for layer in layers] * 2
-        pairs = [_statistics(track.own) for track in self._tracks.values()]
-        self._own = [mean for mean, _ in pairs] + [variance for _, variance in pairs]
-        self._before = torch.cat(self._own)
-        numbers = (track.own["num_batches_tracked"] for track in self._tracks.values())
-        self._numbers = [number for number in numbers if number is not None]
-        self._numbers_before = torch.stack(self._numbers) if self._numbers else self._before[:0]
         self._versions: list[int] = []
 
     def begin(self, borrowed: int = 0, own: int = 1) -> None:
@@ -212,7 +244,7 @@ class Pool:
         """
         self._open = True
         self._borrowed, self._examples = borrowed, borrowed + own
-        self._versions = [track.written() for track in self._tracks.values()]
+        self._versions = [number._version for number in self._taken.numbers]
 
     @torch.no_grad()
     def end(self) -> None:
@@ -223,16 +255,11 @@ class Pool:
         """
         self._open = False
         tracks = self._tracks.values()
-        for track, version in zip(tracks, self._versions, strict=True):
-            if not track.counts and track.written() != version:
-                raise InexactStepError(
-                    "a BatchNorm layer moved its running statistics without its hooks (forward() "
-                    "called by hand, or compiled before the batch was cut), so they cannot be "
-                    'pooled; call it as a module, or pass batch_norm="frozen"'
-                )
         made = [len(track.counts) for track in tracks]
+        if 0 in made:
+            self._refuse_unseen()
         if not self._borrowed and set(made) == {1}:  # The commonest: each has left it in its own.
-            self._keep(0, [track.counts[0] for track in tracks], self._own)
+            self._keep(0, tuple(track.counts[0] for track in tracks), self._taken.own)
         else:
             for place in range(max(made, default=0)):
                 counts, means, variances = zip(*(t.call(place) for t in tracks), strict=True)
@@ -242,19 +269,24 @@ class Pool:
             track.counts.clear()
             track.left.clear()
 
-    def about_to_run(
-        self, layer: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]
-    ) -> None:
-        """Note a call; a hook of the layer."""
-        assert isinstance(layer, _BatchNorm)
-        track = self._tracks[layer]
+    def watched(self, layer: _BatchNorm) -> Callable[..., Tensor]:
+        """Return the layer's forward pass, of which this pool is told."""
+        track, run = self._tracks[layer], layer.forward
+
+        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
+            self._about_to_run(layer, track, inputs[0] if inputs else named["input"])
+            return run(*inputs, **named)
+
+        return forward
+
+    def _about_to_run(self, layer: _BatchNorm, track: _Track, values: Tensor) -> None:
+        """Note a call."""
         if not (layer.training and layer.track_running_stats):
             layer._buffers.update(self._as_before(track))  # For this call, which moves nothing.
             return
         layer._buffers.update(track.own)
         if not self._open:
             return
-        values = inputs[0] if inputs else named["input"]
         if self._borrowed:
             values = values[len(values) * self._borrowed // self._examples :]
             track.left.append(_moments_of(values))
@@ -264,41 +296,48 @@ class Pool:
         track.counts.append(values.numel() // layer.num_features)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Give the layers their own buffers back, as they were."""
-        self._put_back_buffers(self._numbers_before)
-        torch._foreach_copy_(self._own, self._before.split(self._channels))
-
-    @torch.no_grad()
     def apply(self) -> None:
         """Move every layer's statistics once for each of its calls, from where they were."""
-        tracks = self._tracks.values()
+        taken, tracks = self._taken, self._tracks.values()
         called = [t.calls for t in tracks if t.own["num_batches_tracked"] is not None]
-        more = torch.tensor(called, dtype=self._numbers_before.dtype)
-        self._put_back_buffers(self._numbers_before + more.to(self._numbers_before.device))
-        moved = _widened(self._before)
+        if len(set(called)) == 1:
+            more: int | Tensor = called[0]
+        else:
+            more = torch.tensor(called, dtype=torch.int64).to(taken.counts.device)
+        taken.put_buffers(taken.counts + more)
+        moved = _widened(taken.values)
         for place, calls in enumerate(self._calls):
-            momenta = [_momentum(layer, t.calls - place) for layer, t in self._tracks.items()]
-            moved = _moved(moved, calls, momenta, self._channels)
-        torch._foreach_copy_(self._own, moved.split(self._channels))
+            momenta = tuple(_momentum(layer, t.calls - place) for layer, t in self._tracks.items())
+            moved = _moved(moved, calls, momenta, taken.channels)
+        taken.fill(moved)
 
-    def _put_back_buffers(self, numbers: Tensor) -> None:
-        """Put back which buffers the layers have, with these numbers of batches."""
-        for layer, track in self._tracks.items():
-            layer._buffers.update(track.own)
-        if self._numbers:
-            torch._foreach_copy_(self._numbers, numbers.unbind())
+    def _refuse_unseen(self) -> None:
+        """Refuse layers that have run, and were not noted."""
+        versions = {
+            id(number): version
+            for number, version in zip(self._taken.numbers, self._versions, strict=True)
+        }
+        for track in self._tracks.values():
+            number = track.own["num_batches_tracked"]
+            if number is None or track.counts:  # Torch counts no other writing than this one's.
+                continue
+            if number._version != versions[id(number)]:
+                raise InexactStepError(
+                    "a BatchNorm layer moved its running statistics unseen (its class's forward "
+                    "called by hand, or compiled before the batch was cut), so they cannot be "
+                    'pooled; call it as a module, or pass batch_norm="frozen"'
+                )
 
     def _as_before(self, track: _Track) -> dict[str, Tensor | None]:
         """Return a layer's buffers with the values that they had before the window."""
-        parts = self._before.split(self._channels)
+        parts = self._taken.values.split(self._taken.channels)
         mean, variance = _statistics(track.own)
         return track.own | {
             "running_mean": parts[track.place].to(mean.dtype),
             "running_var": parts[track.place + len(self._tracks)].to(variance.dtype),
         }
 
-    def _keep(self, place: int, counts: Sequence[int], statistics: Sequence[Tensor]) -> None:
+    def _keep(self, place: int, counts: tuple[int, ...], statistics: Sequence[Tensor]) -> None:
         """Keep what the layers' calls at this place have left."""
         if place == len(self._calls):
             self._calls.append(_Calls())
@@ -307,7 +346,7 @@ class Pool:
 
 
 def _moved(
-    before: Tensor, calls: _Calls, momenta: Sequence[float], channels: Sequence[int]
+    before: Tensor, calls: _Calls, momenta: tuple[float, ...], channels: tuple[int, ...]
 ) -> Tensor:
     """Return running means, and then variances, that the pooled calls have moved.
 
@@ -320,10 +359,38 @@ def _moved(
         momenta: Of each layer.
         channels: Of each mean, and then of each variance.
     """
-    totals = list(map(sum, zip(*calls.counts, strict=True)))
+    by_channel = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
+    weights = torch.from_numpy(by_channel).to(before)
+    rows, left = len(calls.rows), torch.stack(calls.rows)
+    pooled = (left * weights[:rows]).sum(0)
+    off = (left - pooled).square_().mul_(weights[rows:-1]).sum(0)
+    means = len(before) // 2
+    pooled[means:] += off[:means]
+    return before.lerp(pooled, weights[-1])
+
+
+@functools.lru_cache(8)  # Windows are alike. On the host, where no trial's memory is measured.
+def _weights(
+    every: tuple[tuple[int, ...], ...],
+    momenta: tuple[float, ...],
+    channels: tuple[int, ...],
+    itemsize: int,
+) -> NDArray[np.floating[Any]]:
+    """Return by channel what each call's statistics weigh, how far its mean is off, and momenta.
+
+    Args:
+        every: Values of a channel, in each micro-batch's calls, for each layer.
+        momenta: Of each layer.
+        channels: Of each mean, and then of each variance.
+        itemsize: Bytes of a weight.
+
+    Returns:
+        Of shape ``(2 * len(every) + 1, sum(channels))``.
+    """
+    totals = list(map(sum, zip(*every, strict=True)))
     none = [0.0] * len(totals)
     inside, between = [], []  # The weights of what each left, and of how far its mean is off.
-    for counts in calls.counts:
+    for counts in every:
         pairs = list(zip(counts, totals, strict=True))
         shares = [n / max(total, 1) for n, total in pairs]
         inside.append(shares + [max(n - 1, 0) / max(total - 1, 1) for n, total in pairs])
@@ -333,13 +400,7 @@ def _moved(
         m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
     ]
     by_channel = np.repeat([*inside, *between, own], channels, axis=1)
-    weights = torch.from_numpy(by_channel).to(before)
-    rows, left = len(inside), torch.stack(calls.rows)
-    pooled = (left * weights[:rows]).sum(0)
-    off = (left - pooled).square_().mul_(weights[rows:-1]).sum(0)
-    means = len(before) // 2
-    pooled[means:] += off[:means]
-    return before.lerp(pooled, weights[-1])
+    return by_channel.astype(np.float64 if itemsize == 8 else np.float32)
 
 
 def _momentum(layer: _BatchNorm, remaining: int) -> float:

@@ -38,6 +38,7 @@ _ALONE: Final = (
     'leave no example alone, drop_last=True, or batch_norm="frozen"'
 )
 _COUNTS: Final = ("steps", "left_out", "agreed", "split_windows")
+_UNLIMITED: Final = nullcontext()  # Keeps nothing of who enters it.
 _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 _Fault = Literal["", "not finite", "overflow"]
 
@@ -154,7 +155,9 @@ class Driver:
             parts, sizes = cut_to(batch, size, self.multiple_of)
             buffers = self._buffers(len(sizes))
             try:
-                ledger, message = self._attempt(parts, sizes, denominator, replays=len(failures))
+                ledger, message = self._attempt(
+                    parts, sizes, denominator, start, replays=len(failures)
+                )
             except BaseException:
                 start.put_back()
                 raise
@@ -189,7 +192,13 @@ class Driver:
         self.recipe.device.release_cached()
 
     def _attempt(
-        self, parts: Sequence[Nest], sizes: Sequence[int], denominator: float, *, replays: int
+        self,
+        parts: Sequence[Nest],
+        sizes: Sequence[int],
+        denominator: float,
+        start: Start,
+        *,
+        replays: int,
     ) -> tuple[Ledger | None, str]:
         """Run the window once; None, and what the failure said, if memory ran out."""
         self._refuse(len(parts))
@@ -197,7 +206,7 @@ class Driver:
         try:
             with self.limited():
                 witness = check.witness if check else None
-                ledger = self.recipe.accumulate(parts, denominator, witness=witness)
+                ledger = self.recipe.accumulate(parts, denominator, start, witness=witness)
         except Exception as error:
             if not _is_too_much(error, sizes, replays):
                 if min(sizes) == 1 and normalises_by_batch(self.recipe.members.of_model):
@@ -356,7 +365,7 @@ class Driver:
     def limited(self) -> AbstractContextManager[None]:
         """Return the context in which a step may use memory."""
         if self.limit_bytes is None:
-            return nullcontext()
+            return _UNLIMITED
         return self.recipe.device.limited_to(self.limit_bytes)
 
 

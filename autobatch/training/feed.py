@@ -1,5 +1,6 @@
 """The micro-batches of a window on the device: the next one moves while the current computes."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,12 +30,24 @@ class Feed:
         """Whether the next micro-batch is on the device while the current one computes."""
         return self._device.type == "cuda"
 
-    def move(self, nest: Nest) -> Nest:
-        """Return a copy on the device: a model that works in place must not reach the original."""
+    def move(self, nest: Nest, *, targets_are_read: bool = False) -> Nest:
+        """Return a copy on the device: a model that works in place must not reach the original.
+
+        Args:
+            nest: On the host, or wherever it is.
+            targets_are_read: Whether nobody writes to the last of a tuple, which then need not be
+                copied where it does not move.
+        """
         if type(nest) is tuple and self._on_cpu:  # The short way, for every micro-batch.
-            copies = [t.clone() for t in nest if type(t) is Tensor and t.is_cpu]
-            if len(copies) == len(nest):
-                return tuple(copies)
+            kept = (
+                nest[-1:]
+                if targets_are_read and type(nest[-1]) is Tensor and nest[-1].is_cpu
+                else ()
+            )
+            own = nest[: len(nest) - len(kept)]
+            copies = [t.clone() for t in own if type(t) is Tensor and t.is_cpu]
+            if len(copies) == len(own):
+                return (*copies, *kept)
         return unwrapped(map_tensors(self._moved, nest))
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -43,16 +56,19 @@ class Feed:
         # Only CUDA is sure to have read memory that is not pinned before the call returns.
         return tensor.to(self._device, non_blocking=self._device.type == "cuda", copy=True)
 
-    def __call__(self, parts: Sequence[Nest], *, more_follow: bool = False) -> Iterator[Nest]:
+    def __call__(
+        self, parts: Sequence[Nest], *, targets_are_read: bool = False, more_follow: bool = False
+    ) -> Iterator[Nest]:
         """Return the parts, on the device, in order.
 
         Args:
             parts: On the host, or wherever they are.
+            targets_are_read: As ``move`` takes it.
             more_follow: Whether these stand for a longer window, so that behind the last one
                 another is on its way: a trial's memory must be that of training.
         """
         if not self.sends_ahead:
-            return map(self.move, parts)
+            return map(functools.partial(self.move, targets_are_read=targets_are_read), parts)
         return self._ahead(parts, more_follow=more_follow)
 
     def _ahead(self, parts: Sequence[Nest], *, more_follow: bool) -> Iterator[Nest]:
@@ -90,3 +106,7 @@ class Feed:
         """Let the current stream wait for the copy."""
         torch.cuda.current_stream(self._device).wait_event(copied)
         return unwrapped(nest)
+
+
+def _is_here(nest: Nest) -> bool:
+    return type(nest) is Tensor and nest.is_cpu

@@ -260,7 +260,8 @@ def _beside(weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _sum_class_weights(target: Tensor, settings: _Settings) -> Tensor | float:
-    classes = target.long()  # A byte of 156 would count as -100.
+    # A byte of 156 would count as -100.
+    classes = target if target.dtype is torch.int64 else target.long()
     valid = torch.ne(classes, settings.get("ignore_index", -100))  # type: ignore[call-overload]  # An integer, as torch demands.
     weight = settings.get("weight")
     if isinstance(weight, Tensor):

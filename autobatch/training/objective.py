@@ -86,6 +86,11 @@ class Compared(Objective):
     forward: Forward | None
     mixing: MixingCheck | None = field(default_factory=MixingCheck)
 
+    @property
+    def reads_targets(self) -> bool:
+        """Whether a loss of torch's compares what the standard forward gives."""
+        return self.forward is None and not self.loss.checked
+
     def apart(self) -> "Compared":
         """Return one that asks nothing of the model."""
         return Compared(loss=self.loss, forward=self.forward, mixing=None)

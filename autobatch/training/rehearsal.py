@@ -45,7 +45,7 @@ class Rehearsal:
             recipe.begin()
             start = recipe.start()  # Held as training holds it.
             ledger = recipe.accumulate(
-                micro_batches, denominator, more_follow=more_follow, mark=mark
+                micro_batches, denominator, start, more_follow=more_follow, mark=mark
             )
             recipe.check_gradient()
             recipe.update.rehearse()

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 
 from autobatch.randomness import Restore, random_state
 from autobatch.state import attributes_of, contents_of, reachable
+from autobatch.training.batch_norm import STATISTICS, Statistics
 
 PATIENCE: Final = 16  # Windows without a failure before a larger size is tried again,
 LONGEST_PATIENCE: Final = 1024  # and at most so many.
@@ -29,11 +30,13 @@ class Start:
         model: Buffers and plain attributes.
         scaler: What a GradScaler notes about gradients that it has unscaled.
         random: Generators.
+        statistics: BatchNorm's, where a window that is cut pools them; ``model`` puts them back.
     """
 
     model: Restore
     scaler: Restore
     random: Restore
+    statistics: Statistics | None = None
 
     def put_back(self) -> None:
         """Put everything back."""
@@ -46,6 +49,7 @@ def window_start(
     modules: Sequence[nn.Module],
     generators: Iterable[object] = (),
     scaler: GradScaler | None = None,
+    statistics: Statistics | None = None,
 ) -> Start:
     """Take what a window may move: buffers, plain attributes, random generators, a scaler's stage.
 
@@ -57,35 +61,56 @@ def window_start(
             the window.
         generators: The model's own ones.
         scaler: Notes what it has unscaled.
+        statistics: Of layers of BatchNorm, taken already.
     """
-    attributes = []
-    containers: list[object] = []
+    dicts, containers = _held(modules, statistics.layers if statistics else ())
+    moving = reachable(containers) if containers else []
+    tensors = [t for t in moving if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    put_others_back = [contents_of(moving)]
+    if tensors:
+        put_others_back.append(_values_of(tensors))
+    if statistics is not None:
+        put_others_back.append(statistics.put_back)
+
+    def put_model_back() -> None:
+        for own, before in dicts:
+            own.clear()
+            own.update(before)
+        for put_back in put_others_back:
+            put_back()
+
+    return Start(
+        model=put_model_back,
+        statistics=statistics,
+        scaler=attributes_of(scaler) if scaler is not None else _nothing,
+        random=random_state(generators),
+    )
+
+
+def _held(
+    modules: Sequence[nn.Module], taken: Iterable[nn.Module]
+) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[object]]:
+    """Return the modules' dictionaries with a copy of each, and what in them may move by itself.
+
+    Args:
+        modules: All.
+        taken: Those whose statistics are taken already.
+    """
+    known = set(taken)
+    dicts, containers = [], []
     for module in modules:
         own = vars(module)
-        attributes.append((own, own.copy()))
-        if own["_buffers"]:
-            containers.append(own["_buffers"])
+        dicts.append((own, own.copy()))
+        buffers = own["_buffers"]
+        if module in known and len(buffers) == len(STATISTICS):
+            dicts.append((buffers, buffers.copy()))
+        elif buffers:
+            containers.append(buffers)
         for name in _own_names(tuple(own)):
             value = own[name]
             if type(value) not in _FIXED and not _is_fixed_tuple(value):
                 containers.append(value)
-    moving = reachable(containers) if containers else []
-    put_contents_back = contents_of(moving)
-    tensors = [t for t in moving if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
-    put_values_back = _values_of(tensors) if tensors else _nothing
-
-    def put_model_back() -> None:
-        for own, before in attributes:
-            own.clear()
-            own.update(before)
-        put_contents_back()
-        put_values_back()
-
-    return Start(
-        model=put_model_back,
-        scaler=attributes_of(scaler) if scaler is not None else _nothing,
-        random=random_state(generators),
-    )
+    return dicts, containers
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ from autobatch.devices.base import MemoryDevice
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import StepInterruptedError
 from autobatch.results import Verdict
+from autobatch.state import PLAIN_TYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +133,9 @@ class _Before:
         holders += [entry for entry in state.values() if isinstance(entry, dict)]
         self._contents = [(holder, dict(holder)) for holder in holders]
         # Each once: what an entry is found by is in a group as well.
-        found = _tensors([*optimizer.param_groups, *state.values()])
-        self._tensors = list({id(tensor): tensor for tensor in found}.values())
+        found: dict[int, Tensor] = {}
+        _gather([*optimizer.param_groups, *state.values()], found)
+        self._tensors = list(found.values())
         self._versions = self._written()
         self._copies: list[Tensor] | None = None
         if copied:
@@ -188,14 +190,14 @@ class _Before:
         )
 
 
-def _tensors(values: Iterable[object]) -> list[Tensor]:
-    """Every tensor among them, and in the containers among them, however deep."""
-    found: list[Tensor] = []
+def _gather(values: Iterable[object], found: dict[int, Tensor]) -> None:
+    """Find every tensor among them, and in the containers among them, however deep."""
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            found[id(value)] = value
+        elif type(value) in PLAIN_TYPES:  # Most of what a group holds.
+            continue
         elif isinstance(value, dict):
-            found += _tensors(value.values())
+            _gather(value.values(), found)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+            _gather(value, found)

@@ -18,6 +18,7 @@ from autobatch.training.accumulate import Terms, accumulate, rescale
 from autobatch.training.batch_norm import (
     BatchNormMode,
     Pool,
+    Statistics,
     frozen_statistics,
     moving_layers,
     normalises_by_batch,
@@ -100,12 +101,19 @@ class Recipe:
 
     def start(self) -> Start:
         """Take what a window may move."""
-        return window_start(self.members.modules, self.generators, self.update.scaler)
+        layers = moving_layers(self.members.of_model) if self.batch_norm == "micro" else []
+        return window_start(
+            self.members.modules,
+            self.generators,
+            self.update.scaler,
+            Statistics(layers) if layers else None,
+        )
 
     def accumulate(
         self,
         parts: Sequence[Nest],
         denominator: float,
+        start: Start,
         *,
         witness: Witness | None = None,
         more_follow: bool = False,
@@ -118,6 +126,7 @@ class Recipe:
         Args:
             parts: The micro-batches, on the host.
             denominator: The logical batch's.
+            start: What the window may move, as it is now.
             witness: Is shown each micro-batch's outputs and its targets.
             more_follow: Whether they stand for a window of more.
             mark: Called before the second micro-batch, and after the last one. Not where the loss
@@ -126,7 +135,7 @@ class Recipe:
         ledger = Ledger(len(parts), self.device.torch_device)
         parameters = self.members.parameters
         wide = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
-        with self.precision.window(), self._statistics(len(parts)) as pool:
+        with self.precision.window(), self._statistics(len(parts), start) as pool:
             if len(parts) > 1 and isinstance(self.objective, Whole):
                 _Run(self, pool, ledger, wide, more_follow).whole(parts, self.objective)
             else:
@@ -159,11 +168,12 @@ class Recipe:
         for parameter in self.members.parameters:
             parameter.grad = None
 
-    def _statistics(self, micro_batches: int) -> AbstractContextManager[Pool | None]:
+    def _statistics(self, micro_batches: int, start: Start) -> AbstractContextManager[Pool | None]:
         if self.batch_norm == "frozen":
             return frozen_statistics(self.model)
-        layers = moving_layers(self.members.of_model) if micro_batches > 1 else []
-        return pooled_statistics(layers) if layers else nullcontext()
+        if micro_batches == 1 or start.statistics is None:
+            return nullcontext()
+        return pooled_statistics(start.statistics)
 
 
 def _rescale(sums: Sequence[Tensor], denominator: float, terms: Tensor | float | None) -> None:
@@ -255,23 +265,26 @@ class _Run:
 
     def _fed(self, parts: Sequence[Nest]) -> Iterator[tuple[Nest, Nest, int]]:
         """The micro-batches, on the device and as they came, with what each of them borrows."""
-        recipe = self.recipe
+        recipe, objective = self.recipe, self.recipe.objective
+        compared = objective.chosen if isinstance(objective, Inferred) else objective
         borrowed = [0] * len(parts)
-        if len(parts) > 1 and self._may_borrow() and any(size_of(nest) == 1 for nest in parts):
+        if len(parts) > 1 and self._may_borrow(compared) and any(size_of(p) == 1 for p in parts):
             parts, borrowed = _with_neighbours(parts)
-        moved = recipe.feed(parts, more_follow=self.more_follow)
+        moved = recipe.feed(
+            parts,
+            targets_are_read=isinstance(compared, Compared) and compared.reads_targets,
+            more_follow=self.more_follow,
+        )
         for place, (host, count) in enumerate(zip(parts, borrowed, strict=True)):
             if place == 1 and self.mark is not None:
                 self.mark()
             yield next(moved), host, count
 
-    def _may_borrow(self) -> bool:
-        recipe, objective = self.recipe, self.recipe.objective
-        compared = objective.chosen if isinstance(objective, Inferred) else objective
+    def _may_borrow(self, objective: Objective | None) -> bool:
         return (
-            recipe.batch_norm == "micro"
-            and isinstance(compared, Compared | Whole)
-            and normalises_by_batch(recipe.members.of_model)
+            self.recipe.batch_norm == "micro"
+            and isinstance(objective, Compared | Whole)
+            and normalises_by_batch(self.recipe.members.of_model)
         )
 
 
