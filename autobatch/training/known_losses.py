@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autobatch.batches.nest import Nest, describe
-from autobatch.training.summed import Loss, widened
+from autobatch.training.summed import Loss, Summed, widened
 from autobatch.training.wide import in_widest
 
 _Settings = Mapping[str, object]  # The keyword arguments of one of torch's functionals.
@@ -64,27 +64,34 @@ class _KnownLoss:
         return self.recipe.terms(target, settings)
 
     def summed(
-        self,
-        outputs: Nest,
-        targets: Nest,
-        examples: int,  # noqa: ARG002  # The protocol's.
+        self, outputs: Nest, targets: Nest, examples: int
     ) -> tuple[Tensor, Tensor | float | None]:
-        recipe = self.recipe
-        output, target = outputs, targets
-        if type(output) is not Tensor or output.dtype is torch.float16:
-            output = widened(self._only_tensor("outputs", outputs))
-        if type(target) is not Tensor or target.dtype is torch.float16:
-            target = widened(self._only_tensor("targets", targets))
+        return self.for_window()(outputs, targets, examples)
+
+    def for_window(self) -> Summed:
+        recipe, functional = self.recipe, self.recipe.functional
         settings = {**self.settings(), "reduction": "sum"}
-        if recipe.elementwise:
-            _refuse_broadcast(recipe, output, target)
-            _refuse_uncuttable(recipe, target, settings)
-        for name in recipe.weights:
-            value = settings.get(name)
-            if isinstance(value, Tensor):  # The model may have been moved since it was made.
+        weights = {n: w for n in recipe.weights if isinstance(w := settings.get(n), Tensor)}
+
+        def summed(
+            outputs: Nest,
+            targets: Nest,
+            examples: int,  # noqa: ARG001  # The protocol's.
+        ) -> tuple[Tensor, Tensor | float | None]:
+            output, target = outputs, targets
+            if type(output) is not Tensor or output.dtype is torch.float16:
+                output = widened(self._only_tensor("outputs", outputs))
+            if type(target) is not Tensor or target.dtype is torch.float16:
+                target = widened(self._only_tensor("targets", targets))
+            if recipe.elementwise:
+                _refuse_broadcast(recipe, output, target)
+                _refuse_uncuttable(recipe, target, settings)
+            for name, value in weights.items():  # The model may have been moved since it was made.
                 weight = widened(value.to(output.device))
                 settings[name] = weight.expand_as(target) if recipe.elementwise else weight
-        return recipe.functional(output, target, **settings), None
+            return functional(output, target, **settings), None
+
+        return summed
 
     def _only_tensor(self, role: Literal["outputs", "targets"], nest: Nest) -> Tensor:
         if isinstance(nest, Tensor):
@@ -122,6 +129,10 @@ class InferredLoss:
     ) -> tuple[Tensor, Tensor | float | None]:
         """Return the summed loss, and no terms."""
         return _infer(targets).summed(outputs, targets, examples)
+
+    def for_window(self) -> Summed:
+        """Return the same: there are no settings."""
+        return self.summed
 
 
 def _infer(targets: Nest) -> _KnownLoss:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe
 from autobatch.training.known_losses import InferredLoss, known_functional, known_module
-from autobatch.training.summed import Loss, widened
+from autobatch.training.summed import Loss, Summed, widened
 from autobatch.training.wide import in_widest
 
 
@@ -78,6 +78,10 @@ class UnrecognisedLoss:
             return read_pair(result)
         self._remember("a mean")
         return widened(_scalar("the loss", result)) * examples, None
+
+    def for_window(self) -> Summed:
+        """Return the same: its settings are its own."""
+        return self.summed
 
     def _remember(self, kind: Literal["a mean", "(sum, terms)"]) -> None:
         if self._kind not in {None, kind}:

@@ -15,6 +15,7 @@ from autobatch.training.summed import Loss
 
 Move = Callable[[Nest], Nest]
 Witness = Callable[[Nest, Nest], None]
+Share = Callable[[tuple[Nest, Nest, int]], tuple[Tensor, Terms]]  # On the device, host, borrowed.
 
 
 class Objective(Protocol):
@@ -133,3 +134,21 @@ class Compared(Objective):
         if self.forward is not None and terms is None and self.loss.divides:
             terms = self.loss.terms(targets, examples)
         return loss_sum, terms
+
+    def quick_share(self, model: nn.Module) -> Share | None:
+        """Return ``share`` for one window, with what does not change in it looked up once.
+
+        A small net's micro-batch takes 70 microseconds: what it does not need is not asked. None
+        where something is.
+        """
+        if not self.reads_targets:
+            return None
+        summed = self.loss.for_window()
+
+        def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
+            nest, host, borrowed = micro_batch
+            if borrowed or type(nest) is not tuple or len(nest) != 2:
+                return self.share(model, nest, host=host, borrowed=borrowed, witness=None)
+            return summed(model(nest[0]), nest[1], 0)
+
+        return share

@@ -1,11 +1,14 @@
 """A loss as the law needs it: a sum for each micro-batch, and what the sums are divided by."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from autobatch.batches.nest import Nest
+
+Summed = Callable[[Nest, Nest, int], tuple[Tensor, Tensor | float | None]]
 
 
 class Loss(Protocol):
@@ -38,6 +41,9 @@ class Loss(Protocol):
         Terms come from a ``(sum, terms)`` callable alone: its sums are divided by the example
         count, and every ``.grad`` is rescaled by examples / terms at the end.
         """
+
+    def for_window(self) -> Summed:
+        """Return ``summed`` for one window, in which settings do not change: looked up once."""
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from autobatch.training.feed import Feed
 from autobatch.training.inferred import Inferred
 from autobatch.training.ledger import Ledger
 from autobatch.training.members import Members
-from autobatch.training.objective import Compared, Objective, Witness
+from autobatch.training.objective import Compared, Objective, Share, Witness
 from autobatch.training.precision import Precision
 from autobatch.training.replay import Start, window_start
 from autobatch.training.update import Update
@@ -200,11 +200,7 @@ class _Run:
     def shares(self, parts: Sequence[Nest], denominator: float, witness: Witness | None) -> None:
         """Forward and backward, micro-batch by micro-batch."""
         recipe, pool = self.recipe, self.pool
-        model, objective, forward = recipe.model, recipe.objective.share, recipe.precision.forward
-
-        def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
-            nest, host, borrowed = micro_batch
-            return objective(model, nest, host=host, borrowed=borrowed, witness=witness)
+        share, forward = self._share(witness), recipe.precision.forward
 
         def pooled(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
             if pool is not None:
@@ -215,9 +211,7 @@ class _Run:
                 pool.end()
             return result
 
-        # A small net's micro-batch takes 70 microseconds: what it does not need is not asked.
         plain = pool is None and recipe.precision.name == "fp32"
-
         accumulate(
             self._fed(parts),
             share if plain else pooled,
@@ -228,6 +222,19 @@ class _Run:
         )
         if self.mark is not None:
             self.mark()
+
+    def _share(self, witness: Witness | None) -> Share:
+        model, objective = self.recipe.model, self.recipe.objective
+        if witness is None and isinstance(objective, Compared):
+            quick = objective.quick_share(model)
+            if quick is not None:
+                return quick
+
+        def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
+            nest, host, borrowed = micro_batch
+            return objective.share(model, nest, host=host, borrowed=borrowed, witness=witness)
+
+        return share
 
     def whole(self, parts: Sequence[Nest], objective: Whole) -> None:
         """All outputs, the loss of all, and each micro-batch once more."""
