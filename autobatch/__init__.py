@@ -1,42 +1,42 @@
 """autobatch: train on the batch that is wanted, on the device that is there."""
 
-from typing import TYPE_CHECKING
-
-from autobatch.api import check, find_and_train, find_batch_size
-from autobatch.batches.marks import Shared
-from autobatch.devices.failures import verdict_of
-from autobatch.errors import (
-    AutobatchError,
-    CheckpointError,
-    DeviceLostError,
-    DeviceUnavailableError,
-    DoesNotFitError,
-    InexactStepError,
-    NonFiniteLossError,
-    ProcessDiedError,
-    ReplayLimitError,
-    SearchTimeoutError,
-    StepInterruptedError,
-)
-from autobatch.largest import find_largest
-from autobatch.plan import BatchPlan
-from autobatch.probing.options import SearchOptions
-from autobatch.results import (
-    Evaluation,
-    Phase,
-    SearchResult,
-    Speed,
-    StepResult,
-    TrainingResult,
-    Trial,
-    Upper,
-    Verdict,
-)
-from autobatch.training.step import Accumulator
-from autobatch.training.whole_batch import WholeBatch
+import importlib
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from autobatch.api import check, find_and_train, find_batch_size
+    from autobatch.batches.marks import Shared
+    from autobatch.devices.failures import verdict_of
+    from autobatch.errors import (
+        AutobatchError,
+        CheckpointError,
+        DeviceLostError,
+        DeviceUnavailableError,
+        DoesNotFitError,
+        InexactStepError,
+        NonFiniteLossError,
+        ProcessDiedError,
+        ReplayLimitError,
+        SearchTimeoutError,
+        StepInterruptedError,
+    )
+    from autobatch.largest import find_largest
+    from autobatch.plan import BatchPlan
     from autobatch.prediction.predict import Prediction, predict
+    from autobatch.probing.options import SearchOptions
+    from autobatch.results import (
+        Evaluation,
+        Phase,
+        SearchResult,
+        Speed,
+        StepResult,
+        TrainingResult,
+        Trial,
+        Upper,
+        Verdict,
+    )
+    from autobatch.training.step import Accumulator
+    from autobatch.training.whole_batch import WholeBatch
 
 __all__ = [
     "Accumulator",
@@ -74,10 +74,49 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import what predicts when it is first asked for: nothing else needs it."""
-    if name not in {"Prediction", "predict"}:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from autobatch.prediction import predict as module
+_HOMES: Final = {
+    "Accumulator": "autobatch.training.step",
+    "AutobatchError": "autobatch.errors",
+    "BatchPlan": "autobatch.plan",
+    "CheckpointError": "autobatch.errors",
+    "DeviceLostError": "autobatch.errors",
+    "DeviceUnavailableError": "autobatch.errors",
+    "DoesNotFitError": "autobatch.errors",
+    "Evaluation": "autobatch.results",
+    "InexactStepError": "autobatch.errors",
+    "NonFiniteLossError": "autobatch.errors",
+    "Phase": "autobatch.results",
+    "Prediction": "autobatch.prediction.predict",
+    "ProcessDiedError": "autobatch.errors",
+    "ReplayLimitError": "autobatch.errors",
+    "SearchOptions": "autobatch.probing.options",
+    "SearchResult": "autobatch.results",
+    "SearchTimeoutError": "autobatch.errors",
+    "Shared": "autobatch.batches.marks",
+    "Speed": "autobatch.results",
+    "StepInterruptedError": "autobatch.errors",
+    "StepResult": "autobatch.results",
+    "TrainingResult": "autobatch.results",
+    "Trial": "autobatch.results",
+    "Upper": "autobatch.results",
+    "Verdict": "autobatch.results",
+    "WholeBatch": "autobatch.training.whole_batch",
+    "check": "autobatch.api",
+    "find_and_train": "autobatch.api",
+    "find_batch_size": "autobatch.api",
+    "find_largest": "autobatch.largest",
+    "predict": "autobatch.prediction.predict",
+    "verdict_of": "autobatch.devices.failures",
+}
 
-    return getattr(module, name)
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, when it is: torch takes seconds, and not all need it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(_HOMES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

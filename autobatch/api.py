@@ -17,6 +17,7 @@ from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.isolation.parent import try_isolated
 from autobatch.job import Job, OptimizerFactory
+from autobatch.leftovers import forget_last_error
 from autobatch.plan import check_size
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import check_seed, seed_all
@@ -74,6 +75,8 @@ def find_and_train(
     nonfinite: NonFinite = "raise",
     batch_norm: BatchNormMode = "micro",
     snapshot_steps: bool = False,
+    replay: bool = True,
+    snapshot_on_oom: str | os.PathLike[str] | None = None,
     eval_data: Data | None = None,
     metrics: Mapping[str, Metric] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -124,6 +127,8 @@ def find_and_train(
         nonfinite: As for ``Accumulator``: ``"raise"``, ``"skip"`` or ``"ignore"``.
         batch_norm: As for ``Accumulator``: ``"micro"``, ``"frozen"`` or ``"refuse"``.
         snapshot_steps: As for ``Accumulator``.
+        replay: As for ``Accumulator``.
+        snapshot_on_oom: As for ``Accumulator``; the search's trials write nothing.
         eval_data: Evaluated after each epoch, at the size that inference tolerates: data of the
             same kinds; a DataLoader keeps its order. Training goes on as if it had not been. Two
             examples are tried before the search, so that what is wrong shows at once.
@@ -175,6 +180,8 @@ def find_and_train(
         nonfinite=nonfinite,
         batch_norm=batch_norm,
         snapshot_steps=snapshot_steps,
+        replay=replay,
+        snapshot_on_oom=snapshot_on_oom,
     )
     with ExitStack() as stack:
         course = Course.resolve(
@@ -277,6 +284,8 @@ def find_batch_size(
     )
     with ExitStack() as stack:
         observer = observer_of(progress, stack)
+        if search.forget_errors:
+            forget_last_error(observer)
         if job is None:
             return find_isolated(resolve, find, sample_to_send(source, search), search, observer)
         with job.undisturbed():
@@ -333,6 +342,8 @@ def check(
         headroom=headroom,
     )
     examples = min(size, _SAMPLE)
+    if search.forget_errors:
+        forget_last_error(lambda _: None)
     if search.isolate:
         source = open_source(data, batch_size=examples)
         refuse_one_pass(source)
@@ -350,6 +361,8 @@ def _train(
 ) -> TrainingResult:
     """Search, then train with what was found."""
     job = course.job
+    if search.forget_errors:
+        forget_last_error(observer)
     with course.undone_on_error():
         first = course.open(observer)
         if course.is_done():
@@ -360,6 +373,7 @@ def _train(
             window=window,
             # The checkpoint's own size stays where it fits: it need not be timed again.
             prefer=prefer if course.saved is None else "largest",
+            steps=course.steps_to_come(),
             search=search,
             reason="ceiling" if window == course.desired else "data",
         )

@@ -1,8 +1,14 @@
-"""The command line: arguments in, an exit code out."""
+"""The command line: arguments in, an exit code out.
+
+What a command needs of torch is imported once its arguments are known to be good: that takes
+seconds, and help or an error should not.
+"""
 
 import enum
+import functools
 import importlib.metadata
 import json
+import re
 import sys
 import textwrap
 import traceback
@@ -13,23 +19,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, TextIO
 
-import torch
 import typer
 
-from autobatch.commands.inventory import HEADERS, take_inventory
-from autobatch.commands.reports import Fields, Journal, Report, failure_fields, plan_fields
-from autobatch.commands.runs import (
+from autobatch.commands.arguments import (
+    DATA_NAMES,
     IMAGES,
+    MODEL_NAMES,
     ModeChoice,
     OptimizerName,
     PrecisionChoice,
-    PredictionRun,
     PreferChoice,
-    SearchRun,
-    TrainingRun,
-    Watch,
+    check_names,
 )
-from autobatch.commands.sources import DATA_NAMES, MODEL_NAMES
+from autobatch.commands.reports import (
+    Fields,
+    Journal,
+    Report,
+    Watch,
+    failure_fields,
+    plan_fields,
+)
 from autobatch.display import Display, print_table
 from autobatch.errors import DoesNotFitError
 from autobatch.events import Event
@@ -115,6 +124,9 @@ def train(
     """Train MODEL on the batch you want, in pieces that fit."""
 
     def work(watch: Watch) -> Report:
+        check_names(model, data, memory_limit)
+        from autobatch.commands.runs import TrainingRun
+
         return TrainingRun(
             model=model,
             data=data,
@@ -165,6 +177,9 @@ def find(
     """Find the largest batch with which MODEL can train, or infer."""
 
     def work(watch: Watch) -> Report:
+        check_names(model, data, memory_limit)
+        from autobatch.commands.runs import SearchRun
+
         return SearchRun(
             model=model,
             data=data,
@@ -208,6 +223,9 @@ def predict(
     """Predict the largest batch with which MODEL can train on a GPU that is not here."""
 
     def work(watch: Watch) -> Report:
+        check_names(model, data)
+        from autobatch.commands.runs import PredictionRun
+
         return PredictionRun(
             model=model,
             data=data,
@@ -236,6 +254,8 @@ def plan(
 @app.command()
 def devices(as_json: Json = False) -> None:
     """Show the GPUs as NVML and torch see them, side by side."""
+    from autobatch.commands.inventory import HEADERS, take_inventory
+
     inventory = take_inventory()
     _write(Report(text="\n".join(inventory.lines), fields=inventory.fields), as_json=as_json)
     if inventory.rows and not as_json:
@@ -245,7 +265,7 @@ def devices(as_json: Json = False) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"autobatch {_version()}, torch {torch.__version__}")
+        typer.echo(f"autobatch {_version()}, torch {importlib.metadata.version('torch')}")
         raise typer.Exit
 
 
@@ -332,7 +352,8 @@ def exit_code(error: BaseException) -> ExitCode:
     """Return the code of a command that ``error`` ended."""
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    if isinstance(error, DoesNotFitError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # Without it nothing of its own was raised.
+    if isinstance(error, DoesNotFitError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return ExitCode.DOES_NOT_FIT
     if isinstance(error, ValueError | TypeError) and _is_ours(error):
         return ExitCode.BAD_ARGUMENTS
@@ -347,8 +368,28 @@ def _explained(error: BaseException, journal: Journal) -> str:
     if journal.training is not None:
         done += f"\nit happened {journal}"
     if _is_ours(error):
-        return f"{error}{done}"
+        return f"{_with_options(str(error))}{done}"
     return f"{type(error).__name__}: {error}{_place(error)}{done}"
+
+
+def _with_options(message: str) -> str:
+    """Name the command line's options in the place of the library's arguments.
+
+    A name of several words is one wherever it stands, any other where a message begins with it.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        return _options_by_name().get(found[0], found[0])
+
+    return re.sub(r"^[a-z]+(?= (?:must|cannot) )|\b[a-z]+(?:_[a-z]+)+\b", option, message)
+
+
+@functools.cache
+def _options_by_name() -> dict[str, str]:
+    """Every command's: ``memory_limit`` to ``--memory-limit``."""
+    commands = typer.main.get_group(app).commands.values()
+    found = {p.name: p.opts[0] for command in commands for p in command.params if p.name}
+    return {name: option for name, option in found.items() if option.startswith("--")}
 
 
 def _place(error: BaseException) -> str:

@@ -1,13 +1,17 @@
 """A whole training, from its arguments to its result: everything but the search."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from autobatch.advice import torn
 from autobatch.batches.nest import Nest, size_of
+from autobatch.batches.prefetch import crowded
 from autobatch.batches.regroup import Data, Source, open_source
+from autobatch.devices.host import host_memory
 from autobatch.events import Observer, Resumed, TrainingStarted
 from autobatch.job import Job
 from autobatch.plan import BatchPlan
@@ -143,6 +147,14 @@ class Course:
             CheckpointError: If there is one that cannot be trained on from.
             ValueError: If there is nothing to train on.
         """
+        first = self._open(observer)
+        if first is not None:
+            told = crowded(self.job.source.batches, first, host_memory()[1])
+            if told:
+                warnings.warn(told, stacklevel=4)  # Where find_and_train was called.
+        return first
+
+    def _open(self, observer: Observer) -> Nest | None:
         keeper, epochs = self.keeper, self.epochs
         saved = None if keeper is None else keeper.latest()
         self._try_evaluation()
@@ -224,7 +236,8 @@ class Course:
         if self.evaluator is not None:
             self.evaluator.find, self.evaluator.limited = find, driver.limited
         plan = driver.plan(window)
-        observer(TrainingStarted(plan=plan, steps=self._steps(), epochs=self.epochs.last))
+        observer(TrainingStarted(plan=plan, steps=self.steps_to_come(), epochs=self.epochs.last))
+        job.device.reset_peak()
         with training_mode(job.recipe.model):
             normalises = normalises_by_batch(job.recipe.model.modules())
             Loop(
@@ -249,7 +262,9 @@ class Course:
             agreed=driver.agreed,
             found=found,
         )
-        return self._result(found, ended, tuple(told))
+        reading = job.device.read()
+        pieces = torn(reading.peak_bytes, reading.peak_reserved_bytes, "training")
+        return self._result(found, ended, (*told, *pieces))
 
     def done_before(self) -> TrainingResult:
         """Return the result of a training that its checkpoint has finished."""
@@ -267,6 +282,9 @@ class Course:
         if self.saved is not None and self.keeper is not None:
             steps = int(self.saved["driver"]["steps"])
             resumed = (f"went on from a checkpoint in {self.keeper.store.directory}, step {steps}",)
+            before, now = self.saved["facts"].get("precision"), self.job.options.precision
+            if before not in (None, now):
+                resumed += (f"its steps were taken in {before}, and those since then in {now}",)
             if keeps_workers(self.job.source.batches) and self.saved["place"]["epoch"] > 1:
                 resumed += (_WORKERS,)
         return TrainingResult(
@@ -291,11 +309,14 @@ class Course:
             schedule=self.schedule,
             limit_bytes=found.limit_bytes if job.trains_limited else None,
             observer=observer,
+            replay=job.options.replay,
+            ran_out=job.options.ran_out,
         )
         facts: dict[str, object] = {
             "window": window,
             "tolerable": found.fastest,
             "device": job.device.name,
+            "precision": job.options.precision,
             "search": _plain(found),
         }
         if self.saved is not None:
@@ -310,8 +331,8 @@ class Course:
             self.keeper.facts = facts
         return driver
 
-    def _steps(self) -> int | None:
-        """Optimizer steps to come, where the data says how many examples it holds."""
+    def steps_to_come(self) -> int | None:
+        """Return how many optimizer steps are left; None where the data does not say."""
         examples, epochs = self.job.source.examples, self.epochs
         ends = [] if self.max_steps is None else [self.max_steps]
         if examples is not None:

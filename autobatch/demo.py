@@ -10,8 +10,8 @@ import torch
 import typer
 
 from autobatch.cli import ExitCode, Output, conclude
-from autobatch.commands.reports import Report, TrainingReport
-from autobatch.commands.runs import TrainingRun, Watch
+from autobatch.commands.reports import Report, TrainingReport, Watch
+from autobatch.commands.runs import TrainingRun
 from autobatch.devices.cuda import CudaDevice
 from autobatch.units import format_bytes
 
@@ -84,8 +84,11 @@ def judgement(report: TrainingReport) -> str:
         f"memory for {result.plan.tolerable} at once."
     )
     notes = "Not exact: what the notes say." if result.notes else "Nothing was inexact."
+    text = report.text
+    if not result.replays:  # Training began with this plan, which stands above, and kept it.
+        text = text.removeprefix(f"{result.plan}\n")
     verdict = "" if learned(report) else f"\nThe demo failed: it promises more than {ENOUGH:.0%}."
-    return f"{report.text}\n{exact} {notes}{verdict}"
+    return f"{text}\n{exact} {notes}{verdict}"
 
 
 def learned(report: TrainingReport) -> bool:

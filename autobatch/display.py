@@ -25,6 +25,7 @@ from rich.text import Text
 
 from autobatch.events import (
     EpochEnded,
+    ErrorForgotten,
     Evaluated,
     Event,
     Observer,
@@ -118,6 +119,12 @@ class Display:
         """Write nothing: an event of a later version is none of our business."""
 
     @_show.register
+    def _(self, event: ErrorForgotten) -> None:
+        if event.freed_bytes:
+            freed = format_bytes(event.freed_bytes)
+            self.log(f"let go of the last error, which kept at least {freed} of tensors")
+
+    @_show.register
     def _(self, event: Resumed) -> None:
         self._first = event.epoch
         done = count(event.steps, "step")
@@ -154,9 +161,14 @@ class Display:
     @_show.register
     def _(self, event: SearchEnded) -> None:
         self.log(_tolerable(event.search))
+        for note in event.search.notes:
+            self.log(f"note: {note}")
 
     @_show.register
     def _(self, event: SizesTimed) -> None:
+        if not event.search.speeds:
+            self.log(f"note: {event.search.notes[-1]}")
+            return
         timed = ", ".join(f"{s.size}: {s.examples_per_second:,.4g}" for s in event.search.speeds)
         self.log(f"examples a second at {timed}; trains with {event.search.fastest}")
 

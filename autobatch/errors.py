@@ -65,7 +65,7 @@ class DoesNotFitError(AutobatchError):
     @property
     def remedies(self) -> tuple[Remedy, ...]:
         """What would help, and by how much."""
-        return () if self.breakdown is None else what_would_help(self.breakdown)
+        return () if self.breakdown is None else what_would_help(self.breakdown, self.message)
 
     def __str__(self) -> str:
         where = "here" if self.limit_bytes is None else f"in {format_bytes(self.limit_bytes)}"

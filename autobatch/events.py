@@ -136,8 +136,20 @@ class Replayed:
     micro_batch: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorForgotten:
+    """The error that a notebook or a prompt kept was let go of.
+
+    Attributes:
+        freed_bytes: Of tensors that its frames held themselves: at least so much is free again.
+    """
+
+    freed_bytes: int
+
+
 Event = (
-    SearchStarted
+    ErrorForgotten
+    | SearchStarted
     | TrialStarted
     | TrialEnded
     | SearchEnded

@@ -15,6 +15,7 @@ from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.display import observer_of
 from autobatch.events import Observer
+from autobatch.leftovers import forget_last_error
 from autobatch.plan import check_size
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
@@ -87,6 +88,8 @@ def find_largest(
     )
     with ExitStack() as stack:
         observer = observer_of(progress, stack)
+        if search.forget_errors:
+            forget_last_error(observer)
         stack.enter_context(preserved(parts.modules, parts.optimizers, others=parts.others))
         return Finder(
             rehearsal=_Runs(run, parts.modules),

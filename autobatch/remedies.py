@@ -5,11 +5,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from autobatch.breakdown import Breakdown
+from autobatch.platforms import spilling_platform
 from autobatch.units import format_bytes
 
 _REQUEST: Final = re.compile(r"tried to allocate (\d+\.\d\d) ([KMGT])iB", re.IGNORECASE)
 _ALLOCATED: Final = re.compile(r"(\d+\.\d\d) ([KMGT])iB is allocated by PyTorch", re.IGNORECASE)
+_UNALLOCATED: Final = re.compile(
+    r"(\d+\.\d\d) ([KMGT])iB is reserved by PyTorch but unallocated", re.IGNORECASE
+)
 _ROUNDED: Final = 0.005  # Of a unit: two decimals are told.
+
+# Torch 2.11 and later, which alone are supported, know the setting by this name.
+JOINED_PIECES: Final = "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts,"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +37,15 @@ class Remedy:
         return f"{self.action}: {self.effect}"
 
 
-def what_would_help(breakdown: Breakdown) -> tuple[Remedy, ...]:
+def what_would_help(breakdown: Breakdown, message: str = "") -> tuple[Remedy, ...]:
     """Return what follows from the numbers: what frees most first, more memory last.
 
     Whether one of them is enough is not known: what is missing is known as a lower bound only, and
     so is the optimizer's state, which may not have fitted either.
+
+    Args:
+        breakdown: At the size that does not fit.
+        message: What its failure said.
     """
     gradients, state = breakdown.gradient_bytes, breakdown.optimizer_state_bytes
     activations = breakdown.activation_bytes
@@ -60,6 +71,11 @@ def what_would_help(breakdown: Breakdown) -> tuple[Remedy, ...]:
         ),
         _remedy("ending other processes", breakdown.other_process_bytes, "frees up to {}"),
         _remedy("headroom=0", breakdown.headroom_bytes, "frees {}"),
+        _remedy(
+            JOINED_PIECES.rstrip(","),
+            torn_bytes(message),
+            "may join {} that are reserved, in pieces too small for what was asked for",
+        ),
     ]
     helpful = sorted((r for r in known if r.bytes > 0), key=lambda r: r.bytes, reverse=True)
     return (*helpful, _more_memory(breakdown))
@@ -73,6 +89,18 @@ def needed_bytes(message: str) -> int:
     figures = [_REQUEST.search(message), _ALLOCATED.search(message)]
     read = [_at_least(found[1], found[2]) for found in figures if found]
     return sum(read) if len(read) == len(figures) else 0
+
+
+def torn_bytes(message: str) -> int:
+    """Return what a CUDA failure's text says is reserved and unused, if it would have been enough.
+
+    0 otherwise, and on Windows and WSL, where the allocator cannot join it (pytorch#192330).
+    """
+    unused, request = _UNALLOCATED.search(message), _REQUEST.search(message)
+    if unused is None or request is None or spilling_platform():
+        return 0
+    unused_bytes = _at_least(unused[1], unused[2])
+    return unused_bytes if unused_bytes >= _at_least(request[1], request[2]) else 0
 
 
 def _remedy(action: str, count: int, effect: str) -> Remedy:

@@ -151,6 +151,7 @@ class SearchResult:
         speeds: How fast it and a few smaller sizes train, where ``prefer="fastest"`` asked.
         others: Other processes on the device when the search began, as far as told.
         breakdown: Where the memory goes at ``size``; None where it was not asked.
+        notes: What else is to be known of the memory that was seen.
     """
 
     size: int
@@ -163,6 +164,7 @@ class SearchResult:
     speeds: tuple[Speed, ...] = ()
     others: tuple[OtherProcess, ...] = ()
     breakdown: Breakdown | None = None
+    notes: tuple[str, ...] = ()
 
     def __int__(self) -> int:
         return self.size
@@ -213,6 +215,7 @@ class SearchResult:
             f"tolerable batch {self.size} (limited by {limit}, {self.upper}{peak} of "
             f"{format_bytes(self.limit_bytes)}; {count(len(trials), 'trial')}, "
             f"{failed} failed{f', {repeats} repeated' * bool(repeats)})"
+            + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
 

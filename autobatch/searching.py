@@ -1,7 +1,7 @@
 """Searches wired, the only place where probing meets training: here or in another process."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Final, Literal, get_args
@@ -19,7 +19,7 @@ from autobatch.job import Job
 from autobatch.plan import BatchPlan, even_sizes, useful_sizes
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions
-from autobatch.probing.speed import sizes_to_time, speeds
+from autobatch.probing.speed import FEWEST_WINDOWS, sizes_to_time, speeds
 from autobatch.randomness import random_state
 from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
 from autobatch.training.evaluation import Inference, inference
@@ -37,17 +37,28 @@ _PASSES: Final[dict[Mode, int]] = {"train": 2, "inference": 1}  # Micro-batches 
 
 
 def _timed(
-    job: Job, rehearsal: Rehearsal, found: SearchResult, window: int, multiple_of: int
+    job: Job,
+    rehearsal: Rehearsal,
+    found: SearchResult,
+    windows: Mapping[int, Sequence[int]],
+    steps: int | None,
 ) -> SearchResult:
-    """The search, with how fast the size that it found and smaller ones train."""
+    """The search, with how fast the size that it found and smaller ones train.
+
+    Not where timing would take longer than the training: so many steps, if that is known.
+    """
+    fewest = FEWEST_WINDOWS * len(windows)
+    if steps is not None and steps <= fewest:
+        told = (
+            f'prefer="fastest" timed nothing: timing takes {fewest} steps or more, and the '
+            f"training takes {steps}"
+        )
+        return replace(found, notes=(*found.notes, told))
     limited = functools.partial(job.device.limited_to, found.limit_bytes)
     timed = speeds(
         rehearsal,
         job.device,
-        {
-            size: even_sizes(window, size, multiple_of)
-            for size in sizes_to_time(useful_sizes(window, multiple_of), found.size)
-        },
+        windows,
         limited if job.trains_limited else nullcontext,
     )
     return replace(found, speeds=timed)
@@ -86,15 +97,29 @@ def find_useful(
     prefer: Prefer,
     search: SearchOptions,
     reason: LimitedBy,
+    steps: int | None = None,
 ) -> SearchResult:
-    """Search the sizes that change how a window is cut, in a job that is undisturbed."""
+    """Search the sizes that change how a window is cut, in a job that is undisturbed.
+
+    Args:
+        job: Whose step is rehearsed.
+        sample: The examples of a trial.
+        observer: Is told of every trial.
+        history: Trials that were made elsewhere.
+        window: Examples in a logical batch.
+        prefer: The largest size, or the fastest.
+        search: How to search.
+        reason: What the ceiling is made of.
+        steps: How many will be taken, where that is known.
+    """
     examples, said = sample
     rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
     is_whole = isinstance(job.recipe.objective, Whole)
     if is_whole:  # All outputs are alive if it is cut, whatever the size: no convex curve.
         search = replace(search, confirm="failed")
+    candidates = search.not_below_floor(useful_sizes(window, multiple_of))
     found = _finder(job, rehearsal, search, observer, said, history).largest(
-        useful_sizes(window, multiple_of),
+        candidates,
         windows=lambda size: _rehearsed(
             job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
         ),
@@ -103,7 +128,9 @@ def find_useful(
         ceiling_first=is_whole,
     )
     if prefer == "fastest":
-        found = _timed(job, rehearsal, found, window, multiple_of)
+        sizes = sizes_to_time(candidates, found.size)
+        windows = {size: even_sizes(window, size, multiple_of) for size in sizes}
+        found = _timed(job, rehearsal, found, windows, steps)
         observer(SizesTimed(search=found))
     return found
 

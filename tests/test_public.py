@@ -49,8 +49,8 @@ SIGNATURES = {
         *["model", "data", "desired", *LOSS, "optimizer", "scheduler", "scheduler_interval"],
         *["epochs", "max_steps", "drop_last", "device", "precision", "scaler", "gradient_dtype"],
         *["memory_limit", "headroom", "clip_grad_norm", "clip_grad_value", "nonfinite"],
-        *["batch_norm", "snapshot_steps", "eval_data", "metrics", "checkpoint_dir", "on_step"],
-        *["prefer", "search", "seed", "progress"],
+        *["batch_norm", "snapshot_steps", "replay", "snapshot_on_oom", "eval_data", "metrics"],
+        *["checkpoint_dir", "on_step", "prefer", "search", "seed", "progress"],
     ],
     "find_batch_size": ["model", "data", "ceiling", *JOB, "mode", "search", "progress"],
     "find_largest": [
@@ -60,11 +60,11 @@ SIGNATURES = {
     "Accumulator": [
         *["model", "optimizer", "loss", "micro_batch", "forward", "batch_loss", "scheduler"],
         *["scaler", "precision", "clip_grad_norm", "clip_grad_value", "nonfinite", "batch_norm"],
-        *["gradient_dtype", "snapshot_steps"],
+        *["gradient_dtype", "snapshot_steps", "replay", "snapshot_on_oom"],
     ],
     "SearchOptions": [
         *["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case", "isolate"],
-        "prior",
+        *["prior", "floor", "forget_errors"],
     ],
     "Shared": ["value"],
     "WholeBatch": ["loss"],

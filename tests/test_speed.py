@@ -146,6 +146,9 @@ def data(examples: int = 64) -> tuple[Tensor, Tensor]:
     return torch.randn(examples, 4), torch.randint(0, 3, (examples,))
 
 
+LONG = 40  # Epochs: longer than timing six sizes takes.
+
+
 def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[int, Sequence[int]]] = []
 
@@ -159,7 +162,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(autobatch.searching, "speeds", measured)
     events: list[Event] = []
     result = find_and_train(
-        nn.Linear(4, 3), data(), desired=64, prefer="fastest", progress=events.append
+        nn.Linear(4, 3), data(), 64, prefer="fastest", epochs=LONG, progress=events.append
     )
     assert asked == [{n: (n,) * (64 // n) if 64 % n == 0 else asked[0][n] for n in asked[0]}]
     assert all(sum(sizes) == 64 for sizes in asked[0].values()), "whole logical batches"
@@ -176,14 +179,14 @@ def test_the_fastest_is_found_without_a_trace() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    fast = find_and_train(model, data(), 16, prefer="fastest", seed=1, progress=False)
+    fast = find_and_train(model, data(), 16, prefer="fastest", epochs=8, seed=1, progress=False)
     model.load_state_dict(start)
-    plain = find_and_train(model, data(), 16, seed=1, progress=False)
+    plain = find_and_train(model, data(), 16, epochs=8, seed=1, progress=False)
     assert fast.search.speeds
     assert plain.search.speeds == ()
     if fast.plan == plain.plan:
         assert fast.losses == plain.losses
-    assert fast.steps == plain.steps == 4
+    assert fast.steps == plain.steps == 32
 
 
 def test_a_resumed_training_keeps_its_size_and_times_nothing(
@@ -203,9 +206,9 @@ def test_a_resumed_training_keeps_its_size_and_times_nothing(
         )  # fmt: skip
 
     monkeypatch.setattr(autobatch.searching, "speeds", measured)
-    assert trained(1).plan.micro_batch_sizes == (16,) * 4
+    assert trained(LONG).plan.micro_batch_sizes == (16,) * 4
     monkeypatch.setattr(autobatch.searching, "speeds", None)  # Not to be asked.
-    resumed = trained(2)
+    resumed = trained(LONG + 1)
     assert resumed.plan.micro_batch_sizes == (16,) * 4
     assert not any("preferred" in note for note in resumed.notes)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 from autobatch.breakdown import Breakdown
 from autobatch.errors import DoesNotFitError
@@ -11,6 +12,16 @@ from autobatch.results import SearchResult, TrainingResult, Trial
 from autobatch.units import count
 
 Fields = dict[str, object]
+
+
+class Watch(Protocol):
+    """Whoever is told what goes on: events, and lines of text."""
+
+    def __call__(self, event: Event) -> None:
+        """Take note of ``event``."""
+
+    def log(self, text: str) -> None:
+        """Take note of a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +153,7 @@ def search_fields(search: SearchResult) -> Fields:
         "trials": [trial_fields(trial) for trial in search.trials],
         "speeds": [asdict(speed) for speed in search.speeds],
         "others": [{"pid": other.pid, "used_bytes": other.used_bytes} for other in search.others],
+        "notes": list(search.notes),
     }
 
 

@@ -1,11 +1,10 @@
 """Training and searching by names: what the command line and the demo do."""
 
-import enum
 import functools
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,25 @@ from torch.utils.data import Dataset
 
 from autobatch.api import find_and_train, find_batch_size
 from autobatch.batches.regroup import Data
+from autobatch.commands.arguments import (
+    IMAGES,
+    ModeChoice,
+    OptimizerName,
+    PrecisionChoice,
+    PreferChoice,
+)
 from autobatch.commands.reports import (
     Fields,
     Report,
     TrainingReport,
+    Watch,
     plan_fields,
     search_fields,
     training_fields,
 )
 from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
 from autobatch.devices.choose import choose_device
-from autobatch.events import Event, SearchEnded
+from autobatch.events import SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
 from autobatch.prediction.gpus import custom_gpu
@@ -34,50 +41,8 @@ from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
 from autobatch.units import count, parse_bytes
 
-
-class OptimizerName(enum.StrEnum):
-    """What the command line can optimize with."""
-
-    ADAMW = "adamw"
-    SGD = "sgd"
-
-
-class PrecisionChoice(enum.StrEnum):
-    """What forward passes can compute in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-class PreferChoice(enum.StrEnum):
-    """What training can prefer."""
-
-    LARGEST = "largest"
-    FASTEST = "fastest"
-
-
-class ModeChoice(enum.StrEnum):
-    """What a search can rehearse."""
-
-    TRAIN = "train"
-    INFERENCE = "inference"
-
-
-IMAGES: Final = "images"  # The data of a prediction that names none.
-
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # As many images as a trace repeats.
-
-
-class Watch(Protocol):
-    """Whoever is told what goes on: events, and lines of text."""
-
-    def __call__(self, event: Event) -> None:
-        """Take note of ``event``."""
-
-    def log(self, text: str) -> None:
-        """Take note of a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch.batches.regroup import Data
+from autobatch.commands.arguments import DATA_NAMES, MODEL_NAMES, factory_of
 from autobatch.commands.vision import import_torchvision
 from autobatch.plan import check_size
 
-MODEL_NAMES: Final = "torchvision:resnet18 or package.module:factory"
-DATA_NAMES: Final = "digits, imagefolder:PATH or package.module:factory"
 _DIGITS_TEST: Final = 360
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -224,10 +223,7 @@ def _read_folder(path: Path, pixels: int) -> Dataset[object]:
 
 def _find(name: str, *, what: str, names: str) -> object:
     """Return what ``package.module:attribute`` names; the working directory comes first."""
-    module_name, _, path = name.partition(":")
-    parts = path.split(".")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *parts]):
-        raise ValueError(f"{what} must be {names}, got {name!r}")
+    module_name, parts = factory_of(name, what=what, names=names)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # And stays: the module may import more, later.

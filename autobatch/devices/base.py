@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 import torch
 
+from autobatch.platforms import spilling_platform
 from autobatch.results import OtherProcess
 from autobatch.units import Size, parse_bytes
 
@@ -115,15 +116,18 @@ class Budget:
         """Return the bytes that the allocator may hold; zero or less where nothing is left.
 
         Without a ``memory_limit`` that is what is free or held already, less the headroom (2 % of
-        the device, at least 300 MiB). A ``memory_limit`` is the whole process's, so what the
-        driver's context and other processes hold comes off it, and it needs no headroom: 24 GiB on
-        a larger card plans for a card of 24 GiB.
+        the device, at least 300 MiB; twice that of a GPU on Windows and WSL). A ``memory_limit``
+        is the whole process's, so what the driver's context and other processes hold comes off it,
+        and it needs no headroom: 24 GiB on a larger card plans for a card of 24 GiB.
         """
         reachable = reading.free_bytes + reading.reserved_bytes
         if self.memory_limit_bytes is None:
             headroom_bytes = self.headroom_bytes
             if headroom_bytes is None:
                 headroom_bytes = standard_headroom(reading.total_bytes)
+                # A GPU's; its ceiling lies below what is said to be free (WSL#41176).
+                if reading.peak_reserved_bytes is not None and spilling_platform():
+                    headroom_bytes *= 2
             return reachable - headroom_bytes
         allowed = self.memory_limit_bytes - reading.outside_bytes
         return min(allowed, reachable) - (self.headroom_bytes or 0)

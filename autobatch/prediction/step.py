@@ -157,8 +157,12 @@ def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> Step:
     guessed = sum(traces[0].guessed.values())
     notes = []
     if guessed:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(traces[0].guessed.items()))
-        notes.append(f"the step needs values that are not known; guessed: {kinds}")
+        kinds = ", ".join(f"{n} of {kind}" for kind, n in sorted(traces[0].guessed.items()))
+        notes.append(
+            f"the step asks for values of tensors (.item(), if tensor:), which a trace without a "
+            f"GPU does not have; they were guessed ({kinds}): where memory depends on them, the "
+            "prediction is as good as the guess"
+        )
     if every is None:
         notes.append("batches take different ways: each candidate was traced")
     if not on_cuda:

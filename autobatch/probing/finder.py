@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from autobatch.advice import advice
 from autobatch.breakdown import Breakdown
 from autobatch.devices.base import MemoryDevice, moved
 from autobatch.devices.failures import verdict_of
@@ -118,6 +119,7 @@ class Finder:
                 error.add_note(f"on the same device {other}")
             raise error
         found = replace(self._result(search, ceiling, reason), others=others)
+        found = replace(found, notes=tuple(advice(self.device.torch_device, found)))
         self.observer(SearchEnded(search=found))
         return found
 

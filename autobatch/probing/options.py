@@ -1,6 +1,7 @@
 """How a search is to be made: the user's options, checked before anything is touched."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, get_args
 
@@ -43,6 +44,11 @@ class SearchOptions:
         prior: A first guess of the answer, in examples: a number, or a prediction for the device at
             hand, of which the safe end counts. It is tried after one small size, unless that has
             shown that more fits; a wrong one costs a trial. None guesses from the small size.
+        floor: The smallest size of interest: where not even that fits, ``DoesNotFitError`` says so.
+            The undivided batch is tried though it be smaller, and a replay in training may take
+            less.
+        forget_errors: Let go first of the error that a notebook or a prompt keeps in ``sys.last_*``
+            to show its traceback: the tensors of what failed there stay alive with it.
 
     Raises:
         TypeError, ValueError: With the value that came and the way out.
@@ -55,13 +61,17 @@ class SearchOptions:
     worst_case: WorstCase = "longest"
     isolate: bool = False
     prior: int | HasTolerable | None = None
+    floor: int = 1
+    forget_errors: bool = False
 
     def __post_init__(self) -> None:
         if self.confirm not in _CONFIRM:
             raise ValueError(f"confirm must be one of {_CONFIRM}, got {self.confirm!r}")
-        if not isinstance(self.isolate, bool):
-            raise TypeError(f"isolate must be True or False, got {self.isolate!r}")
-        object.__setattr__(self, "multiple_of", check_size("multiple_of", self.multiple_of))
+        for name in ("isolate", "forget_errors"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("multiple_of", "floor"):
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
         check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
@@ -87,7 +97,16 @@ class SearchOptions:
         step = self.multiple_of
         if largest < step:
             raise ValueError(f"no multiple of {step} is at most {largest}: lower multiple_of")
-        return range(step, largest + 1, step)
+        first = -(-self.floor // step) * step
+        if first > largest:
+            raise ValueError(
+                f"no multiple of {step} lies between {self.floor} and {largest}: lower floor"
+            )
+        return range(first, largest + 1, step)
+
+    def not_below_floor(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Return those of ascending sizes that are of interest; the last one always is."""
+        return [size for size in sizes if size >= self.floor] or sizes[-1:]
 
 
 def check_search(search: object) -> None:

@@ -14,6 +14,7 @@ from autobatch.results import Speed, Verdict
 
 _SHARES: Final = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # Of the tolerable batch: what is timed.
 _ROUNDS: Final = range(3, 8)  # At least and at most so many windows of each size.
+FEWEST_WINDOWS: Final = 1 + _ROUNDS.start  # Of each size: one is not measured.
 _SECONDS: Final = 5.0  # After which no further round begins.
 _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 

@@ -1,7 +1,7 @@
 """One logical batch after another: cut, run until it fits, and stepped on or left out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NoReturn
@@ -74,6 +74,8 @@ class Driver:
         limit_bytes: What a step may allocate; None leaves the device's own limit.
         observer: Is told of replays.
         multiple_of: What micro-batches are multiples of, the last one of a window apart.
+        replay: Whether a window that memory ends is run again; otherwise its error goes up.
+        ran_out: Is told the step in which memory runs out, before anything is let go.
         steps: Optimizer steps taken.
         left_out: Steps in a row that were not, for not being finite.
         agreed: How often an unknown loss was held to the law, and kept it.
@@ -88,6 +90,8 @@ class Driver:
     limit_bytes: int | None = None
     observer: Observer = field(default=lambda _: None)
     multiple_of: int = 1
+    replay: bool = True
+    ran_out: Callable[[int], None] = field(default=lambda _: None)
     steps: int = 0
     left_out: int = 0
     agreed: int = 0
@@ -208,7 +212,10 @@ class Driver:
                 witness = check.witness if check else None
                 ledger = self.recipe.accumulate(parts, denominator, start, witness=witness)
         except Exception as error:
-            if not _is_too_much(error, sizes, replays):
+            is_too_much = _is_too_much(error, sizes, replays)
+            if is_too_much:
+                self.ran_out(self.steps + 1)
+            if not (is_too_much and self.replay):
                 if min(sizes) == 1 and normalises_by_batch(self.recipe.members.of_model):
                     error.add_note(_ALONE)
                 raise

@@ -102,9 +102,15 @@ class _KnownLoss:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InferredLoss:
-    """Cross-entropy for integer targets and mean squared error for floating ones."""
+    """Cross-entropy for integer targets and mean squared error for floating ones.
+
+    Attributes:
+        squares: Whether the last targets were floating.
+    """
+
+    squares: bool = False
 
     @property
     def checked(self) -> bool:
@@ -128,7 +134,9 @@ class InferredLoss:
         self, outputs: Nest, targets: Nest, examples: int
     ) -> tuple[Tensor, Tensor | float | None]:
         """Return the summed loss, and no terms."""
-        return _infer(targets).summed(outputs, targets, examples)
+        known = _infer(targets)
+        self.squares = known is _MEAN_SQUARED_ERROR
+        return known.summed(outputs, targets, examples)
 
     def for_window(self) -> Summed:
         """Return the same: there are no settings."""

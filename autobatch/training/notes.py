@@ -7,6 +7,8 @@ from typing import Final
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult
 from autobatch.training.custom import Custom
+from autobatch.training.inferred import Inferred
+from autobatch.training.known_losses import InferredLoss
 from autobatch.training.objective import Compared
 from autobatch.training.progress import Progress
 from autobatch.training.window import Recipe
@@ -42,6 +44,7 @@ def notes(
             f"the data holds {planned.desired} examples, fewer than the {asked} desired: a step "
             f"takes {planned.desired}"
         )
+    yield from _of_the_loss(recipe)
     if max(planned.accumulation_steps, ended.accumulation_steps) > 1:
         yield from _of_cutting(recipe, moved, agreed, normalises=normalises)
     speeds = {speed.size: speed.examples_per_second for speed in found.speeds}
@@ -56,6 +59,7 @@ def notes(
             f"steps waited for their data in {done.loading_seconds / done.seconds:.0%} of the "
             "time: loading is the limit, and no micro-batch trains faster than that"
         )
+    yield from found.notes
     lost = sum(not math.isfinite(loss) for loss in done.losses)
     if lost:
         yield f"{lost} of {len(done.losses)} losses are not finite"
@@ -66,6 +70,19 @@ def notes(
         )
     for reason, count in done.skipped.items():
         yield f"{count} logical batches {_SKIPPED.get(reason, reason)}"
+
+
+def _of_the_loss(recipe: Recipe) -> Iterator[str]:
+    """Whether mean squared error was inferred, which a classifier hardly wants."""
+    objective = recipe.objective
+    compared = objective.chosen if isinstance(objective, Inferred) else objective
+    if not isinstance(compared, Compared) or not isinstance(compared.loss, InferredLoss):
+        return
+    if compared.loss.squares:
+        yield (
+            "no loss was given and the targets are floating, so the loss is the mean squared "
+            "error; for classes pass integer targets, or loss="
+        )
 
 
 _LOADING_SHARE: Final = 0.5

@@ -1,5 +1,7 @@
 """How a step is to be taken: the user's options, checked before anything is touched."""
 
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -10,6 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
+from autobatch.devices.snapshots import check_directory, write_snapshot
 from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
@@ -56,6 +59,8 @@ class StepOptions:
     batch_norm: BatchNormMode = "micro"
     gradient_dtype: torch.dtype | None = None
     snapshot_steps: bool = False
+    replay: bool = True
+    snapshot_on_oom: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -73,6 +78,10 @@ class StepOptions:
                 f"clip_grad_norm={norm} and clip_grad_value={value} depend on which comes first; "
                 "pass one of the two"
             )
+        if not isinstance(self.replay, bool):
+            raise TypeError(f"replay must be True or False, got {self.replay!r}")
+        if self.snapshot_on_oom is not None:
+            check_directory("snapshot_on_oom", self.snapshot_on_oom)
         for name in ("forward", "batch_loss"):
             given = getattr(self, name)
             if given is not None and not callable(given):
@@ -95,6 +104,13 @@ class StepOptions:
         if self.loss is None and self.forward is None:
             return Inferred(otherwise=compared)
         return compared
+
+    @property
+    def ran_out(self) -> Callable[[int], None]:
+        """What is told the step in which memory runs out, while it still holds what it held."""
+        if self.snapshot_on_oom is None:
+            return _nothing
+        return functools.partial(write_snapshot, self.snapshot_on_oom)
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -125,3 +141,7 @@ class StepOptions:
             generators=list(generators_in(model)),
             members=Members(model, loss, optimizer),
         )
+
+
+def _nothing(_: int) -> None:
+    """Nobody asked."""

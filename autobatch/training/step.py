@@ -1,5 +1,6 @@
 """One optimizer step per logical batch, in pieces that fit: the object for one's own loop."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,10 @@ class Accumulator:
         gradient_dtype: ``torch.float32`` sums the gradients of 16-bit parameters in it.
         snapshot_steps: Keep a copy of parameters and optimizer state on the host during each
             optimizer step, so that one that memory ends half done is undone.
+        replay: False lets the error go up when memory runs out, with the step's gradients let go
+            and everything else as it was; True runs the window again in smaller pieces.
+        snapshot_on_oom: A folder: what CUDA's allocator holds is written there when memory runs
+            out, for https://pytorch.org/memory_viz. Other devices write nothing.
 
     Raises:
         TypeError, ValueError: If an argument cannot be trained with, with the reason.
@@ -88,6 +93,8 @@ class Accumulator:
         batch_norm: BatchNormMode = "micro",
         gradient_dtype: torch.dtype | None = None,
         snapshot_steps: bool = False,
+        replay: bool = True,
+        snapshot_on_oom: str | os.PathLike[str] | None = None,
     ) -> None:
         check_one_process()
         check_model(model)
@@ -106,6 +113,8 @@ class Accumulator:
             batch_norm=batch_norm,
             gradient_dtype=gradient_dtype,
             snapshot_steps=snapshot_steps,
+            replay=replay,
+            snapshot_on_oom=snapshot_on_oom,
         )
         present = next(model.parameters()).device
         device = open_device(choose_device(present, present))
@@ -114,12 +123,23 @@ class Accumulator:
             size=MicroBatchSize(micro_batch),
             nonfinite=options.nonfinite,
             schedule=resolve_schedule(scheduler, optimizer),
+            replay=options.replay,
+            ran_out=options.ran_out,
         )
 
     @property
     def micro_batch(self) -> int | None:
-        """The largest micro-batch: as given, or what fits since memory ran out."""
+        """The largest micro-batch: as given, or what fits since memory ran out.
+
+        Set it between steps where memory changes: after layers were unfrozen, say, to what
+        ``find_batch_size`` finds then.
+        """
         return self._driver.size.size
+
+    @micro_batch.setter
+    def micro_batch(self, size: int | None) -> None:
+        wished = None if size is None else check_size("micro_batch", size)
+        self._driver.size = MicroBatchSize(wished)
 
     @property
     def steps(self) -> int:
