@@ -9,7 +9,7 @@ from reference import assert_exact, assert_same_parameters, sgd, small_model, tw
 from states import fingerprint
 from torch import Tensor, nn
 
-from autobatch import Accumulator, InexactStepError, find_and_train
+from autobatch import Accumulator, InexactStepError, find_and_train, find_batch_size
 from autobatch.training import replay
 
 LOSS = nn.CrossEntropyLoss()
@@ -188,6 +188,33 @@ def test_a_state_of_other_parts_is_refused_and_nothing_has_moved() -> None:
     with pytest.raises(ValueError, match="the state has no scheduler, and this Accumulator has on"):
         accumulator.load_state_dict(other.state_dict())
     assert accumulator.steps == 0
+
+
+def test_a_size_that_is_found_again_is_taken_over_between_steps() -> None:
+    """USERS 1.8.7: layers that are unfrozen take gradients and optimizer state."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 3)]
+    model = nn.Sequential(*layers)
+    for layer in layers[:3]:
+        layer.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters())
+    data = torch.randn(512, 256), torch.randint(0, 3, (512,))
+
+    def found() -> int:
+        return find_batch_size(
+            model, data, loss=LOSS, optimizer=optimizer, memory_limit="4.5MiB", device="cpu"
+        ).size
+
+    accumulator = Accumulator(model, optimizer, LOSS, micro_batch=found())
+    frozen = accumulator.step(data)
+    for layer in layers:
+        layer.requires_grad_(True)
+    accumulator.micro_batch = smaller = found()
+    thawed = accumulator.step(data)
+    assert max(thawed.micro_batch_sizes) <= smaller < max(frozen.micro_batch_sizes)
+    assert accumulator.micro_batch == smaller
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
+        accumulator.micro_batch = 0
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
-from autobatch.devices import choose
+from autobatch.devices import base, choose
 from autobatch.devices.base import (
     HEADROOM_BYTES,
     Budget,
@@ -210,6 +210,21 @@ def reading(*, total: int, free: int, reserved: int = 0, outside: int = 0) -> Me
         peak_reserved_bytes=None,
         outside_bytes=outside,
     )
+
+
+@pytest.mark.parametrize("where", ["WSL", "Windows", ""])
+def test_a_gpu_whose_driver_spills_to_the_host_keeps_twice_the_headroom(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """USERS 1.7.1 and 1.7.2: its ceiling lies below what it says is free."""
+    monkeypatch.setattr(base, "spilling_platform", lambda: where)
+    host = reading(total=100 * GIB, free=50 * GIB)
+    gpu = replace(host, peak_reserved_bytes=0)
+    free = Budget(memory_limit_bytes=None, headroom_bytes=None)
+    assert free.limit_bytes(host) == 48 * GIB
+    assert free.limit_bytes(gpu) == (46 if where else 48) * GIB
+    asked = Budget(memory_limit_bytes=None, headroom_bytes=GIB)
+    assert asked.limit_bytes(gpu) == 49 * GIB, "whoever says knows better"
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,39 @@ def test_a_bad_argument_ends_with_2_and_a_reason(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["--version"],
+        ["find"],
+        ["train", "resnet18"],
+        ["train", "torchvision:resnet18", "--data", "digit"],
+        ["find", "torchvision:resnet18", "--memory-limit", "12 apples"],
+        ["train", "torchvision:resnet18", "--desired", "0"],
+        ["plan", "--tolerable", "7"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_slips_are_answered_before_torch_is_there(arguments: list[str]) -> None:
+    """It takes seconds to import."""
+    code = (
+        f"import sys; from autobatch.cli import main; main({arguments!r}); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr
+
+
+def test_an_error_names_options_and_what_the_user_says_stays() -> None:
+    told = cli._with_options("data must be digits, or a larger memory_limit; max_steps=3; my_data")
+    assert told == "--data must be digits, or a larger --memory-limit; --max-steps=3; my_data"
+    assert cli._with_options("the data must hold a model") == "the data must hold a model"
+    assert cli._with_options("model must be a module") == "model must be a module"
+
+
 def test_what_does_not_fit_ends_with_3(run: Run) -> None:
     code, out, err = run("train", *TINY, "--memory-limit", "10kB", "--device", "cpu")
     assert (code, out) == (ExitCode.DOES_NOT_FIT, "")

@@ -61,6 +61,13 @@ def test_the_judgement_says_what_was_exact() -> None:
     assert demo.judgement(report(0.95)).endswith("Nothing was inexact.")
 
 
+def test_a_plan_that_stands_above_and_was_kept_is_not_told_again() -> None:
+    whole = replace(report(0.95), text=str(RESULT))
+    assert str(RESULT.plan) not in demo.judgement(whole)
+    replayed = replace(RESULT, replays=1)
+    assert str(RESULT.plan) in demo.judgement(replace(whole, result=replayed))
+
+
 @pytest.mark.parametrize(
     ("after", "code"), [(0.95, ExitCode.DONE), (0.9, ExitCode.FAILED), (0.1, ExitCode.FAILED)]
 )

@@ -12,12 +12,14 @@ from autobatch.breakdown import Breakdown
 from autobatch.display import Display, print_table
 from autobatch.events import (
     EpochEnded,
+    ErrorForgotten,
     Evaluated,
     Event,
     Replayed,
     Resumed,
     SearchEnded,
     SearchStarted,
+    SizesTimed,
     StepEnded,
     TrainingStarted,
     TrialEnded,
@@ -191,6 +193,20 @@ def test_memory_that_a_kernels_limit_leaves_unused_is_said() -> None:
     limited = replace(found("kernel"), breakdown=Breakdown(free_bytes=3 * MIB))
     Display(out)(SearchEnded(search=limited))
     assert "limited by a kernel and not by memory: 3.0 MiB unused (ran out at" in file.getvalue()
+
+
+def test_what_was_let_go_of_and_what_is_to_be_known_is_said() -> None:
+    """USERS 1.1.8, 1.3.8 and 1.8.4."""
+    out, file = console(terminal=False)
+    display = Display(out)
+    display(ErrorForgotten(freed_bytes=0))
+    assert file.getvalue() == ""
+    display(ErrorForgotten(freed_bytes=3 * MIB))
+    display(SearchEnded(search=replace(found("data"), notes=("cudnn.benchmark is on",))))
+    display(SizesTimed(search=replace(found("data"), notes=("too short to be timed",))))
+    first, _, *notes = file.getvalue().splitlines()
+    assert first == "let go of the last error, which kept at least 3.0 MiB of tensors"
+    assert notes == ["note: cudnn.benchmark is on", "note: too short to be timed"]
 
 
 def test_a_line_in_a_file_is_as_long_as_it_is() -> None:

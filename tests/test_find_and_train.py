@@ -5,6 +5,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from autobatch import (
 from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import logical_batches
 from autobatch.commands.vision import import_torchvision
+from autobatch.devices.base import MemoryReading
+from autobatch.devices.metered import MeteredDevice
 from autobatch.events import Event, StepEnded, TrialEnded
 from autobatch.probing.search import Confirm
 from autobatch.training.feed import Feed
@@ -264,9 +267,32 @@ def test_floating_targets_mean_squared_error_by_default() -> None:
     x = rows(24)[0]
     y = x.sum(1, keepdim=True)
     batches = [(x[:16], y[:16]), (x[16:], y[16:])]
-    train(ours, batches, 16, optimizer=SGD, memory_limit="3KiB")
+    result = train(ours, batches, 16, optimizer=SGD, memory_limit="3KiB")
     undivided_steps(whole, SGD(whole.parameters()), F.mse_loss, batches)
     assert_same_parameters(ours, whole)
+    assert any("so the loss is the mean squared error" in note for note in result.notes)
+
+
+def test_only_a_squared_error_that_nobody_asked_for_is_noted() -> None:
+    x, classes = rows(24)
+    for y, loss in ((classes, None), (x.sum(1, keepdim=True), F.mse_loss)):
+        model = nn.Linear(5, 3 if loss is None else 1).double()
+        assert not any("squared" in note for note in train(model, (x, y), 16, loss=loss).notes)
+
+
+def test_memory_that_training_has_torn_into_pieces_is_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """USERS 1.8.4: batches of many lengths."""
+    real = MeteredDevice.read
+
+    def read(self: MeteredDevice) -> MemoryReading:
+        return replace(real(self), peak_bytes=2**30, peak_reserved_bytes=3 * 2**30)
+
+    assert not any("torn" in note for note in train(small_model(), rows(24), 16).notes)
+    monkeypatch.setattr(MeteredDevice, "read", read)
+    notes = train(small_model(), rows(24), 16).notes
+    assert any(note.startswith("training held 2.0 GiB more than its tensors") for note in notes)
 
 
 def test_data_smaller_than_desired_is_one_window_an_epoch_and_noted() -> None:
@@ -603,6 +629,7 @@ def test_training_in_multiples_of_eight_takes_the_undivided_steps() -> None:
             data,
             desired=100,
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            epochs=8,  # Longer than timing six sizes takes.
             seed=1,
             on_step=steps.append,
             progress=False,

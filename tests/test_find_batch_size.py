@@ -21,6 +21,7 @@ from autobatch import (
     SearchResult,
     Verdict,
     check,
+    find_and_train,
     find_batch_size,
     state,
 )
@@ -91,6 +92,46 @@ def test_77_rows_are_a_ceiling_of_77() -> None:
     assert find_batch_size(BlackBox(1000), images(77), ceiling=500).size == 77
     asked = find_batch_size(BlackBox(1000), images(77), ceiling=50)
     assert (asked.size, asked.limited_by) == (50, "ceiling")
+
+
+def test_below_the_floor_nothing_is_tried_and_it_is_the_smallest_that_must_fit() -> None:
+    """USERS 1.3.5: a batch of 1 may run and still be worth nothing."""
+    found = find_batch_size(BlackBox(40), images(77), search=SearchOptions(floor=32))
+    assert found.size == 40
+    assert min(trial.size for trial in found.trials) >= 32
+    with pytest.raises(DoesNotFitError, match="a batch of 48 does not fit") as caught:
+        find_batch_size(BlackBox(40), images(77), search=SearchOptions(floor=45, multiple_of=8))
+    assert caught.value.size == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"floor": 0}, "floor must be at least 1, got 0"),
+        ({"floor": 78}, "no multiple of 1 lies between 78 and 77: lower floor"),
+        ({"floor": 73, "multiple_of": 8}, "no multiple of 8 lies between 73 and 77: lower floor"),
+    ],
+)
+def test_a_floor_that_leaves_nothing_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        find_batch_size(BlackBox(40), images(77), search=SearchOptions(**options))
+    with pytest.raises(TypeError, match="forget_errors must be True or False, got 1"):
+        SearchOptions(forget_errors=1)  # type: ignore[arg-type]
+
+
+def test_training_does_not_search_below_the_floor_but_takes_a_short_batch_whole() -> None:
+    """USERS 1.3.5."""
+    model = BlackBox(40)
+    floor = SearchOptions(floor=32)
+    result = find_and_train(model, images(128), 128, search=floor, device="cpu", progress=False)
+    assert result.plan.micro_batch_sizes == (32,) * 4
+    assert min(trial.size for trial in result.search.trials) >= 32
+    with pytest.raises(DoesNotFitError, match="a batch of 64 does not fit"):
+        find_and_train(
+            model, images(128), 128, search=SearchOptions(floor=60), device="cpu", progress=False
+        )
+    whole = find_and_train(model, images(20), 128, search=floor, device="cpu", progress=False)
+    assert whole.plan.micro_batch_sizes == (20,)
 
 
 class Mlp(nn.Module):

@@ -1,8 +1,10 @@
 """The public surface: growing it is a deliberate change of this file."""
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,18 @@ SIGNATURES = {
 def test_the_public_names_are_these_in_order() -> None:
     assert autobatch.__all__ == NAMES == sorted(NAMES)
     assert all(hasattr(autobatch, name) for name in NAMES)
+
+
+def test_a_name_is_imported_from_where_type_checkers_look_for_it() -> None:
+    tree = ast.parse(Path(autobatch.__file__).read_text())
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in typed.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: node.module for node in imports for alias in node.names}
+    assert homes == autobatch._HOMES
+    assert sorted(homes) == NAMES
+    assert set(NAMES) <= set(dir(autobatch))
+    with pytest.raises(AttributeError, match="module 'autobatch' has no attribute 'nothing'"):
+        autobatch.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

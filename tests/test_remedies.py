@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch import DoesNotFitError, remedies
 from autobatch.breakdown import Breakdown
 from autobatch.remedies import needed_bytes, what_would_help
 
@@ -57,6 +58,28 @@ CUDA = (
     "which 1.02 GiB is free. Process 4242 has 78.10 GiB memory in use. Of the allocated memory "
     "70.50 GiB is allocated by PyTorch, and 6.90 GiB is reserved by PyTorch but unallocated."
 )
+
+
+TORN = CUDA.replace("2.00 GiB.", "6.80 GiB.")
+
+
+def test_memory_in_pieces_that_would_have_been_enough_is_a_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """USERS 4.5 and 4.6: suggested where it helps, under the name that torch knows, never set."""
+    some = Breakdown(parameter_bytes=MIB, missing_bytes=MIB)
+    error = DoesNotFitError(1, 70 * 2**30, some, TORN)
+    told = (
+        "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts: may join 6.9 GiB "
+        "that are reserved, in pieces too small for what was asked for"
+    )
+    assert str(error.remedies[0]) == told
+    assert told in str(error)
+    enough = TORN.replace("6.80 GiB.", "6.91 GiB.")
+    for text in (enough, "", "6.90 GiB is reserved by PyTorch but unallocated"):
+        assert not any("ALLOC_CONF" in str(r) for r in what_would_help(some, text)), text
+    monkeypatch.setattr(remedies, "spilling_platform", lambda: "WSL")
+    assert not any("ALLOC_CONF" in str(remedy) for remedy in error.remedies)
 
 
 def test_a_failure_on_a_gpu_says_what_was_needed() -> None:

@@ -304,6 +304,41 @@ def test_other_errors_in_a_window_pass_through() -> None:
         Accumulator(model, adam(model)).step((torch.zeros(4, 9).double(), torch.zeros(4).long()))
 
 
+def test_whoever_wants_no_replay_gets_the_error_and_nothing_has_moved() -> None:
+    """USERS 1.1.11 and 1.1.12: half a window leaves nothing, and another size may be tried."""
+    ours, whole = Flaky(), Flaky()
+    optimizer = adam(ours)
+    accumulator = Accumulator(ours, optimizer, micro_batch=4, replay=False)
+    accumulator.step(windows()[0])
+    accumulator.micro_batch, ours.calls = 5, (CALLS[0] + 2,)
+    before = fingerprint(ours, optimizer)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        accumulator.step(windows()[1])
+    assert fingerprint(ours, optimizer) == before
+    assert all(parameter.grad is None for parameter in ours.parameters())
+    assert (accumulator.steps, accumulator.micro_batch) == (1, 5)
+    accumulator.micro_batch = 2
+    steps = [accumulator.step(batch) for batch in windows()[1:]]
+    undivided_steps(whole, adam(whole), F.cross_entropy, windows())
+    assert [step.replays for step in steps] == [0, 0]
+    assert_same_parameters(ours, whole)
+
+
+def test_training_without_replays_ends_with_the_error() -> None:
+    """USERS 1.1.11."""
+    model = Flaky()
+
+    def observe(event: object) -> None:
+        if type(event).__name__ == "TrainingStarted":
+            model.above = 3
+
+    with pytest.raises(torch.OutOfMemoryError):
+        find_and_train(model, windows(), 10, replay=False, progress=observe)
+    for bad in (0, None, "no"):
+        with pytest.raises(TypeError, match="replay must be True or False, got"):
+            find_and_train(model, windows(), 10, replay=bad)  # type: ignore[arg-type]
+
+
 def test_replays_are_counted_told_and_noted() -> None:
     model = Flaky()
 

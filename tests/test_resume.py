@@ -467,6 +467,21 @@ def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
     assert any("went on from a checkpoint" in note and "step 4" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_precision_than_before_is_noted(precision: Any, tmp_path: Path) -> None:
+    def trained(precision: Any, epochs: int) -> TrainingResult:
+        torch.manual_seed(0)
+        return find_and_train(
+            nn.Linear(5, 3), (rows()[0].float(), rows()[1]), DESIRED, epochs=epochs, seed=1,
+            precision=precision, checkpoint_dir=tmp_path, device="cpu", progress=False,
+        )  # fmt: skip
+
+    trained("fp32", 1)
+    noted = [note for note in trained(precision, 2).notes if "bf16" in note]
+    same = precision == "fp32"
+    assert noted == ([] if same else ["its steps were taken in fp32, and those since then in bf16"])
+
+
 def test_the_seconds_of_a_stopped_training_count(tmp_path: Path) -> None:
     model = Sleepy()
     call = basic(model=model, optimizer=sgd(model))

@@ -174,6 +174,22 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
     assert any(isinstance(event, SizesTimed) for event in events)
 
 
+def test_a_training_shorter_than_its_timing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autobatch.searching, "speeds", None)  # Not to be asked.
+    events: list[Event] = []
+    result = find_and_train(
+        nn.Linear(4, 3), data(), 64, prefer="fastest", max_steps=20, epochs=LONG,
+        progress=events.append,
+    )  # fmt: skip
+    assert result.search.speeds == ()
+    assert result.plan.micro_batch_sizes == (64,)
+    told = (
+        'prefer="fastest" timed nothing: timing takes 20 steps or more, and the training takes 20'
+    )
+    assert told in result.notes
+    assert [e.search.notes for e in events if isinstance(e, SizesTimed)] == [(told,)]
+
+
 def test_the_fastest_is_found_without_a_trace() -> None:
     """The same losses as without the timing, for the same micro-batches."""
     torch.manual_seed(0)

@@ -373,7 +373,7 @@ def test_a_forward_pass_holds_more_than_a_step() -> None:
 
 def test_the_fastest_is_timed_on_the_gpu() -> None:
     result = find_and_train(
-        net(), many(512), 256, prefer="fastest", max_steps=2, memory_limit=limit(GIB),
+        net(), many(512), 256, prefer="fastest", epochs=16, memory_limit=limit(GIB),
         progress=False,
     )  # fmt: skip
     assert len(result.search.speeds) > 1
