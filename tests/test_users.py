@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import re
 import sys
 import time
 import weakref
@@ -184,6 +185,14 @@ def searched_while_handling(model: nn.Module) -> SearchResult:
         raise OOM("the user's own attempt")
     except OOM:
         return searched(model)
+
+
+def test_a_search_saves_nothing_to_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """USERS 1.4.6: a killed search would leave it behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "save", None)  # Not to be asked.
+    assert searched(Failing()).size == 8
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("search", [searched, searched_while_handling])
@@ -393,3 +402,38 @@ def test_a_search_that_is_cut_short_leaves_everything_as_it_was(search: SearchOp
     with pytest.raises((SearchTimeoutError, DoesNotFitError)):
         find_batch_size(model, rows(), optimizer=optimizer, device="cpu", search=search)
     assert fingerprint(model, optimizer) == before
+
+
+# The page that answers every line.
+
+PAGE = (PACKAGE.parent / "docs" / "users.md").read_text()
+ROW = re.compile(r"^\| ([\d.]+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
+SECTIONS = {"1.1": 13, "1.2": 13, "1.3": 14, "1.4": 8, "1.5": 6, "1.6": 7, "1.7": 6, "1.8": 7}
+SECTIONS |= {"1.9": 3, "3": 9, "4": 7}
+
+
+def named_tests(cell: str) -> list[tuple[str, str]]:
+    return re.findall(r"`([\w/]+): (\w+)`", cell)
+
+
+def functions_of(file: str) -> set[str]:
+    folder, _, name = file.rpartition("/")
+    source = (Path(__file__).parent / folder / f"test_{name}.py").read_text()
+    nodes = ast.parse(source).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_line_has_its_answer_and_the_page_no_other() -> None:
+    lines = [f"{section}.{n + 1}" for section, many in SECTIONS.items() for n in range(many)]
+    assert [line for line, _ in ROW.findall(PAGE)] == sorted(
+        ["1.2", *lines], key=lambda line: [int(part) for part in line.split(".")]
+    )
+
+
+@pytest.mark.parametrize(("line", "cell"), ROW.findall(PAGE), ids=lambda value: value[:6])
+def test_the_tests_that_a_line_names_are_there(line: str, cell: str) -> None:
+    named = named_tests(cell)
+    assert named, f"{line} is shown by nothing"
+    assert cell == ", ".join(f"`{file}: {name}`" for file, name in named)
+    missing = [(file, name) for file, name in named if f"test_{name}" not in functions_of(file)]
+    assert missing == []
