@@ -99,7 +99,7 @@ def test_the_command_shows_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = machine(NvmlSurvey(driver="580.1", gpus=(ONE, TWO)), seen("cuda:0", TWO))
-    monkeypatch.setattr(cli, "take_inventory", lambda: both)
+    monkeypatch.setattr(inventory, "take_inventory", lambda: both)
     assert cli.main(["devices"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[3].split("   ")[0] == inventory.HEADERS[0]
