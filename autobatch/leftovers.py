@@ -17,15 +17,15 @@ _Seen = list[tuple[int, int, "weakref.ref[Tensor]"]]  # Of each tensor: its stor
 
 def forget_last_error(observer: Observer) -> None:
     """Let go of the error in ``sys.last_*``, and tell how much that gave back."""
-    seen = _cut()
+    seen = _cleared()
     gc.collect()
     alive = {storage for storage, _, tensor in seen if tensor() is not None}
     freed = {storage: nbytes for storage, nbytes, _ in seen if storage not in alive}
     observer(ErrorForgotten(freed_bytes=sum(freed.values())))
 
 
-def _cut() -> _Seen:
-    """Forget the error, wherever else it is kept; return the tensors that its frames held."""
+def _cleared() -> _Seen:
+    """Empty the error's frames, wherever else it is kept; return the tensors that they held."""
     kept = [vars(sys).pop(name, None) for name in _NAMES]
     tracebacks = {
         id(t): t
@@ -36,7 +36,7 @@ def _cut() -> _Seen:
     seen: _Seen = []
     for traceback in tracebacks.values():
         frame = traceback.tb_frame
-        # Not f_locals: reading those keeps a copy of them in the frame.
+        # Not f_locals: reading those would keep a copy of them in the frame.
         shared = {id(frame.f_globals), id(frame.f_builtins)}
         held = [item for item in gc.get_referents(frame) if id(item) not in shared]
         for item in reachable(held):
@@ -47,8 +47,7 @@ def _cut() -> _Seen:
             frame.clear()
         except RuntimeError:  # It still runs: whoever asks for this has caught the error there.
             continue
-    for traceback in tracebacks.values():  # IPython keeps the first one elsewhere, too.
-        traceback.tb_next = None
+        _ = frame.f_locals  # Whoever has read these, as IPython does, has left a copy: no more.
     return seen
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,24 +36,34 @@ def fail_again() -> None:
         raise RuntimeError("the layer failed") from error
 
 
-@contextmanager
-def a_notebook_after_an_error() -> Iterator[None]:
-    """Not a fixture: pytest deletes ``sys.last_*`` before it calls a test."""
-    names = ("last_exc", "last_type", "last_value", "last_traceback")
-    ALIVE.clear()
+NAMES = ("last_exc", "last_type", "last_value", "last_traceback")
+
+
+def remember() -> None:
+    """Do as IPython does: keep the traceback elsewhere too, and read every frame's variables."""
     try:
         fail_again()
     except RuntimeError as error:
         values = (error, type(error), error, error.__traceback__)
-        vars(sys).update(zip(names, values, strict=True))
+        vars(sys).update(zip(NAMES, values, strict=True))
         KEPT.append(error.__traceback__)
+        for _ in [entry.f_locals for entry, _ in traceback.walk_tb(error.__traceback__)]:
+            pass
+
+
+@contextmanager
+def a_notebook_after_an_error() -> Iterator[None]:
+    """Not a fixture: pytest deletes ``sys.last_*`` before it calls a test."""
+    ALIVE.clear()
+    remember()
     gc.collect()
     assert all(tensor() is not None for tensor in ALIVE)
     try:
         yield
+        assert KEPT, "it is still kept elsewhere"
     finally:
         KEPT.clear()
-        for name in names:
+        for name in NAMES:
             vars(sys).pop(name, None)
 
 
