@@ -139,7 +139,7 @@ def find_and_train(
         on_step: Called with every ``StepResult``.
         prefer: ``"largest"``: the fewest micro-batches. ``"fastest"``: the smallest size within 2 %
             of the most examples a second, among the tolerable batch and a few sizes below it, each
-            timed over whole logical batches.
+            timed over whole logical batches (not where the training is shorter than that).
         search: How the tolerable batch is searched for.
         seed: Seeds torch, NumPy and Python first; None leaves them alone.
         progress: True shows trials and a progress bar, False is silent; a callable is told of
