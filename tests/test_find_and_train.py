@@ -648,7 +648,13 @@ def test_training_in_multiples_of_eight_takes_the_undivided_steps() -> None:
     assert eights.losses == pytest.approx(whole.losses, rel=1e-12)
 
 
-def ahead(self: Feed, parts: Sequence[Nest], *, more_follow: bool = False) -> Iterator[Nest]:
+def ahead(
+    self: Feed,
+    parts: Sequence[Nest],
+    *,
+    targets_are_read: bool = False,  # noqa: ARG001  # On the CPU alone is that of interest.
+    more_follow: bool = False,
+) -> Iterator[Nest]:
     """What a GPU does: the next one is there while the current one computes."""
     following = self.move(parts[0])
     for part in (*parts[1:], *(parts[-1:] if more_follow else ())):
