@@ -15,6 +15,7 @@ from autobatch.devices.choose import choose_device
 from benchmarks import engine, exactness, prediction, search
 from benchmarks.findings import Findings
 from benchmarks.machine import environment, keep_freed_memory, slug, write_atomically
+from benchmarks.reporting import command as reading
 
 PARTS: Final[dict[str, Callable[[Findings], None]]] = {
     "exactness": exactness.run,
@@ -40,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the parts that are named and write what each found; return 1 if one failed."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in reading.COMMANDS:
+        return reading.main(words)
     options = parser().parse_args(arguments)
     device = options.device or _device(None)
     deadline = time.monotonic() + 60 * options.minutes
