@@ -23,6 +23,8 @@ PARTS: Final[dict[str, Callable[[Findings], None]]] = {
     "engine": engine.run,
     "prediction": prediction.run,
 }
+# Named by the first word; each is handed the words behind it and returns an exit code.
+COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = reading.COMMANDS
 RESULTS: Final = Path(__file__).parent / "results"
 
 
@@ -41,10 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the parts that are named and write what each found; return 1 if one failed."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in reading.COMMANDS:
-        return reading.main(words)
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    options = parser().parse_args(words)
     device = options.device or _device(None)
     deadline = time.monotonic() + 60 * options.minutes
     out = options.out or (None if options.quick else RESULTS)

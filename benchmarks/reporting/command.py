@@ -1,8 +1,9 @@
 """The commands that read results: report, compare, readme."""
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,53 +11,69 @@ from benchmarks import report
 from benchmarks.reporting import comparison, readme
 from benchmarks.reporting.markdown import markdown
 from benchmarks.reporting.page import page
-from benchmarks.reporting.results import Results, read
+from benchmarks.reporting.results import read
 
-COMMANDS: Final = ("report", "compare", "readme")
+Command = Callable[[Sequence[str]], int]
+
 _ROOT: Final = Path(__file__).parent.parent.parent
+_FOLDERS: Final = "a folder, or the name of one under benchmarks/results"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
-    reader = argparse.ArgumentParser(prog="python -m benchmarks")
-    commands = reader.add_subparsers(dest="command", required=True)
-    told = "write report.md, report.html and overview.png beside a device's results"
-    one = commands.add_parser("report", help=told, description=told)
-    one.add_argument("folder", nargs="+", help="a folder, or a device under benchmarks/results")
-    told = "print several devices side by side, as Markdown"
-    several = commands.add_parser("compare", help=told, description=told)
-    several.add_argument("folder", nargs="+", help="a folder, or a device under benchmarks/results")
-    several.add_argument("--html", type=Path, metavar="FILE", help="write a page, too")
-    told = "write the committed results' figures into the README"
-    commands.add_parser("readme", help=told, description=told)
-    return reader
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Do one command; return 2 if what it was given cannot be read."""
-    options = parser().parse_args(arguments)
-    try:
-        if options.command == "readme":
-            path = _ROOT / "README.md"
-            path.write_text(readme.updated(path.read_text(encoding="utf-8"), _ROOT), "utf-8")
-        elif options.command == "report":
-            for name in options.folder:
-                print(*report.write(_folder(name)), sep="\n")
-        else:
-            _compare([read(_folder(name)) for name in options.folder], options.html)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def write_reports(words: Sequence[str]) -> int:
+    """Write report.md, report.html and overview.png beside a device's results."""
+    reader = _reader("report", write_reports)
+    reader.add_argument("folder", nargs="+", help=_FOLDERS)
+    asked = reader.parse_args(words)
+    for name in asked.folder:
+        print(*report.write(_folder(name)), sep="\n")
     return 0
 
 
-def _compare(cards: Sequence[Results], html: Path | None) -> None:
-    document = comparison.compare(cards)
+def compare(words: Sequence[str]) -> int:
+    """Print several devices side by side, as Markdown."""
+    reader = _reader("compare", compare)
+    reader.add_argument("folder", nargs="+", help=_FOLDERS)
+    reader.add_argument("--html", type=Path, metavar="FILE", help="write a page, too")
+    asked = reader.parse_args(words)
+    document = comparison.compare([read(_folder(name)) for name in asked.folder])
     print(markdown(document), end="")
-    if html is not None:
-        html.write_text(page(document), encoding="utf-8")
+    if asked.html is not None:
+        asked.html.write_text(page(document), encoding="utf-8")
+    return 0
+
+
+def write_readme(words: Sequence[str]) -> int:
+    """Write the committed results' figures into the README."""
+    _reader("readme", write_readme).parse_args(words)
+    path = _ROOT / "README.md"
+    path.write_text(readme.updated(path.read_text(encoding="utf-8"), _ROOT), encoding="utf-8")
+    return 0
+
+
+def _reader(name: str, command: Command) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=command.__doc__)
+
+
+def _told(command: Command, words: Sequence[str]) -> int:
+    """Run a command; of results that cannot be read, say why and return 2."""
+    try:
+        return command(words)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _folder(name: str) -> Path:
     path = Path(name)
     return path if path.is_dir() else _ROOT / "benchmarks" / "results" / name
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    name: functools.partial(_told, command)
+    for name, command in (
+        ("report", write_reports),
+        ("compare", compare),
+        ("readme", write_readme),
+    )
+}
+"""By its name: what is handed the words behind it and returns an exit code."""

@@ -35,7 +35,7 @@ def compare(cards: Sequence[Results]) -> Document:
             ("by",),
             [_keyed(search_cost(card)) for card in cards],
         ),
-        f"Real models of which {LARGEST} was found": (
+        "Real models in which the largest batch was found": (
             ("by",),
             [_column(card.rows("search", "real models", "together"), LARGEST) for card in cards],
         ),

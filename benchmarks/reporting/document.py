@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from benchmarks.findings import Fields
 from benchmarks.reporting import cells
@@ -50,6 +51,11 @@ class Figure:
     label: str
 
 
+HOW_TO_READ: Final = (
+    "A cell such as 1.3 [1.1, 1.6] is the median with minimum and maximum; "
+    "1.3 (1.2 to 1.4) [1.1, 1.6] has the quartiles, too. "
+    "Every sample is in the JSON files of the parts."
+)
 Block = str | Table | Picture
 """A paragraph, a table, or a drawing."""
 

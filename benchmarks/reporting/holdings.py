@@ -58,15 +58,10 @@ def _held(case: Fields | None) -> str:
 def searched(cases: Sequence[Fields]) -> Table:
     """How each was found and what it took."""
     header = [
-        "model",
-        "setting",
-        "tolerable",
-        "peak allocated",
-        "reserved",
-        "limit",
-        "reserved / limit",
+        *("model", "setting", "tolerable", "peak allocated", "reserved", "limit"),
+        *("reserved / limit", "trials", "out of memory", "search, seconds", "found / scan"),
+        *("limited by", "what rules out more"),
     ]
-    header += ["trials", "out of memory", "search, seconds", "found / scan", "what rules out more"]
     rows = [
         [
             cells.text(case.get("model")),
@@ -80,6 +75,7 @@ def searched(cases: Sequence[Fields]) -> Table:
             cells.text(case.get("out_of_memory")),
             cells.text(case.get("search_seconds")),
             cells.text(inner(case, "scan").get("found_over_largest")),
+            cells.text(case.get("limited_by")),
             cells.text(inner(case, "upper").get("reason")),
         ]
         for case in sound(cases)

@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
-from benchmarks.reporting.document import Block, Document, Picture, Section, Table
+from benchmarks.reporting.document import HOW_TO_READ, Block, Document, Picture, Section, Table
 
 
 def markdown(document: Document) -> str:
@@ -21,7 +21,7 @@ def markdown(document: Document) -> str:
     lines += [f"* **{escaped(f.value)}** {escaped(f.label)}" for f in document.figures]
     for section in document.sections:
         lines += ["", *_section(section, document.stamp)]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, escaped(HOW_TO_READ)]) + "\n"
 
 
 def table_lines(table: Table) -> list[str]:

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from benchmarks.reporting.cells import NOTHING
-from benchmarks.reporting.document import Block, Document, Figure, Picture, Section, Table
+from benchmarks.reporting.document import (
+    HOW_TO_READ,
+    Block,
+    Document,
+    Figure,
+    Picture,
+    Section,
+    Table,
+)
 
 _STYLE: Final = """
 :root { color-scheme: light dark;
@@ -49,7 +57,7 @@ th { text-align: left; font-weight: 600; color: var(--faint); vertical-align: bo
   border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .7rem .3rem 0; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; }
-td { min-width: 3rem; } td:not(.number) { min-width: 8rem; }
+td { min-width: 3rem; } td:not(.number):not(.faint) { min-width: 8rem; }
 td:first-child { min-width: 10rem; }
 tr.ours td { font-weight: 600; background: var(--panel); }
 .number { text-align: right; } td.number { white-space: nowrap; }
@@ -58,7 +66,7 @@ th:first-child, td:first-child { padding-left: .4rem; }
 .faint { color: var(--faint); }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 figure { margin: 1rem 0; } figcaption { color: var(--faint); font-size: .85rem; max-width: 46rem; }
-figure svg { width: 100%; min-width: 40rem; height: auto; display: block; }
+figure svg { max-width: 100%; min-width: 34rem; height: auto; display: block; }
 footer { margin-top: 3rem; color: var(--faint); font-size: .85rem; }
 """
 _GOOD: Final = ("held",)
@@ -80,11 +88,7 @@ def page(document: Document) -> str:
     ]
     for place, section in enumerate(document.sections):
         lines += _section(section, place, document.stamp)
-    lines.append(
-        "<footer>A cell such as 1.3 [1.1, 1.6] is the median with minimum and maximum; "
-        "1.3 (1.2 to 1.4) [1.1, 1.6] has the quartiles, too. "
-        "Every sample is in the JSON files beside this page.</footer></body></html>"
-    )
+    lines.append(f"<footer>{_text(HOW_TO_READ)}</footer></body></html>")
     return "\n".join(lines) + "\n"
 
 

@@ -103,7 +103,7 @@ def _figure(panels: Mapping[str, Draw], stamp: str) -> "Figure":
 
     across = 2 if len(panels) == 4 else min(_ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
-    width = {1: 7.0, 2: 4.8}.get(across, 3.4)
+    width = {1: 5.8, 2: 5.4}.get(across, 3.9)
     figure = Figure(figsize=(width * across, 2.9 * down + 0.3 * bool(stamp)), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     for axes, (title, draw) in zip(grid.flat, panels.items(), strict=False):
@@ -225,18 +225,30 @@ def bars(
         names = [str(row.get("by")) for row, _ in known]
         values = [value for _, value in known]
         colours = [_COLOURS[0] if by == _OURS else _BAR for by in names]
+        ranges = _quartiles([row for row, _ in known], name)
+        uppers = {place: [high] for place, _, high in zip(*ranges, strict=True)}
         axes.barh(names, values, color=colours, height=0.6)
         for place, (row, value) in enumerate(known):
             told = cells.text(value) + (f", {words} {cells.text(row[beside])}" if beside else "")
-            where = (max(value, 0.0), place)
+            where = (max(value, 0.0, *uppers.get(place, [])), place)
             axes.annotate(told, where, (4, 0), textcoords="offset points", va="center")
+        axes.hlines(*ranges, color=_INK, lw=1.2)
         axes.invert_yaxis()
-        axes.set_xlim(min(0, *values), (1.6 if beside else 1.2) * max(values))
+        ends = [0.0, *values, *ranges[1], *ranges[2]]
+        axes.set_xlim(1.1 * min(ends), (1.6 if beside else 1.25) * max(ends) or 1)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(unit)
 
     return draw
+
+
+def _quartiles(rows: Sequence[Fields], name: str) -> tuple[list[int], list[float], list[float]]:
+    """Return places, lower and upper quartiles of the rows that have them."""
+    found = [(place, inner(row, "quartiles").get(name)) for place, row in enumerate(rows)]
+    known = [(place, ends) for place, ends in found if isinstance(ends, list) and len(ends) == 2]
+    places, ends = [place for place, _ in known], [pair for _, pair in known]
+    return places, [low for low, _ in ends], [high for _, high in ends]
 
 
 def _finite(row: Fields, name: str) -> float | None:
