@@ -37,6 +37,7 @@ def document(results: Results, *, drawn: bool) -> Document:
     return Document(
         title=f"autobatch on {results.name}",
         stamp=results.stamp,
+        warning=results.warning,
         facts=[(name, results.fact(name)) for name in _FACTS],
         figures=figures(results),
         sections=[*sections, _measured(results, missing, drawn=drawn)],
@@ -202,8 +203,6 @@ def _short(title: str) -> str:
 def _told(results: Results, name: str) -> Iterator[str]:
     """Say what a part's figures must not be read without."""
     facts = results.parts[name].facts
-    if facts.get("quick"):
-        yield "Run with --quick, only to see that it works: these figures mean nothing."
     if facts.get("failed"):
         yield f"This part ended with an error: {facts['failed']}. Below is what it had until then."
     left_out = results.parts[name].left_out

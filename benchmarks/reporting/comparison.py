@@ -55,7 +55,8 @@ def compare(cards: Sequence[Results]) -> Document:
     ]
     return Document(
         title=" beside ".join(names),
-        stamp="imitated" if kinds == {False} else "",
+        stamp=", ".join(dict.fromkeys(card.stamp for card in cards if card.stamp)),
+        warning=" ".join(dict.fromkeys(card.warning for card in cards if card.warning)),
         facts=[("devices", str(len(cards)))],
         sections=[Section(title="The devices", blocks=[_facts(names, cards)]), *made],
     )

@@ -75,6 +75,7 @@ class Document:
     Attributes:
         title: The device.
         stamp: What stands at every figure, as that it is imitated; may be empty.
+        warning: The same in a sentence.
         facts: Name and value of what the figures must not be read without.
         figures: Those to be read first.
         sections: In order.
@@ -82,6 +83,7 @@ class Document:
 
     title: str
     stamp: str = ""
+    warning: str = ""
     facts: Sequence[tuple[str, str]]
     figures: Sequence[Figure] = ()
     sections: Sequence[Section]

@@ -76,11 +76,18 @@ def searched(cases: Sequence[Fields]) -> Table:
             cells.text(case.get("search_seconds")),
             cells.text(inner(case, "scan").get("found_over_largest")),
             cells.text(case.get("limited_by")),
-            cells.text(inner(case, "upper").get("reason")),
+            _ruled_out(inner(case, "upper")),
         ]
         for case in sound(cases)
     ]
     return Table(title="every search", header=header, rows=rows, folded=True)
+
+
+def _ruled_out(upper: Fields) -> str:
+    size, reason = cells.text(upper.get("size")), cells.text(upper.get("reason"))
+    if cells.number(upper.get("bytes")) is None:
+        return reason if size == cells.NOTHING else f"{size} {reason}"
+    return f"{size} needs {cells.size(upper.get('bytes'))} ({reason})"
 
 
 def speeds(cases: Sequence[Fields]) -> Table:

@@ -10,12 +10,8 @@ from benchmarks.reporting.document import HOW_TO_READ, Block, Document, Picture,
 def markdown(document: Document) -> str:
     """Return the whole document; drawings are only in the page."""
     lines = [f"# {escaped(document.title)}", ""]
-    if document.stamp:
-        lines += [
-            f"**Every figure here is {escaped(document.stamp)}: that card's capacity on the device "
-            "below. None was measured on that card.**",
-            "",
-        ]
+    if document.warning:
+        lines += [f"**{escaped(document.warning)}**", ""]
     lines += [f"* {escaped(name)}: {escaped(value)}" for name, value in document.facts]
     lines += [""]
     lines += [f"* **{escaped(f.value)}** {escaped(f.label)}" for f in document.figures]

@@ -23,5 +23,5 @@ def panels(results: Results) -> dict[str, Draw]:
 def stamp(results: Results) -> str:
     """Say what it was measured on, in the picture itself."""
     facts = f"torch {results.fact('torch')}, {results.fact('date')}"
-    where = f"{results.stamp} on {results.device}" if results.stamp else results.device
+    where = f"{results.stamp}, on {results.device}" if results.stamp else results.device
     return f"{where}; {facts}"

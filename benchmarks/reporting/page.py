@@ -94,9 +94,8 @@ def page(document: Document) -> str:
 
 def _head(document: Document) -> Iterator[str]:
     yield f"<header><h1>{_text(document.title)}</h1>"
-    if document.stamp:
-        yield f'<p class="stamp">Every figure on this page is {_text(document.stamp)}: '
-        yield "that card's capacity on the device below. None was measured on that card.</p>"
+    if document.warning:
+        yield f'<p class="stamp">{_text(document.warning)}</p>'
     yield '<ul class="facts">'
     yield from (f"<li>{_text(name)} <b>{_text(value)}</b></li>" for name, value in document.facts)
     yield "</ul>"

@@ -26,9 +26,10 @@ _VARIABLES: Final = {
     **dict(zip(_COLOURS, ("--first", "--second", "--third", "--fourth"), strict=True)),
 }
 _MARKERS: Final = "osD^"
+_SIZES: Final = (6.5, 5.0, 3.5, 2.5)  # What the next one covers still shows.
+_LOOKS: Final = tuple(zip(_COLOURS, _MARKERS, _SIZES, strict=True))
 _ACROSS: Final = 3
 _OURS: Final = "autobatch"
-_GIB: Final = 2**30
 
 Draw = Callable[["Axes"], None]
 
@@ -112,7 +113,7 @@ def _figure(panels: Mapping[str, Draw], stamp: str) -> "Figure":
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     if stamp:
-        colour = _COLOURS[1] if stamp.startswith("imitated") else _FAINT
+        colour = _COLOURS[1] if stamp.startswith(("imitated", "quick")) else _FAINT
         figure.supxlabel(stamp, color=colour, fontsize=9)
     return figure
 
@@ -147,30 +148,31 @@ def _alike(cases: Sequence[Fields]) -> list[Fields]:
 
 def _memory(cases: Sequence[Fields]) -> Draw:
     def draw(axes: "Axes") -> None:
-        limit = max((cells.number(case.get("limit_bytes")) or 0 for case in cases), default=0)
-        for case, colour, marker in zip(cases, _COLOURS, _MARKERS, strict=False):
+        limit_bytes = max((cells.number(case.get("limit_bytes")) or 0 for case in cases), default=0)
+        unit, name = (2**30, "GiB") if limit_bytes >= 2**32 else (2**20, "MiB")
+        limit = limit_bytes / unit
+        for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
             tried = sorted(_points(inners(case, "memory"), "peak_bytes"))
-            ran = [(size, peak / _GIB) for size, peak, passed in tried if passed and peak]
+            ran = [(size, peak / unit) for size, peak, passed in tried if passed and peak]
             failed = [size for size, _, passed in tried if not passed]
-            axes.plot(*_split(ran), marker, ls="-", lw=1, ms=4, color=colour, label=setting(case))
-            axes.plot(failed, [limit / _GIB] * len(failed), "x", color=colour, ms=6, mew=1.6)
+            axes.plot(*_split(ran), marker, ls="-", lw=1, ms=ms, color=colour, label=setting(case))
+            axes.plot(failed, [limit] * len(failed), "x", color=colour, ms=6, mew=1.6)
         if limit:
-            axes.axhline(limit / _GIB, color=_INK, lw=1, ls=(0, (5, 3)))
-            axes.annotate(
-                "limit",
-                (0.02, limit / _GIB),
-                (0, 2),
-                xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axes.set_ylim(0, limit * 1.15 / _GIB if limit else None)
+            _draw_limit(axes, limit)
         axes.set_xlim(0)
         axes.set_xlabel("size")
-        axes.set_ylabel("peak allocated, GiB")
+        axes.set_ylabel(f"peak allocated, {name}")
         axes.legend(fontsize=8, loc="lower right")
 
     return draw
+
+
+def _draw_limit(axes: "Axes", limit: float) -> None:
+    axes.axhline(limit, color=_INK, lw=1, ls=(0, (5, 3)))
+    place = axes.get_yaxis_transform()
+    offset = "offset points"
+    axes.annotate("limit", (0.02, limit), (0, 2), xycoords=place, textcoords=offset, fontsize=8)
+    axes.set_ylim(0, 1.15 * limit)
 
 
 def _points(tried: Sequence[Fields], value: str) -> list[tuple[int, float, bool]]:
@@ -187,12 +189,12 @@ def _split(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[floa
 
 def _speed(cases: Sequence[Fields]) -> Draw:
     def draw(axes: "Axes") -> None:
-        for case, colour, marker in zip(cases, _COLOURS, _MARKERS, strict=False):
+        for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
             timed = sorted(_points(sizes(case), "examples_per_second"))
             points = [(size, rate) for size, rate, _ in timed]
             low, high = _spread(sizes(case), "examples_per_second")
             label = setting(case)
-            axes.plot(*_split(points), marker, ls="-", lw=1, ms=4, color=colour, label=label)
+            axes.plot(*_split(points), marker, ls="-", lw=1, ms=ms, color=colour, label=label)
             axes.vlines([size for size, _ in points], low, high, color=colour, lw=1.5)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")

@@ -39,7 +39,7 @@ def _device(results: Results, root: Path) -> Iterator[str]:
     where = results.folder.relative_to(root).as_posix()
     facts = ", ".join(f"{n} {escaped(results.fact(n))}" for n in ("driver", "torch", "commit"))
     told = f"**{escaped(results.name)}**"
-    if results.stamp:
+    if results.imitated is not None:
         told += f" (every figure is imitated, on {escaped(results.device)})"
     link = f"[report]({where}/report.md)"
     yield from (f"{told}: {facts}, {escaped(results.fact('date'))}; {link}", "")

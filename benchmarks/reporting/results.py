@@ -77,13 +77,20 @@ class Results:
 
     @property
     def stamp(self) -> str:
-        """What must stand at every figure of an imitation; ``""`` for measured ones."""
-        return "" if self.imitated is None else self.name
+        """What must stand at every figure: that it is imitated, or of a quick run; or nothing."""
+        quick = any(part.facts.get("quick") for part in self.parts.values())
+        return ", ".join(([] if self.imitated is None else [self.name]) + ["quick run"] * quick)
 
     @property
-    def is_quick(self) -> bool:
-        """Whether any part was only run to see that it works."""
-        return any(part.facts.get("quick") for part in self.parts.values())
+    def warning(self) -> str:
+        """The same in a sentence."""
+        quick = "It was run with --quick, only to see that it works: the figures mean nothing."
+        imitated = (
+            f"Every figure here is {self.name}: that card's capacity on the device below. "
+            "None was measured on that card."
+        )
+        told = [] if self.imitated is None else [imitated]
+        return " ".join([*told, quick] if "quick" in self.stamp else told)
 
     def fact(self, name: str) -> str:
         """Return a fact of all parts: each value once, where they differ; of dates the days."""
@@ -126,11 +133,22 @@ def read(folder: Path) -> Results:
 
 
 def _part(path: Path) -> Part:
-    written = json.loads(path.read_text(encoding="utf-8"))
+    written = _printable(json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(written, dict) or not isinstance(written.get("cases"), list):
         raise ValueError("it is no result: cases are missing")
     cases = [case for case in written.pop("cases") if isinstance(case, dict)]
     return Part(name=str(written.get("part", path.stem)), facts=written, cases=cases)
+
+
+def _printable(value: object) -> object:
+    """Return JSON without characters that would steer a terminal; names come from anywhere."""
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else " " for letter in value)
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    if isinstance(value, dict):
+        return {str(_printable(name)): _printable(one) for name, one in value.items()}
+    return value
 
 
 def _place(path: Path) -> tuple[int, str]:
