@@ -20,7 +20,8 @@ _ABOUT: Final = {
     "exactness": "One accumulated step of float64 against the step of the undivided batch: "
     "1e-16 is rounding, anything else is another step. Each engine is used as its "
     "documentation says.",
-    "prediction": "What autobatch predicts without the card, beside what others measured on it.",
+    "prediction": "What autobatch predicts without the card, beside what others measured on it. "
+    "xMem is another predictor, with its own published figures.",
 }
 _MODELS: Final = ("real models", "all of them together")
 _BOXES: Final = ("black boxes", "all of them together")

@@ -262,6 +262,8 @@ def agreement(pairs: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> 
     """Predicted over measured, with the line where they are equal and a tenth to each side."""
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator
+
         ends = [value for points in pairs.values() for point in points for value in point]
         low, high = min(ends) / 1.3, max(ends) * 1.3
         axes.plot([low, high], [low, high], color=_INK, lw=1)
@@ -272,6 +274,7 @@ def agreement(pairs: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> 
             axes.plot(*_split(points), marker, ms=5, color=colour, alpha=0.85, label=name)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axis.set_minor_formatter(lambda *_: "")
         axes.set_xlabel(f"measured, {unit}")
