@@ -284,10 +284,11 @@ def test_the_command_writes_what_it_measured(
 def test_a_part_that_fails_does_not_keep_the_others_from_running(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(exactness, "absent", lambda package: package in OTHERS)
+
     def fail(_: Findings) -> None:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(exactness, "absent", lambda package: package in OTHERS)
     monkeypatch.setitem(command.PARTS, "search", fail)
     assert command.main(["search", "exactness", "--quick", "--device", "cpu"]) == 1
     told = capsys.readouterr()
