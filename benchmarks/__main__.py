@@ -15,6 +15,7 @@ from autobatch.devices.choose import choose_device
 from benchmarks import engine, exactness, prediction, search
 from benchmarks.findings import Findings
 from benchmarks.machine import environment, keep_freed_memory, slug, write_atomically
+from benchmarks.reporting import command as reading
 
 PARTS: Final[dict[str, Callable[[Findings], None]]] = {
     "exactness": exactness.run,
@@ -22,6 +23,8 @@ PARTS: Final[dict[str, Callable[[Findings], None]]] = {
     "engine": engine.run,
     "prediction": prediction.run,
 }
+# Named by the first word; each is handed the words behind it and returns an exit code.
+COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = reading.COMMANDS
 RESULTS: Final = Path(__file__).parent / "results"
 
 
@@ -40,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the parts that are named and write what each found; return 1 if one failed."""
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    options = parser().parse_args(words)
     device = options.device or _device(None)
     deadline = time.monotonic() + 60 * options.minutes
     out = options.out or (None if options.quick else RESULTS)

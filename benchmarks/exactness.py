@@ -1,114 +1,135 @@
-"""The law, measured: one accumulated step against the undivided batch, in float64."""
+"""The law, measured: accumulated steps against undivided ones, in float64, by everyone."""
 
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
-from reference import (
-    Pair,
-    mean_of_means_steps,
-    sgd,
-    small_model,
-    token_model,
-    twin,
-    undivided_steps,
+from reference import Pair, small_model, token_model
+from torch import nn
+
+from benchmarks.exactness_peers import FAILURES, GRADIENTS, Engine, absent, undivided
+from benchmarks.findings import SEED, Fields, Findings
+from benchmarks.lessons import IGNORED, Failure, Lesson, Watch, relative
+from benchmarks.search import light_heap
+
+GRADIENT_TABLE: Final = "exactness: relative difference of the update from the undivided batch's"
+FAILURE_TABLE: Final = (
+    "exactness: memory runs out in a training of 3 steps, each of 8 examples in two micro-batches"
 )
-from torch import Tensor, nn
-
-from autobatch import Accumulator, BatchPlan
-from benchmarks.findings import SEED, Findings
-
-_TITLE: Final = "exactness: relative difference of the update from the undivided batch's"
-
-
-class Case(NamedTuple):
-    """Logical batches, the last of which is measured, and the largest micro-batch."""
-
-    model: nn.Module
-    loss: nn.Module
-    batches: list[Pair]
-    micro_batch: int
-
-    @property
-    def cut(self) -> tuple[int, ...]:
-        """The last batch's micro-batches, autobatch's and the control's."""
-        examples = len(self.batches[-1][0])
-        return BatchPlan(desired=examples, tolerable=self.micro_batch).micro_batch_sizes
+_STEPS: Final = 3
+_ONCE: Final = "once, in the second micro-batch of step 2"
+_ALWAYS: Final = "always above 2 examples, from step 2 on"
+_ANY: Final = "at any time"
+_IN_STEP: Final = "once, as the optimizer begins step 2"
 
 
 def run(findings: Findings) -> None:
-    """Measure the six cases in which public engines take another step."""
-    for name, case in findings.in_time(_cases(findings.device)):
-        whole, ours, control = (f(case) for f in (_undivided, _autobatch, _mean_of_means))
-        row = {
-            "case": name,
-            "cut": "+".join(map(str, case.cut)),
-            "autobatch": float((ours - whole).norm() / whole.norm()),
-            "mean of means": float((control - whole).norm() / whole.norm()),
-        }
-        findings.add(_TITLE, row)
+    """Measure everyone in the cases in which engines take another step, then in failures."""
+    lessons = gradient_lessons(findings.device)
+    gradients = {f"{by}: gradients": (by, *made) for by, made in GRADIENTS.items()}
+    for _, (by, package, engine) in findings.in_time(gradients):
+        found: Fields = dict.fromkeys(lessons, "not installed")
+        if not absent(package):
+            found = {name: difference(engine, lesson) for name, lesson in lessons.items()}
+        findings.add(GRADIENT_TABLE, {"by": by, **found})
+    failures = {f"{by}: failures": (by, *made) for by, made in FAILURES.items()}
+    for _, (by, package, engine) in findings.in_time(failures):
+        for what, outcome in _outcomes(package, engine, findings.device).items():
+            findings.add(FAILURE_TABLE, {"by": by, "memory runs out": what, **outcome})
 
 
-def _autobatch(case: Case) -> Tensor:
-    model = twin(case.model)
-    accumulator = Accumulator(model, sgd(model), case.loss, micro_batch=case.micro_batch)
-    return _last_update(model, accumulator.step, case.batches)
+def difference(engine: Engine, lesson: Lesson) -> float:
+    """Return how far an engine's last update is from the undivided batch's."""
+    whole, own = Watch(lesson), Watch(lesson)
+    undivided(whole)
+    engine(own)
+    return relative(own.last_update, whole.last_update)
 
 
-def _undivided(case: Case) -> Tensor:
-    model = twin(case.model)
-    optimizer = sgd(model)
-    return _last_update(
-        model, lambda batch: undivided_steps(model, optimizer, case.loss, [batch]), case.batches
-    )
+def _outcomes(package: str, engine: Engine, device: torch.device) -> dict[str, Fields]:
+    if absent(package):
+        return {_ANY: {"outcome": "not installed", "steps": "-", "parameters off by": "-"}}
+    lesson = _failing_lesson(device)
+    calm = Watch(lesson)
+    engine(calm)  # It has imported now what it needs.
+    with light_heap():
+        return {what: outcome(engine, what, calm) for what in (_ONCE, _ALWAYS, _IN_STEP)}
 
 
-def _mean_of_means(case: Case) -> Tensor:
-    """The usual mistake, in the last batch only: those before it are stepped undivided."""
-    model = twin(case.model)
-    optimizer = sgd(model)
-
-    def step(batch: Pair) -> None:
-        sizes = case.cut if batch is case.batches[-1] else [len(batch[0])]
-        mean_of_means_steps(model, optimizer, case.loss, [batch], sizes)
-
-    return _last_update(model, step, case.batches)
-
-
-def _last_update(model: nn.Module, step: Callable[[Pair], object], batches: list[Pair]) -> Tensor:
-    for batch in batches[:-1]:
-        step(batch)
-    before = nn.utils.parameters_to_vector(model.parameters()).detach()
-    step(batches[-1])
-    return nn.utils.parameters_to_vector(model.parameters()).detach() - before
-
-
-def _cases(device: torch.device) -> dict[str, Case]:
-    by_sample, by_token = small_model(SEED).to(device), token_model(SEED).to(device)
-    samples, short = _samples(10, device), _samples(5, device)
-    tokens, masked = _tokens(8, device), _tokens(8, device)
-    masked[1][3:6] = -100  # All of the second micro-batch.
-    mean, total = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+def outcome(engine: Engine, what: str, calm: Watch) -> Fields:
+    """Return how an engine comes through, against its own training without a failure."""
+    watch = Watch(calm.lesson, in_forward=_FAILURES.get(what), in_step=what == _IN_STEP)
+    try:
+        engine(watch)
+    except Exception as error:  # noqa: BLE001  # That it ends so is the finding.
+        ends = f"ends: {type(error).__name__}"
+        return {"outcome": ends, "steps": len(watch.steps), "parameters off by": "-"}
     return {
-        "samples, 10 by 4": Case(by_sample, mean, [samples], 4),
-        "tokens, 8 by 2": Case(by_token, mean, [tokens], 2),
-        "tokens, 8 by 3": Case(by_token, mean, [tokens], 3),
-        "one micro-batch all masked": Case(by_token, mean, [masked], 3),
-        "sum loss, 10 by 4": Case(by_sample, total, [samples], 4),
-        "short last batch, 5 by 4": Case(by_sample, mean, [samples, short], 4),
+        "outcome": "goes on" if watch.ran_out else "memory did not run out",
+        "steps": len(watch.steps),
+        "parameters off by": relative(watch.steps[-1], calm.steps[-1]),
     }
 
 
-def _samples(examples: int, device: torch.device) -> Pair:
+def _in_second_micro_batch(watch: Watch, _: int) -> bool:
+    return len(watch.steps) == 1 and watch.forwards == 2 and not watch.ran_out
+
+
+def _above_two(watch: Watch, examples: int) -> bool:
+    return bool(watch.steps) and examples > 2
+
+
+_FAILURES: Final[dict[str, Failure]] = {_ONCE: _in_second_micro_batch, _ALWAYS: _above_two}
+
+
+def _failing_lesson(device: torch.device) -> Lesson:
+    return Lesson(
+        model=small_model(SEED),
+        loss=nn.CrossEntropyLoss(),
+        data=_samples(8 * _STEPS),
+        micro_batch=4,
+        accumulation_steps=2,
+        device=device,
+    )
+
+
+def gradient_lessons(device: torch.device) -> dict[str, Lesson]:
+    """Return the cases by name. A loader cuts 10 by 4 into 4 + 4 + 2, autobatch into 4 + 3 + 3."""
+    by_sample, by_token = small_model(SEED), token_model(SEED)
+    masked = _tokens(8)
+    masked[1][3:6] = IGNORED  # All of the second micro-batch.
+    mean, total = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+
+    def lesson(model: nn.Module, loss: nn.CrossEntropyLoss, data: Pair, *cut: int) -> Lesson:
+        size, count = cut
+        return Lesson(
+            model=model,
+            loss=loss,
+            data=data,
+            micro_batch=size,
+            accumulation_steps=count,
+            device=device,
+        )
+
+    return {
+        "samples, 10 by 4": lesson(by_sample, mean, _samples(10), 4, 3),
+        "tokens, 8 by 2": lesson(by_token, mean, _tokens(8), 2, 4),
+        "tokens, 8 by 3": lesson(by_token, mean, _tokens(8), 3, 3),
+        "one micro-batch all masked": lesson(by_token, mean, masked, 3, 3),
+        "sum loss, 10 by 4": lesson(by_sample, total, _samples(10), 4, 3),
+        "short last batch, 8 of 12 by 4": lesson(by_sample, mean, _samples(20), 4, 3),
+    }
+
+
+def _samples(examples: int) -> Pair:
     generator = torch.Generator().manual_seed(SEED + examples)
     x = torch.randn(examples, 5, generator=generator, dtype=torch.float64)
-    return x.to(device), torch.randint(0, 3, (examples,), generator=generator).to(device)
+    return x, torch.randint(0, 3, (examples,), generator=generator)
 
 
-def _tokens(examples: int, device: torch.device, length: int = 6) -> Pair:
+def _tokens(examples: int, length: int = 6) -> Pair:
     """Of every length from 1 to ``length``; the rest is masked."""
     generator = torch.Generator().manual_seed(SEED + examples)
     x = torch.randint(0, 7, (examples, length), generator=generator)
     y = torch.randint(0, 4, (examples, length), generator=generator)
     lengths = torch.randint(1, length + 1, (examples, 1), generator=generator)
-    return x.to(device), y.masked_fill(torch.arange(length) >= lengths, -100).to(device)
+    return x, y.masked_fill(torch.arange(length) >= lengths, IGNORED)

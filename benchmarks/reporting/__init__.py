@@ -1,0 +1,1 @@
+"""Everything that reads results: the report, the comparison of cards and the README's tables."""

@@ -1,0 +1,284 @@
+"""Drawings of results, with matplotlib where it is installed."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Final
+
+from benchmarks.findings import Fields
+from benchmarks.reporting import cells
+from benchmarks.reporting.holdings import inner, inners, setting, sizes, sound
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# For the eyes of a page these are variables, so that it can be light or dark.
+_INK, _FAINT, _GRID, _BAR = "#1f2328", "#656d76", "#e6e6e6", "#a9b1ba"
+_COLOURS: Final = ("#0072b2", "#c2410c", "#00805e", "#8250a0")
+_VARIABLES: Final = {
+    _INK: "--ink",
+    _FAINT: "--faint",
+    _GRID: "--grid",
+    _BAR: "--bar",
+    **dict(zip(_COLOURS, ("--first", "--second", "--third", "--fourth"), strict=True)),
+}
+_MARKERS: Final = "osD^"
+_SIZES: Final = (6.5, 5.0, 3.5, 2.5)  # What the next one covers still shows.
+_LOOKS: Final = tuple(zip(_COLOURS, _MARKERS, _SIZES, strict=True))
+_ACROSS: Final = 3
+_OURS: Final = "autobatch"
+
+Draw = Callable[["Axes"], None]
+
+
+def available() -> bool:
+    """Whether there is something to draw with."""
+    try:
+        import matplotlib.figure  # noqa: F401  # Only whether it is there.
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def _styled() -> AbstractContextManager[None]:
+    """Set what no user's own style should change; nothing of it stays."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(
+        {
+            "svg.fonttype": "none",  # Letters stay letters, which one can select and search.
+            "svg.hashsalt": "autobatch",
+            "text.parse_math": False,  # A name may have a dollar.
+            "font.size": 9.0,
+            "axes.titlesize": 9.5,
+            "axes.edgecolor": _FAINT,
+            "axes.labelcolor": _FAINT,
+            "xtick.color": _FAINT,
+            "ytick.color": _FAINT,
+            "text.color": _INK,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": _GRID,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+def svg(panels: Mapping[str, Draw], stamp: str) -> str:
+    """Draw panels, named by their titles, as an element for a page."""
+    target = io.StringIO()
+    with _styled():
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        _figure(panels, stamp).savefig(target, format="svg", transparent=True, metadata=none)
+    return _inline(target.getvalue())
+
+
+def png(panels: Mapping[str, Draw], stamp: str) -> bytes:
+    """Draw panels as an image for the README."""
+    target = io.BytesIO()
+    with _styled():
+        none = {"Software": None}
+        _figure(panels, stamp).savefig(
+            target, format="png", dpi=130, facecolor="white", metadata=none
+        )
+    return target.getvalue()
+
+
+def _inline(drawn: str) -> str:
+    """Keep the element alone, in the page's colours; what names other places goes."""
+    element = drawn[drawn.index("<svg") :]
+    element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element)
+    element = re.sub(r'<g id="[a-z_]+\d+">', "<g>", element)  # Others on the page have the same.
+    for colour, variable in _VARIABLES.items():
+        element = element.replace(colour, f"var({variable})")
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit; font-family: inherit", element)
+
+
+def _figure(panels: Mapping[str, Draw], stamp: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    across = 2 if len(panels) == 4 else min(_ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    width = {1: 5.8, 2: 5.4}.get(across, 3.9)
+    figure = Figure(figsize=(width * across, 2.9 * down + 0.3 * bool(stamp)), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes, (title, draw) in zip(grid.flat, panels.items(), strict=False):
+        axes.set_title(title, loc="left", color=_INK)
+        draw(axes)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    if stamp:
+        colour = _COLOURS[1] if stamp.startswith(("imitated", "quick")) else _FAINT
+        figure.supxlabel(stamp, color=colour, fontsize=9)
+    return figure
+
+
+def memory(cases: Sequence[Fields]) -> dict[str, Draw]:
+    """Memory over size, the limit drawn in: a panel for each model."""
+    return {model: _memory(own) for model, own in _by_model(sound(cases)).items()}
+
+
+def speed(cases: Sequence[Fields]) -> dict[str, Draw]:
+    """Examples per second over size: a panel for each model."""
+    return {model: _speed(own) for model, own in _by_model(sound(cases)).items()}
+
+
+def chosen(cases: Sequence[Fields]) -> list[Fields]:
+    """Return the cases that are drawn."""
+    return [case for own in _by_model(cases).values() for case in own]
+
+
+def _by_model(cases: Sequence[Fields]) -> dict[str, list[Fields]]:
+    """Trainings with the optimizer that was measured first; inference if there are none."""
+    found: dict[str, list[Fields]] = {}
+    for case in cases:
+        found.setdefault(str(case.get("model")), []).append(case)
+    return {model: _alike(own) for model, own in found.items()}
+
+
+def _alike(cases: Sequence[Fields]) -> list[Fields]:
+    trained = [case for case in cases if case.get("mode") == "train"] or list(cases)
+    return [case for case in trained if case.get("optimizer") == trained[0].get("optimizer")]
+
+
+def _memory(cases: Sequence[Fields]) -> Draw:
+    def draw(axes: "Axes") -> None:
+        limit_bytes = max((cells.number(case.get("limit_bytes")) or 0 for case in cases), default=0)
+        unit, name = (2**30, "GiB") if limit_bytes >= 2**32 else (2**20, "MiB")
+        limit = limit_bytes / unit
+        for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
+            tried = sorted(_points(inners(case, "memory"), "peak_bytes"))
+            ran = [(size, peak / unit) for size, peak, passed in tried if passed and peak]
+            failed = [size for size, _, passed in tried if not passed]
+            axes.plot(*_split(ran), marker, ls="-", lw=1, ms=ms, color=colour, label=setting(case))
+            axes.plot(failed, [limit] * len(failed), "x", color=colour, ms=6, mew=1.6)
+        if limit:
+            _draw_limit(axes, limit)
+        axes.set_xlim(0)
+        axes.set_xlabel("size")
+        axes.set_ylabel(f"peak allocated, {name}")
+        axes.legend(fontsize=8, loc="lower right")
+
+    return draw
+
+
+def _draw_limit(axes: "Axes", limit: float) -> None:
+    axes.axhline(limit, color=_INK, lw=1, ls=(0, (5, 3)))
+    place = axes.get_yaxis_transform()
+    offset = "offset points"
+    axes.annotate("limit", (0.02, limit), (0, 2), xycoords=place, textcoords=offset, fontsize=8)
+    axes.set_ylim(0, 1.15 * limit)
+
+
+def _points(tried: Sequence[Fields], value: str) -> list[tuple[int, float, bool]]:
+    return [
+        (size, cells.number(one.get(value)) or 0.0, bool(one.get("passed", True)))
+        for one in tried
+        if (size := cells.whole(one.get("size"))) is not None
+    ]
+
+
+def _split(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def _speed(cases: Sequence[Fields]) -> Draw:
+    def draw(axes: "Axes") -> None:
+        for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
+            timed = sorted(_points(sizes(case), "examples_per_second"))
+            points = [(size, rate) for size, rate, _ in timed]
+            low, high = _spread(sizes(case), "examples_per_second")
+            label = setting(case)
+            axes.plot(*_split(points), marker, ls="-", lw=1, ms=ms, color=colour, label=label)
+            axes.vlines([size for size, _ in points], low, high, color=colour, lw=1.5)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
+        axes.set_ylim(0)
+        axes.set_xlabel("size")
+        axes.set_ylabel("examples per second")
+        axes.legend(fontsize=8, loc="lower right")
+
+    return draw
+
+
+def _spread(timed: Sequence[Fields], name: str) -> tuple[list[float], list[float]]:
+    """Return minima and maxima, by size."""
+    ordered = sorted(timed, key=lambda one: cells.whole(one.get("size")) or 0)
+    ends = [[cells.number(inner(one, name).get(key)) or 0 for one in ordered] for key in _ENDS]
+    return ends[0], ends[1]
+
+
+_ENDS: Final = ("minimum", "maximum")
+
+
+def bars(
+    rows: Sequence[Fields], name: str, unit: str, *, beside: str = "", words: str = ""
+) -> Draw:
+    """One bar for each ``by``, with its number and another column in words; ours stands out."""
+    known = [(row, value) for row in rows if (value := _finite(row, name)) is not None]
+
+    def draw(axes: "Axes") -> None:
+        names = [str(row.get("by")) for row, _ in known]
+        values = [value for _, value in known]
+        colours = [_COLOURS[0] if by == _OURS else _BAR for by in names]
+        ranges = _quartiles([row for row, _ in known], name)
+        uppers = {place: [high] for place, _, high in zip(*ranges, strict=True)}
+        axes.barh(names, values, color=colours, height=0.6)
+        for place, (row, value) in enumerate(known):
+            told = cells.text(value) + (f", {words} {cells.text(row[beside])}" if beside else "")
+            where = (max(value, 0.0, *uppers.get(place, [])), place)
+            axes.annotate(told, where, (4, 0), textcoords="offset points", va="center")
+        axes.hlines(*ranges, color=_INK, lw=1.2)
+        axes.invert_yaxis()
+        ends = [0.0, *values, *ranges[1], *ranges[2]]
+        axes.set_xlim(1.1 * min(ends), (1.6 if beside else 1.25) * max(ends) or 1)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(unit)
+
+    return draw
+
+
+def _quartiles(rows: Sequence[Fields], name: str) -> tuple[list[int], list[float], list[float]]:
+    """Return places, lower and upper quartiles of the rows that have them."""
+    found = [(place, inner(row, "quartiles").get(name)) for place, row in enumerate(rows)]
+    known = [(place, ends) for place, ends in found if isinstance(ends, list) and len(ends) == 2]
+    places, ends = [place for place, _ in known], [pair for _, pair in known]
+    return places, [low for low, _ in ends], [high for _, high in ends]
+
+
+def _finite(row: Fields, name: str) -> float | None:
+    value = cells.number(row.get(name))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def agreement(pairs: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Draw:
+    """Predicted over measured, with the line where they are equal and a tenth to each side."""
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator
+
+        ends = [value for points in pairs.values() for point in points for value in point]
+        low, high = min(ends) / 1.3, max(ends) * 1.3
+        axes.plot([low, high], [low, high], color=_INK, lw=1)
+        for share in (0.9, 1.1):
+            axes.plot([low, high], [share * low, share * high], color=_FAINT, lw=0.8, ls=":")
+        named = zip(pairs.items(), _COLOURS, _MARKERS, strict=False)
+        for (name, points), colour, marker in named:
+            axes.plot(*_split(points), marker, ms=5, color=colour, alpha=0.85, label=name)
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axis.set_minor_formatter(lambda *_: "")
+        axes.set_xlabel(f"measured, {unit}")
+        axes.set_ylabel(f"predicted, {unit}")
+        axes.legend(fontsize=8, loc="upper left")
+
+    return draw

@@ -1,0 +1,165 @@
+"""What was measured on one device, read back from its folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks.findings import Fields
+
+PARTS: Final = ("holdings", "search", "engine", "exactness", "prediction")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One file.
+
+    Attributes:
+        name: ``"search"``, say.
+        facts: What its figures must not be read without.
+        cases: Rows of all its tables.
+    """
+
+    name: str
+    facts: Fields
+    cases: Sequence[Fields]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What was not measured, and why."""
+        told = self.facts.get("left_out")
+        return [str(text) for text in told] if isinstance(told, list) else []
+
+    @property
+    def tables(self) -> dict[str, list[Fields]]:
+        """Rows by the title of their table, in the order of the file."""
+        found: dict[str, list[Fields]] = {}
+        for case in self.cases:
+            found.setdefault(str(case.get("table", self.name)), []).append(case)
+        return found
+
+    def rows(self, *words: str) -> list[Fields]:
+        """Return the rows of the first table whose title has all the words."""
+        named = (rows for title, rows in self.tables.items() if all(w in title for w in words))
+        return next(named, [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """A device's parts.
+
+    Attributes:
+        folder: Where they lie.
+        parts: By name, the known ones first.
+        unreadable: Files that are no results, and why.
+    """
+
+    folder: Path
+    parts: Mapping[str, Part]
+    unreadable: Sequence[str] = ()
+
+    @property
+    def device(self) -> str:
+        """What was measured on."""
+        return self.fact("device")
+
+    @property
+    def imitated(self) -> str | None:
+        """The card whose capacity was imitated; None if all is measured."""
+        card = next(iter(self.parts.values())).facts.get("imitated")
+        return None if card is None else str(card)
+
+    @property
+    def name(self) -> str:
+        """The device, or what it imitated, with that word."""
+        return self.device if self.imitated is None else f"imitated {self.imitated}"
+
+    @property
+    def stamp(self) -> str:
+        """What must stand at every figure: that it is imitated, or of a quick run; or nothing."""
+        quick = any(part.facts.get("quick") for part in self.parts.values())
+        return ", ".join(([] if self.imitated is None else [self.name]) + ["quick run"] * quick)
+
+    @property
+    def warning(self) -> str:
+        """The same in a sentence."""
+        quick = "It was run with --quick, only to see that it works: the figures mean nothing."
+        imitated = (
+            f"Every figure here is {self.name}: that card's capacity on the device below. "
+            "None was measured on that card."
+        )
+        told = [] if self.imitated is None else [imitated]
+        return " ".join([*told, quick] if "quick" in self.stamp else told)
+
+    def fact(self, name: str) -> str:
+        """Return a fact of all parts: each value once, where they differ; of dates the days."""
+        told = [_told(part.facts.get(name)) for part in self.parts.values()]
+        if name == "date":
+            days = sorted({date.partition("T")[0] for date in told})
+            return " to ".join(dict.fromkeys((days[0], days[-1])))
+        return ", ".join(dict.fromkeys(told))
+
+    def rows(self, part: str, *words: str) -> list[Fields]:
+        """Return rows of a part's table; none if it is not there."""
+        return self.parts[part].rows(*words) if part in self.parts else []
+
+
+def read(folder: Path) -> Results:
+    """Read a device's folder.
+
+    Raises:
+        ValueError: If there is no result in it, or if they are of several devices, or some
+            imitated and some measured.
+    """
+    parts: dict[str, Part] = {}
+    unreadable = []
+    for path in sorted(folder.glob("*.json"), key=_place):
+        try:
+            part = _part(path)
+        except (OSError, ValueError) as error:
+            unreadable.append(f"{path.name}: {error}")
+            continue
+        parts[part.name] = part
+    if not parts:
+        raise ValueError(f"no results in {folder}: it should hold files such as search.json")
+    kinds = {name: _kind(part) for name, part in parts.items()}
+    if len(set(kinds.values())) > 1:
+        told = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise ValueError(
+            f"{folder} mixes what must not be mixed ({told}); give each its own folder"
+        )
+    return Results(folder=folder, parts=parts, unreadable=tuple(unreadable))
+
+
+def _part(path: Path) -> Part:
+    written = _printable(json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(written, dict) or not isinstance(written.get("cases"), list):
+        raise ValueError("it is no result: cases are missing")
+    cases = [case for case in written.pop("cases") if isinstance(case, dict)]
+    return Part(name=str(written.get("part", path.stem)), facts=written, cases=cases)
+
+
+def _printable(value: object) -> object:
+    """Return JSON without characters that would steer a terminal; names come from anywhere."""
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else " " for letter in value)
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    if isinstance(value, dict):
+        return {str(_printable(name)): _printable(one) for name, one in value.items()}
+    return value
+
+
+def _place(path: Path) -> tuple[int, str]:
+    known = path.stem in PARTS
+    return (PARTS.index(path.stem) if known else len(PARTS), path.stem)
+
+
+def _kind(part: Part) -> str:
+    card = part.facts.get("imitated")
+    return f"{_told(part.facts.get('device'))}" + (f", imitating {card}" if card else "")
+
+
+def _told(value: object) -> str:
+    return "none" if value is None else str(value)
