@@ -36,7 +36,7 @@ from autobatch.training.step import Accumulator
 from autobatch.training.whole_batch import WholeBatch
 
 if TYPE_CHECKING:
-    from autobatch.prediction.predict import Prediction, predict
+    from autobatch.prediction.predict import Prediction, peak, predict
 
 __all__ = [
     "Accumulator",
@@ -69,6 +69,7 @@ __all__ = [
     "find_and_train",
     "find_batch_size",
     "find_largest",
+    "peak",
     "predict",
     "verdict_of",
 ]
@@ -76,7 +77,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import what predicts when it is first asked for: nothing else needs it."""
-    if name not in {"Prediction", "predict"}:
+    if name not in {"Prediction", "peak", "predict"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from autobatch.prediction import predict as module
 
