@@ -1,5 +1,6 @@
 """What a step allocates on a GPU that is not here follows from the batch, one by one."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -183,7 +184,15 @@ def test_values_are_guessed_and_counted_and_different_ways_are_seen(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     plain, parting = traced([ordered(Twice(say="noise")), ordered(Twice(more_above=20))]).traces
-    assert plain[0].guessed == {"bool": 2, "float32": 1}
+    lines, first = inspect.getsourcelines(Twice)
+    condition, zero = (
+        f"test_trace.py:{first + next(n for n, line in enumerate(lines) if code in line)}"
+        for code in ("if first.sum() > 0", "first.sum().item()")
+    )
+    assert plain[0].guessed == {
+        f"a condition holds at {condition}": 2,
+        f"a value of float32 is 0 at {zero}": 1,
+    }
     assert fitted(*plain) is not None
     assert fitted(*parting[:2]) is not None
     assert fitted(*parting) is None

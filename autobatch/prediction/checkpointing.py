@@ -13,7 +13,7 @@ _ENABLE = "gradient_checkpointing_enable"  # Of a model of transformers.
 def why_not(model: nn.Module) -> str:
     """Return why there is nothing to checkpoint, or ``""``."""
     own = _own_ways(model)
-    if any(getattr(module, "is_gradient_checkpointing", False) for module in own):
+    if any(getattr(part, "gradient_checkpointing", False) for m in own for part in m.modules()):
         return "the model does it already"
     if own or any(True for _ in repeated_blocks(model)):
         return ""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _BEYOND: Final = 1.12  # The curve goes on so far.
 _NEAR: Final = 0.05  # Of the height: limits nearer than this share a label.
-_NAMED: Final = 3  # GPUs in a label.
+_NAMED: Final = 2  # GPUs in a label.
 _FAR: Final = 4.0  # Where the largest card is so many times the smallest, scales are logarithmic.
 _SAME: Final = 1.01  # Curves that end within a percent are one.
 _DASHES: Final = (0, (5, 3))
@@ -113,7 +113,7 @@ def _scale_logarithmically(axes: "Axes", predictions: Sequence[Predicted]) -> No
         axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_locator(FixedLocator([2**power for power in range(20, 50)]))
-    axes.set_xlim(max(min((p.tolerable for p in fitting), default=1) / 2, 0.9))
+    axes.set_xlim(min((p.tolerable for p in fitting), default=1) / 10)  # Names have room there.
     axes.set_ylim(least / 1.5, most * 1.3)
 
 
