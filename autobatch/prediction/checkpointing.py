@@ -2,12 +2,14 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_ENABLE = "gradient_checkpointing_enable"  # Of a model of transformers.
+# Of a model of transformers: the second is the name before, and ends with version 6.
+_ENABLE: Final = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 def why_not(model: nn.Module) -> str:
@@ -28,7 +30,9 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     own = _own_ways(model)
     for module in own:
-        getattr(module, _ENABLE)(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = _enable_of(module)
+        assert enable is not None, "it has its own way"
+        enable({"use_reentrant": False})
     for block in [] if own else {id(found): found for found in repeated_blocks(model)}.values():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -55,8 +59,13 @@ def _is_block(module: nn.Module) -> bool:
     return not plain and any(True for _ in module.children())
 
 
+def _enable_of(module: nn.Module) -> Callable[[dict[str, bool]], object] | None:
+    found = (getattr(module, name, None) for name in _ENABLE)
+    return next((enable for enable in found if callable(enable)), None)
+
+
 def _own_ways(model: nn.Module) -> list[nn.Module]:
     """The outermost parts that can checkpoint by themselves."""
-    if callable(getattr(model, _ENABLE, None)):
+    if _enable_of(model) is not None:
         return [model] if getattr(model, "supports_gradient_checkpointing", True) else []
     return [part for child in model.children() for part in _own_ways(child)]

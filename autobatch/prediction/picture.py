@@ -113,7 +113,7 @@ def _scale_logarithmically(axes: "Axes", predictions: Sequence[Predicted]) -> No
         axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_locator(FixedLocator([2**power for power in range(20, 50)]))
-    axes.set_xlim(min((p.tolerable for p in fitting), default=1) / 10)  # Names have room there.
+    axes.set_xlim(min((p.tolerable for p in fitting), default=1) / 16)  # Names have room there.
     axes.set_ylim(least / 1.5, most * 1.3)
 
 
