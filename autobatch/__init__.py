@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from autobatch.largest import find_largest
     from autobatch.plan import BatchPlan
-    from autobatch.prediction.predict import Prediction, predict
+    from autobatch.prediction.predict import Prediction, peak, predict
     from autobatch.probing.options import SearchOptions
     from autobatch.results import (
         Evaluation,
@@ -69,6 +69,7 @@ __all__ = [
     "find_and_train",
     "find_batch_size",
     "find_largest",
+    "peak",
     "predict",
     "verdict_of",
 ]
@@ -105,6 +106,7 @@ _HOMES: Final = {
     "find_and_train": "autobatch.api",
     "find_batch_size": "autobatch.api",
     "find_largest": "autobatch.largest",
+    "peak": "autobatch.prediction.predict",
     "predict": "autobatch.prediction.predict",
     "verdict_of": "autobatch.devices.failures",
 }

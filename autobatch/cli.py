@@ -213,14 +213,23 @@ def predict(
         str, typer.Option(help=f"{IMAGES}: blank ones, of 1000 classes; {DATA_NAMES}.")
     ] = IMAGES,
     desired: Annotated[int | None, typer.Option(min=1, help="Examples per optimizer step.")] = None,
+    ceiling: Annotated[
+        int | None, typer.Option(min=1, help="Largest size of interest. Default: the data's.")
+    ] = None,
+    mode: Annotated[
+        ModeChoice, typer.Option(help="A training step, or a forward pass without gradients.")
+    ] = ModeChoice.TRAIN,
     optimizer: Optimizer = OptimizerName.ADAMW,
     pixels: Pixels = 224,
     precision: Precision = PrecisionChoice.FP32,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the peak over the batch into this file: peak.png.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Predict the largest batch with which MODEL can train on a GPU that is not here."""
+    """Predict the largest batch with which MODEL can train, or infer, on a GPU not here."""
 
     def work(watch: Watch) -> Report:
         check_names(model, data)
@@ -232,6 +241,9 @@ def predict(
             pixels=pixels,
             optimizer=optimizer,
             desired=desired,
+            ceiling=ceiling,
+            mode=mode,
+            plot=plot,
             gpus=tuple(gpu or ()),
             memory=memory,
             precision=precision,

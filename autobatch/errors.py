@@ -41,7 +41,8 @@ class DoesNotFitError(AutobatchError):
         size: The smallest size of interest.
         limit_bytes: What was allowed, which is not enough; None where no limit was known.
         breakdown: What needs how many bytes, and how many are missing; None where it is not known.
-        message: What the last failure said.
+        message: What the last failure said; of a prediction, what else would fit.
+        predicted_for: The GPU that is not here, where nothing has run; ``""`` where it has.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class DoesNotFitError(AutobatchError):
         limit_bytes: int | None,
         breakdown: Breakdown | None = None,
         message: str = "",
+        predicted_for: str = "",
     ) -> None:
-        super().__init__(size, limit_bytes, breakdown, message)
+        super().__init__(size, limit_bytes, breakdown, message, predicted_for)
         self.size = size
         self.limit_bytes = limit_bytes
         self.breakdown = breakdown
         self.message = message
+        self.predicted_for = predicted_for
 
     @property
     def breakdown_bytes(self) -> dict[str, int]:
@@ -65,13 +68,18 @@ class DoesNotFitError(AutobatchError):
     @property
     def remedies(self) -> tuple[Remedy, ...]:
         """What would help, and by how much."""
-        return () if self.breakdown is None else what_would_help(self.breakdown, self.message)
+        if self.breakdown is None:
+            return ()
+        return what_would_help(self.breakdown, self.message, predicted=bool(self.predicted_for))
 
     def __str__(self) -> str:
         where = "here" if self.limit_bytes is None else f"in {format_bytes(self.limit_bytes)}"
         if self.limit_bytes is not None and self.limit_bytes <= 0:
             where = f"where {format_bytes(-self.limit_bytes)} more are held already than allowed"
-        said = f"; the last failure said: {self.message}" if self.message else ""
+        if self.predicted_for:
+            where = f"{where} ({self.predicted_for})"
+        intro = "" if self.predicted_for else "the last failure said: "
+        said = f"; {intro}{self.message}" if self.message else ""
         missing = self.breakdown.missing_bytes if self.breakdown else 0
         more = f": it needs at least {format_bytes(missing)} more" if missing else ""
         told = f"a batch of {self.size} does not fit {where}{more}{said}"

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; shapes differ as well.
-_ALLOCATED: Final = "#0072B2"
-_RESERVED: Final = "#56B4E9"
-_FAILED: Final = "#D55E00"
-_INK: Final = "#333333"
-_FAINT: Final = "#999999"
+ALLOCATED: Final = "#0072B2"
+RESERVED: Final = "#56B4E9"
+FAILED: Final = "#D55E00"
+INK: Final = "#333333"
+FAINT: Final = "#999999"
 _FAR: Final = 5.0  # A limit so many times the largest peak is told, not drawn.
 _REACH: Final = 2.0  # Failures beyond so many times the tolerable batch are told, not drawn.
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -75,7 +75,7 @@ def check_plot(path: str | Path) -> None:
         ValueError: If its suffix is no format that is drawn, or its folder takes no file.
     """
     path = Path(path)
-    _new_figure()
+    new_figure()
     if _format(path) not in _FORMATS:
         raise ValueError(f"plot must name a file that ends in {_ENDINGS}, got {path}")
     folder = path.absolute().parent
@@ -93,7 +93,7 @@ def memory_over_size(search: Searched) -> "Figure":
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = _new_figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     reach = _REACH * search.size
     fitting = [trial for trial in search.trials if trial.fits and trial.peak_bytes is not None]
@@ -106,10 +106,10 @@ def memory_over_size(search: Searched) -> "Figure":
     _draw_points(axes, fitting, near, search.limit_bytes)
     is_far = not failed and search.limit_bytes > _FAR * tallest > 0
     _draw_limit(axes, search.limit_bytes, is_far=is_far)
-    _scale(axes, widest, tallest if is_far else max(tallest, search.limit_bytes))
-    _draw_tolerable(axes, search.size, search.peak_bytes)
+    scale(axes, widest, tallest if is_far else max(tallest, search.limit_bytes))
+    draw_tolerable(axes, search.size, search.peak_bytes)
     _draw_beyond(axes, len(failed) - len(near), max(failed, default=0))
-    _draw_legend(axes)
+    draw_legend(axes)
     return figure
 
 
@@ -134,7 +134,12 @@ def _format(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _new_figure() -> "Figure":
+def new_figure() -> "Figure":
+    """Return an empty picture, of no window and no style.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -157,7 +162,7 @@ def _draw_points(
             [trial.size for trial in cached],
             [trial.reserved_bytes or 0 for trial in cached],
             *("o",),
-            color=_RESERVED,
+            color=RESERVED,
             markerfacecolor="white",
             markersize=7,
             label="reserved by the allocator",
@@ -168,7 +173,7 @@ def _draw_points(
         [trial.size for trial in fitting],
         [trial.peak_bytes or 0 for trial in fitting],
         *("o",),
-        color=_ALLOCATED,
+        color=ALLOCATED,
         markersize=7,
         label="fits: peak allocated",
         clip_on=False,
@@ -179,7 +184,7 @@ def _draw_points(
             failed,
             [limit_bytes] * len(failed),
             *("x",),
-            color=_FAILED,
+            color=FAILED,
             markersize=9,
             markeredgewidth=2.2,
             label="failed",
@@ -191,9 +196,9 @@ def _draw_limit(axes: "Axes", limit_bytes: int, *, is_far: bool) -> None:
     """A line at the limit; its figure alone where the points would lie at the bottom."""
     told = f"limit {format_bytes(limit_bytes)}"
     if is_far:
-        axes.text(0.01, 0.97, f"↑ {told}", transform=axes.transAxes, va="top", color=_INK)
+        axes.text(0.01, 0.97, f"↑ {told}", transform=axes.transAxes, va="top", color=INK)
         return
-    axes.axhline(limit_bytes, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+    axes.axhline(limit_bytes, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
     axes.annotate(
         told,
         (0.01, limit_bytes),
@@ -201,13 +206,13 @@ def _draw_limit(axes: "Axes", limit_bytes: int, *, is_far: bool) -> None:
         xytext=(0, 4),
         textcoords="offset points",
         va="bottom",
-        color=_INK,
+        color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # Over a line of the grid.
     )
 
 
-def _scale(axes: "Axes", widest: int, tallest: int) -> None:
-    """Both axes from 0: sizes in steps that are read at a glance, bytes in powers of two."""
+def scale(axes: "Axes", widest: int, tallest: int) -> None:
+    """Draw both axes from 0: sizes in steps that are read at a glance, bytes in powers of two."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
     step = 2 ** math.ceil(math.log2(max(tallest, 1) / _TICKS))
@@ -220,22 +225,22 @@ def _scale(axes: "Axes", widest: int, tallest: int) -> None:
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda n, _: f"{n / 1024**power:g} {_UNITS[power]}" if n else "0")
     )
-    axes.set_xlabel("size: examples in a micro-batch", color=_INK)
+    axes.set_xlabel("size: examples in a micro-batch", color=INK)
     axes.set_facecolor("white")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=3)
+    axes.tick_params(colors=INK, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
+        axes.spines[side].set_color(FAINT)
 
 
-def _draw_tolerable(axes: "Axes", size: int, peak_bytes: int | None) -> None:
-    """A drop line, named near its foot, where there is room; above the point where that is low."""
+def draw_tolerable(axes: "Axes", size: int, peak_bytes: int | None) -> None:
+    """Draw a drop line, named near its foot where there is room, above a point that is low."""
     peak_bytes = peak_bytes or 0
     peak = f"\npeak {format_bytes(peak_bytes)}" if peak_bytes else ""
-    axes.vlines(size, 0, peak_bytes, color=_ALLOCATED, linewidth=1, linestyle=":", zorder=1)
+    axes.vlines(size, 0, peak_bytes, color=ALLOCATED, linewidth=1, linestyle=":", zorder=1)
     foot, top = axes.get_ylim()
     side = 1 if size < sum(axes.get_xlim()) / 2 else -1
     axes.annotate(
@@ -245,7 +250,7 @@ def _draw_tolerable(axes: "Axes", size: int, peak_bytes: int | None) -> None:
         textcoords="offset points",
         ha="left" if side == 1 else "right",
         va="bottom",
-        color=_ALLOCATED,
+        color=ALLOCATED,
         fontweight="bold",
     )
 
@@ -258,12 +263,12 @@ def _draw_beyond(axes: "Axes", count: int, largest: int) -> None:
             xycoords="axes fraction",
             ha="right",
             va="top",
-            color=_FAILED,
+            color=FAILED,
         )
 
 
-def _draw_legend(axes: "Axes") -> None:
-    """Above the picture, where no point can be."""
+def draw_legend(axes: "Axes") -> None:
+    """Name what is drawn, above the picture, where no point can be."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
@@ -271,5 +276,5 @@ def _draw_legend(axes: "Axes") -> None:
         frameon=False,
         borderaxespad=0.2,
         handletextpad=0.3,
-        labelcolor=_INK,
+        labelcolor=INK,
     )

@@ -37,15 +37,18 @@ class Remedy:
         return f"{self.action}: {self.effect}"
 
 
-def what_would_help(breakdown: Breakdown, message: str = "") -> tuple[Remedy, ...]:
+def what_would_help(
+    breakdown: Breakdown, message: str = "", *, predicted: bool = False
+) -> tuple[Remedy, ...]:
     """Return what follows from the numbers: what frees most first, more memory last.
 
     Whether one of them is enough is not known: what is missing is known as a lower bound only, and
     so is the optimizer's state, which may not have fitted either.
 
     Args:
-        breakdown: At the size that does not fit.
+        breakdown: Of a size that does not fit.
         message: What its failure said.
+        predicted: Whether it is of a GPU that is not here, where there is no limit to raise.
     """
     gradients, state = breakdown.gradient_bytes, breakdown.optimizer_state_bytes
     activations = breakdown.activation_bytes
@@ -78,7 +81,7 @@ def what_would_help(breakdown: Breakdown, message: str = "") -> tuple[Remedy, ..
         ),
     ]
     helpful = sorted((r for r in known if r.bytes > 0), key=lambda r: r.bytes, reverse=True)
-    return (*helpful, _more_memory(breakdown))
+    return (*helpful, _more_memory(breakdown, predicted=predicted))
 
 
 def needed_bytes(message: str) -> int:
@@ -107,9 +110,10 @@ def _remedy(action: str, count: int, effect: str) -> Remedy:
     return Remedy(action=action, effect=effect.format(format_bytes(count)), bytes=count)
 
 
-def _more_memory(breakdown: Breakdown) -> Remedy:
+def _more_memory(breakdown: Breakdown, *, predicted: bool) -> Remedy:
+    action = "a GPU with more memory" if predicted else "a larger memory_limit or device"
     effect = "at least {} in all" if breakdown.missing_bytes else "{} are not enough"
-    return _remedy("a larger memory_limit or device", breakdown.needed_bytes, effect)
+    return _remedy(action, breakdown.needed_bytes, effect)
 
 
 def _at_least(number: str, letter: str) -> int:

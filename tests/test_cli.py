@@ -503,7 +503,30 @@ def test_predict_answers_for_a_gpu_that_is_not_here(
     (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
     assert prediction["plan"]["desired"] == 64
     assert 0 < prediction["tolerable"] < prediction["largest"]
-    assert prediction["what_ifs"].keys() > {"bf16", "fused AdamW"}
+    assert prediction["what_ifs"].keys() > {"bf16", "fused AdamW", "activation checkpointing"}
+    assert (prediction["mode"], prediction["limited_by"]) == ("train", "memory")
+
+
+def test_predict_infers_within_the_data_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "peak.png"
+    options = ["--mode", "inference", "--precision", "bf16", "--memory", "80GiB", "--pixels", "16"]
+    command = ["predict", "torchvision:resnet18", *options, "--data", "digits", "--quiet"]
+    assert main([*command, "--plot", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("80.0 GiB, bf16, inference: tolerable batch 1437\n")
+    assert "note: the ceiling is 1437; memory alone would allow " in text
+    assert text.endswith(f"the peak over the batch is drawn in {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_predict_refuses_a_plot_that_cannot_be_drawn_before_it_traces(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["predict", "torchvision:resnet18", "--gpu", "T4", "--ceiling", "4"]
+    assert main([*command, "--plot", str(tmp_path / "peak.txt")]) == 2
+    assert "plot must name a file that ends in .png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("card", [[], ["--gpu", "T4", "--memory", "4GiB"]])

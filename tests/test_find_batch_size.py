@@ -183,7 +183,7 @@ def test_under_any_limit_the_next_larger_size_does_not_fit(limit_kib: int, adam:
         assert above.peak_bytes is None
 
 
-@pytest.mark.parametrize("error", [0.0, 0.5, 0.9, 1.0, 1.1, 1000.0])
+@pytest.mark.parametrize("error", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 10.0, 1000.0])
 def test_a_first_guess_changes_no_answer_and_costs_at_most_a_trial(error: float) -> None:
     def find(prior: int | None) -> SearchResult:
         return find_batch_size(

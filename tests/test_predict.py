@@ -2,12 +2,17 @@
 
 import copy
 import functools
+import inspect
+import pickle
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from states import fingerprint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import BatchPlan, DoesNotFitError, SearchOptions, predict
 from autobatch.prediction import child, fakecuda
@@ -111,14 +116,22 @@ def test_nothing_is_touched() -> None:
 def test_what_does_not_fit_is_told_with_a_way_out() -> None:
     model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(28)))  # 448 MiB.
     data = torch.zeros(4, 2048), torch.zeros(4, 2048)
-    with pytest.raises(DoesNotFitError, match=r"2\.0 GiB lacks .*SGD with momentum: ") as raised:
+    with pytest.raises(DoesNotFitError, match=r"SGD with momentum would allow \d+") as raised:
         predict(model, data, gpu=replace(SMALL, context_bytes=(0, 0)))
     assert raised.value.size == 1
     assert raised.value.breakdown_bytes["parameters"] > 448 * 2**20
     told = raised.value.breakdown
     assert told is not None
     assert told.total_bytes == SMALL.capacity_bytes == raised.value.limit_bytes
-    assert f"lacks {format_bytes(told.missing_bytes)}" in str(raised.value), "one shortfall"
+    first, *_, last = str(raised.value).splitlines()
+    missing, needed = format_bytes(told.missing_bytes), format_bytes(told.needed_bytes)
+    start = f"a batch of 1 does not fit in 2.0 GiB (2.0 GiB): it needs at least {missing} more; "
+    assert first.startswith(start), "one limit and one shortfall"
+    assert last == f"  a GPU with more memory: at least {needed} in all"
+    for absent in ("memory_limit", "headroom", "failure"):
+        assert absent not in str(raised.value), "predict knows no such thing"
+    copied = pickle.loads(pickle.dumps(raised.value))
+    assert str(copied) == str(raised.value)
 
 
 class Parting(nn.Module):
@@ -133,19 +146,24 @@ class Parting(nn.Module):
         return out.exp().log() if len(x) > 12 else out
 
 
-def test_a_step_that_batches_take_differently_is_traced_at_each(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """In this process, as on the CPU, which is the fall-back too."""
-    asked: list[Order] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
+    """Orders, traced in this process as on the CPU, which is the fall-back too, and quick."""
+    seen: list[Order] = []
 
     def here(orders: list[Order]) -> Answer:
-        asked.extend(orders)
+        seen.extend(orders)
         return child.answer(orders)
 
     monkeypatch.setattr(fakecuda, "works", lambda: False)
     monkeypatch.setattr(module, "traced", here)
-    monkeypatch.setattr(module, "_LARGEST", 64)
+    return seen
+
+
+def test_a_step_that_batches_take_differently_is_traced_at_each(
+    asked: list[Order], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LARGEST", 64)
     data = torch.zeros(16, 64), torch.zeros(16, dtype=torch.long)
     sgd = functools.partial(torch.optim.SGD, lr=0.1, fused=True)
     found = predict(Parting(), data, gpu=CARD, optimizer=sgd, precision="bf16")
@@ -153,6 +171,114 @@ def test_a_step_that_batches_take_differently_is_traced_at_each(
     assert {order.batches for order in asked} >= {(64,), (6, 9, 33)}
     assert any("different ways" in note for note in found.notes)
     assert any("traced as on the CPU" in note for note in found.notes)
+    before = len(asked)
+    assert 33 in [batch for batch, _ in found.curve(40)]
+    assert len(asked) == before, "a picture costs no trace"
+
+
+WIDE = torch.zeros(20, 2**20), torch.zeros(20, 2)  # 4 MiB an example.
+sgd = functools.partial(torch.optim.SGD, lr=0.1, fused=True)
+
+
+def wide(data: Any, **arguments: Any) -> Prediction:
+    net = nn.Linear(2**20, 2)
+    return predict(net, data, gpu=CARD, optimizer=sgd, precision="bf16", **arguments)
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_data_set_bounds_what_is_tolerable_and_a_sample_does_not() -> None:
+    free = wide(WIDE)
+    assert free.tolerable > 20
+    assert free.limited_by == "memory"
+    said = f"memory alone would allow {free.tolerable} to {free.largest}"
+    for data in (TensorDataset(*WIDE), DataLoader(TensorDataset(*WIDE), batch_size=5)):
+        found = wide(data)
+        assert (found.tolerable, found.largest, found.limited_by) == (20, 20, "data")
+        assert found.notes[0] == f"the data holds 20; {said}"
+        assert found.what_ifs == free.what_ifs, "of memory alone"
+    assert wide([WIDE]).tolerable == free.tolerable
+    few = wide(TensorDataset(*WIDE), ceiling=7, desired=14)
+    assert (few.tolerable, few.largest, few.limited_by, few.size) == (7, 7, "ceiling", 7)
+    assert few.notes[0] == f"the ceiling is 7; {said}"
+    assert few.plan == BatchPlan(desired=14, tolerable=7)
+
+
+class Curious(nn.Module):
+    """Wants to know values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.mean() > 0:
+            x = x * x.std().item()
+        out: torch.Tensor = self.inner(x)
+        return out
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_was_guessed_is_told_with_its_line() -> None:
+    data = torch.zeros(4, 8), torch.zeros(4, 2)
+    found = predict(Curious(), data, gpu=CARD, optimizer=sgd, precision="bf16")
+    lines, first = inspect.getsourcelines(Curious)
+    asks = first + next(n for n, line in enumerate(lines) if "if x.mean()" in line)
+    start = "the step needs a value that is not known; guessed: "
+    assert {
+        f"{start}a condition holds at test_predict.py:{asks}, 2 times",
+        f"{start}a value of float32 is 0 at test_predict.py:{asks + 1}, 2 times",
+    } <= set(found.notes)
+
+
+class Fussy(nn.Module):
+    """A block that refuses to be run again in a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("not again")
+        out: torch.Tensor = self.inner(x)
+        return out
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_else_a_step_could_be_ends_nothing_where_it_fails() -> None:
+    data = torch.zeros(4, 8), torch.zeros(4, 8)
+    net = nn.Sequential(Fussy(), Fussy())
+    found = predict(net, data, gpu=CARD, optimizer=sgd, precision="bf16")
+    assert [what_if.change for what_if in found.what_ifs] == ["expandable segments"]
+    assert "activation checkpointing was not tried: the step fails with it" in found.notes
+
+
+def test_a_forward_pass_needs_neither_gradients_nor_state() -> None:
+    """A net whose peak is known: two layers' outputs, and the input while it is used."""
+    net = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 512)).train()
+    data = torch.zeros(4, 256), torch.zeros(4, dtype=torch.long)
+    found = predict(net, data, gpu=["T4", "L4"], mode="inference")
+    assert net.training
+    assert found.line.startswith("T4, fp32, inference: tolerable batch ")
+    assert found.breakdown.gradient_bytes == found.breakdown.optimizer_state_bytes == 0
+    batch = 2**16
+    fixed = sum(-(-p.nbytes // 512) * 512 for p in net.parameters()) + found.gpu.workspace_bytes
+    row_bytes = 8 + 4 * (256 + 1024 + 1024)  # Targets are sent too, as in a search.
+    assert found.peak_bytes(batch) == fixed + batch * row_bytes
+    (ampere,) = found.others
+    assert [what_if.change for what_if in ampere.what_ifs] == ["expandable segments", "bf16"]
+
+
+def test_it_is_drawn_into_a_file(found: Prediction, tmp_path: Path) -> None:
+    picture = tmp_path / "peak.png"
+    for drawn in (found, replace(found, others=())):
+        assert drawn.plot(picture).axes
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"\.png, \.svg or \.pdf, got .*peak\.txt"):
+        found.plot(tmp_path / "peak.txt")
+    batches, peaks = zip(*found.curve(1000), strict=True)
+    assert (batches[0], batches[-1]) == (1, 1000)
+    assert list(peaks) == sorted(peaks)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +288,8 @@ def test_a_step_that_batches_take_differently_is_traced_at_each(
         ({"gpu": []}, TypeError, r"gpu must be a name .* got \[\]"),
         ({"gpu": 24}, TypeError, "got 24"),
         ({"gpu": CARD, "mode": "test"}, ValueError, "mode must be .* got 'test'"),
+        ({"gpu": CARD, "mode": "inference", "desired": 8}, ValueError, "pass ceiling=8"),
+        ({"gpu": CARD, "ceiling": 0}, ValueError, "ceiling must be at least 1, got 0"),
         ({"gpu": CARD, "desired": 0}, ValueError, "desired must be at least 1, got 0"),
         ({"gpu": CARD, "precision": "fp8"}, ValueError, "precision must be"),
         ({"gpu": CARD, "data": iter([IMAGES])}, TypeError, "one-pass"),

@@ -41,6 +41,7 @@ NAMES = [
     "find_and_train",
     "find_batch_size",
     "find_largest",
+    "peak",
     "predict",
     "verdict_of",
 ]
@@ -72,8 +73,9 @@ SIGNATURES = {
     "WholeBatch": ["loss"],
     "BatchPlan": ["desired", "tolerable", "multiple_of"],
     "predict": [
-        *["model", "data", "gpu", "desired", "loss", "optimizer", "precision", "mode"],
+        *["model", "data", "gpu", "desired", "ceiling", "loss", "optimizer", "precision", "mode"],
     ],
+    "peak": ["step", "gpu", "desired", "ceiling"],
     "verdict_of": ["error"],
 }
 

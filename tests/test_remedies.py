@@ -44,6 +44,15 @@ def test_only_what_helps_is_named() -> None:
     assert len(what_would_help(Breakdown(parameter_bytes=MIB))) == 1
 
 
+def test_a_gpu_that_is_not_here_has_no_limit_to_raise() -> None:
+    told = Breakdown(activation_bytes=3 * MIB, missing_bytes=MIB)
+    assert (
+        str(what_would_help(told)[-1]) == "a larger memory_limit or device: at least 3.0 MiB in all"
+    )
+    predicted = what_would_help(told, predicted=True)
+    assert str(predicted[-1]) == "a GPU with more memory: at least 3.0 MiB in all"
+
+
 @given(parts=st.lists(PARTS, min_size=12, max_size=12))
 def test_nothing_frees_more_than_there_is_and_more_memory_is_always_a_way(parts: list[int]) -> None:
     told = Breakdown(**dict(zip(Breakdown.__dataclass_fields__, parts, strict=True)))

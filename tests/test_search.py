@@ -316,8 +316,8 @@ def test_curves_of_several_phases_take_four_trials_or_fewer(seed: int) -> None:
     lines=st.lists(
         st.tuples(st.integers(0, 10**9), st.integers(10**5, 10**8)), min_size=1, max_size=3
     ),
-    prior=st.integers(0, 2 * 10**6) | st.integers(0, 400),
-    error=st.none() | st.floats(0.8, 1.2),
+    prior=st.integers(0, 2 * 10**6) | st.integers(0, 400) | st.integers(0, 1),
+    error=st.none() | st.floats(0.8, 1.2) | st.sampled_from([0.001, 0.1, 0.5, 2.0, 10.0, 1000.0]),
     confirm=st.sampled_from(["extrapolated", "failed"]),
     slack_bytes=st.sampled_from([0, 2**21]),
     explained=st.booleans(),

@@ -1,10 +1,11 @@
 """What a step allocates on a GPU that is not here follows from the batch, one by one."""
 
+import inspect
 import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,52 @@ class Twice:
         assert first.sum().item() == 0
 
 
+class Looks(nn.Module):
+    """Calls what inference mode leaves whole: operations that are made of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+        self.linear, self.last = nn.Linear(36, 16), nn.LayerNorm(16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.norm(self.conv(images)).flatten(2))  # (batch, 8, 16)
+        heads = x.view(-1, 2, 4, 16)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        out: torch.Tensor = self.last(attended.matmul(heads.transpose(2, 3)) @ heads)
+        if out.mean() > 0:
+            return out
+        return out.sigmoid()
+
+
+@dataclass(frozen=True)
+class Watches:
+    """A forward pass in evaluation, without gradients or in inference mode."""
+
+    net: nn.Module
+    in_inference_mode: bool
+
+    def __call__(self, batch: int, recorder: Recorder) -> None:
+        self.net.eval()
+        images = torch.zeros(batch, 3, 8, 8, device=recorder.device)
+        with torch.inference_mode() if self.in_inference_mode else torch.no_grad():
+            for _ in range(2):
+                self.net(images)
+
+
+def test_inference_mode_takes_the_memory_that_a_pass_without_gradients_takes() -> None:
+    net = Looks()
+    orders = [
+        Order(program=packed(Watches(net, mode), net.parameters()), batches=(6, 9, 33))
+        for mode in (True, False)
+    ]
+    inferring, plain = traced(orders).traces
+    assert [t.events(t.batch or 0) for t in inferring] == [t.events(t.batch or 0) for t in plain]
+    assert fitted(*inferring) is not None
+    operations = [c.place.operation for c in inferring[0].changes if c.place]
+    assert "cublas workspace" in operations
+
+
 @dataclass(frozen=True)
 class Fails:
     def __call__(self, batch: int, recorder: Recorder) -> None:
@@ -183,7 +230,15 @@ def test_values_are_guessed_and_counted_and_different_ways_are_seen(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     plain, parting = traced([ordered(Twice(say="noise")), ordered(Twice(more_above=20))]).traces
-    assert plain[0].guessed == {"bool": 2, "float32": 1}
+    lines, first = inspect.getsourcelines(Twice)
+    condition, zero = (
+        f"test_trace.py:{first + next(n for n, line in enumerate(lines) if code in line)}"
+        for code in ("if first.sum() > 0", "first.sum().item()")
+    )
+    assert plain[0].guessed == {
+        f"a condition holds at {condition}": 2,
+        f"a value of float32 is 0 at {zero}": 1,
+    }
     assert fitted(*plain) is not None
     assert fitted(*parting[:2]) is not None
     assert fitted(*parting) is None
@@ -193,6 +248,8 @@ def test_values_are_guessed_and_counted_and_different_ways_are_seen(
 def test_errors_of_the_program_pass_through() -> None:
     with pytest.raises(KeyError, match="mine"):
         traced([ordered(Fails())])
+    tried = replace(ordered(Fails()), optional=True)
+    assert [len(found) for found in traced([tried, ordered(Twice())]).traces] == [0, 3]
 
 
 def test_a_process_that_ends_otherwise_is_told() -> None:

@@ -130,7 +130,7 @@ class SearchRun(Setting):
         )
         paragraphs = [str(search), "" if search.breakdown is None else str(search.breakdown)]
         if self.plot is not None:
-            paragraphs.append(_drawn(search, self.plot))
+            paragraphs.append(_drawn(search, self.plot, "memory over size"))
         names = {"model": self.model, "data": self.data}
         return Report(
             text="\n\n".join(filter(None, paragraphs)), fields=names | search_fields(search)
@@ -201,13 +201,13 @@ class TrainingRun(Setting):
         )
 
 
-def _drawn(search: SearchResult, path: Path) -> str:
-    """Draw memory over size, and say so; what was found is told though the disk be full."""
+def _drawn(found: SearchResult | Prediction, path: Path, what: str) -> str:
+    """Draw it, and say so; what was found is told though the disk be full."""
     try:
-        search.plot(path)
+        found.plot(path)
     except OSError as error:
-        return f"memory over size could not be drawn: {error}"
-    return f"memory over size is drawn in {path}"
+        return f"{what} could not be drawn: {error}"
+    return f"{what} is drawn in {path}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,11 +218,17 @@ class PredictionRun(Setting):
         gpus: As ``find_gpu`` knows them; ``("all",)`` is the catalogue.
         memory: Of a card that is in no catalogue, in the place of a name.
         desired: Examples per optimizer step, or None.
+        ceiling: The largest size of interest; None goes as far as the data, if any is named.
+        mode: What is predicted.
+        plot: Where the picture of the peak over the batch goes, or None.
     """
 
     gpus: tuple[str, ...] = ()
     memory: str | None = None
     desired: int | None = None
+    ceiling: int | None = None
+    mode: ModeChoice = ModeChoice.TRAIN
+    plot: Path | None = None
 
     def run(self, watch: Watch) -> Report:
         """Predict, for each GPU."""
@@ -230,6 +236,8 @@ class PredictionRun(Setting):
             raise ValueError(
                 f"pass --gpu or --memory, one of the two, got {list(self.gpus)} and {self.memory}"
             )
+        if self.plot is not None:
+            check_plot(self.plot)
         asked = [custom_gpu(self.memory)] if self.memory is not None else list(self.gpus)
         model, data = self.load_sample(watch)
         prediction = predict(
@@ -237,8 +245,10 @@ class PredictionRun(Setting):
             data,
             gpu="all" if asked == ["all"] else asked,
             desired=self.desired,
+            ceiling=self._ceiling(data),
             optimizer=self.make_optimizer,
             precision=check_precision(self.precision),
+            mode="inference" if self.mode is ModeChoice.INFERENCE else "train",
         )
         every = [prediction, *prediction.others]
         fields: Fields = {
@@ -247,7 +257,14 @@ class PredictionRun(Setting):
             "predictions": [prediction_fields(each) for each in every],
         }
         text = str(prediction) if len(every) == 1 else "\n".join(each.line for each in every)
+        if self.plot is not None:
+            text += f"\n\n{_drawn(prediction, self.plot, 'the peak over the batch')}"
         return Report(text=text, fields=fields)
+
+    def _ceiling(self, data: Data) -> int | None:
+        """What was asked for, or what the data holds: blank images are a sample of any number."""
+        held = None if self.data == IMAGES else _examples(data)
+        return held if self.ceiling is None else self.ceiling
 
     def load_sample(self, watch: Watch) -> tuple[nn.Module, Data]:
         """Return the model and a sample: blank images, unless other data is named."""
@@ -263,8 +280,10 @@ def prediction_fields(prediction: Prediction) -> Fields:
     return {
         "gpu": prediction.gpu.name,
         "precision": prediction.precision,
+        "mode": prediction.mode,
         "tolerable": prediction.tolerable,
         "largest": prediction.largest,
+        "limited_by": prediction.limited_by,
         "plan": None if prediction.plan is None else plan_fields(prediction.plan),
         "size": prediction.size,
         "peak_allocated_bytes": prediction.peak_allocated_bytes,

@@ -51,6 +51,15 @@ class _Unpacker(pickle.Unpickler):
         return self._made[name]
 
 
+def _traces(order: Order, device: torch.device) -> list[Trace]:
+    try:
+        return [_trace(order, batch, device) for batch in order.batches]
+    except Exception:
+        if order.optional:
+            return []
+        raise
+
+
 def _trace(order: Order, batch: int, device: torch.device) -> Trace:
     load = _Unpacker(order.program, device).program
     return record(load, batch, Recorder(device), flash=order.flash)
@@ -60,7 +69,7 @@ def answer(orders: Sequence[Order]) -> Answer:
     """Trace everything that is ordered, here."""
     on_cuda = fakecuda.works()
     device = torch.device("cuda:0" if on_cuda else "cpu")
-    traces = [[_trace(order, batch, device) for batch in order.batches] for order in orders]
+    traces = [_traces(order, device) for order in orders]
     return Answer(traces=traces, on_cuda=on_cuda)
 
 

@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ _Patch = tuple[Any, str, object]  # Whose attribute, its name, its new value.
 _REGISTRY: Final = "_ZN3c104impl26device_guard_impl_registryE"
 _CUDA, _LAZY, _DEVICE_TYPES = 1, 17, 22  # Of c10/core/DeviceType.h.
 _META: Final = torch.device("meta")
+_COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
 _HALF: Final = (torch.float16, torch.bfloat16)
 _aten: Final[Any] = torch.ops.aten
 _autograd: Final[Any] = torch.autograd
@@ -60,7 +62,7 @@ class OnFakeCuda(TorchDispatchMode):
         device: Of the fake tensors; what is elsewhere is real.
 
     Attributes:
-        guessed: How often each operation's value was needed and had to be guessed, by name.
+        guessed: How often a value was needed that nobody knows, by what was guessed and where.
         backward: Whether the autograd engine runs.
     """
 
@@ -69,6 +71,7 @@ class OnFakeCuda(TorchDispatchMode):
         self.device = device
         self.guessed: Counter[str] = Counter()
         self.backward = False
+        self._conditions = 0
 
     def seen(self, func: Any, args: Sequence[Any], out: object) -> None:
         """Take note of an operation on fake tensors, and of what it returned."""
@@ -86,6 +89,9 @@ class OnFakeCuda(TorchDispatchMode):
             return _META if self._engine_asks() else args[0].fake_device
         if self.backward and kwargs.get("device") == _META:
             kwargs["device"] = self.device
+        if torch.is_inference_mode_enabled() and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            with self:  # With gradients, autograd has taken it apart before.
+                return func.decompose(*args, **kwargs)
         if FakeTensor not in types and not self._makes_fake(args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -115,10 +121,24 @@ class OnFakeCuda(TorchDispatchMode):
         if func is not _aten._local_scalar_dense.default:
             raise NotImplementedError(f"{func} depends on values")
         dtype = args[0].dtype
-        self.guessed[str(dtype).removeprefix("torch.")] += 1
         if dtype is torch.bool:
-            return self.guessed["bool"] <= _MOST_TRUE
-        return 0.0 if dtype.is_floating_point else 1
+            self._conditions += 1
+            self.guessed[f"a condition holds at {_asker()}"] += 1
+            return self._conditions <= _MOST_TRUE
+        value = 0.0 if dtype.is_floating_point else 1
+        self.guessed[
+            f"a value of {str(dtype).removeprefix('torch.')} is {value:g} at {_asker()}"
+        ] += 1
+        return value
+
+
+def _asker() -> str:
+    """The line of code that needs a value: the innermost that is neither torch's nor ours here."""
+    for frame, line in traceback.walk_stack(None):
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] != "torch" and not module.startswith(__package__):
+            return f"{Path(frame.f_code.co_filename).name}:{line}"
+    return "an unknown line"
 
 
 def home_of(value: object) -> torch.device | None:

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
+from autobatch.devices.base import standard_headroom
 from autobatch.units import format_bytes, parse_bytes
 
 _MIB: Final = 2**20
@@ -120,6 +121,16 @@ def find_gpu(name: str) -> Gpu:
         f"no GPU in the catalogue is called {name!r}; nearest: {', '.join(_nearest(name))}. "
         "For any other card give its memory instead, such as 24GiB"
     )
+
+
+def safe_bytes(gpu: Gpu) -> int:
+    """What a search would allow the allocator, with the largest context seen on such a card."""
+    return gpu.capacity_bytes - gpu.context_bytes[1] - standard_headroom(gpu.capacity_bytes)
+
+
+def possible_bytes(gpu: Gpu) -> int:
+    """What the allocator may get at all: with the smallest context, and no headroom."""
+    return gpu.capacity_bytes - gpu.context_bytes[0]
 
 
 def custom_gpu(memory: int | str, *, like: str = "RTX 4090") -> Gpu:

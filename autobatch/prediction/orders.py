@@ -11,12 +11,13 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autobatch.errors import AutobatchError
 from autobatch.pickling import cloudpickle
@@ -34,11 +35,13 @@ class Order:
         program: As ``packed`` returns it.
         batches: What to trace it at.
         flash: Whether the GPU has flash attention.
+        optional: Whether an error of the program leaves its traces out, and ends nothing else.
     """
 
     program: bytes
     batches: tuple[int, ...]
     flash: bool = True
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Answer:
     """What came of orders.
 
     Attributes:
-        traces: A list for each order, a trace for each batch.
+        traces: A list for each order, a trace for each batch; empty where an optional one failed.
         on_cuda: False where this build of torch is another, and the CPU's way was traced.
     """
 
@@ -60,16 +63,23 @@ def packed(program: Program, on_device: Iterable[Tensor]) -> bytes:
     Raises:
         TypeError: If something in it cannot be sent to another process.
     """
-    stream = io.BytesIO()
-    packer = cloudpickle().Pickler(stream)
-    packer.persistent_id = functools.partial(_as_shape, {id(tensor) for tensor in on_device})
-    try:
-        packer.dump(program)
-    except Exception as error:
-        raise TypeError(
-            f"model, optimizer or loss cannot be sent to another process: {error}"
-        ) from error
-    return stream.getvalue()
+    return _dump(program, functools.partial(_as_shape, {id(tensor) for tensor in on_device}))
+
+
+def holdings(program: object) -> tuple[list[nn.Module], list[Optimizer]]:
+    """Return the modules and the optimizers that would be sent along with ``program``."""
+    modules: list[nn.Module] = []
+    optimizers: list[Optimizer] = []
+
+    def note(value: object) -> str | None:
+        if isinstance(value, nn.Module):
+            modules.append(value)
+        elif isinstance(value, Optimizer):
+            optimizers.append(value)
+        return "a tensor" if isinstance(value, Tensor) else None  # Its values are not asked for.
+
+    _dump(program, note)
+    return modules, optimizers
 
 
 def traced(orders: Sequence[Order]) -> Answer:
@@ -102,6 +112,19 @@ def traced(orders: Sequence[Order]) -> Answer:
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+def _dump(program: object, persistent_id: Callable[[object], object]) -> bytes:
+    stream = io.BytesIO()
+    packer = cloudpickle().Pickler(stream)
+    packer.persistent_id = persistent_id
+    try:
+        packer.dump(program)
+    except Exception as error:
+        raise TypeError(
+            f"model, optimizer, loss or step cannot be sent to another process: {error}"
+        ) from error
+    return stream.getvalue()
 
 
 def _as_shape(on_device: set[int], value: object) -> tuple[Any, ...] | None:

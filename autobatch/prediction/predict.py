@@ -1,29 +1,37 @@
 """The tolerable batch of a GPU that is not here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
 from autobatch.batches.regroup import Data
 from autobatch.breakdown import Breakdown, break_down
-from autobatch.devices.base import standard_headroom
 from autobatch.errors import DoesNotFitError
 from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import BatchPlan, check_size
+from autobatch.plot import save
 from autobatch.prediction.allocator import replay
-from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu
-from autobatch.prediction.step import Step, TracedStep, trace_step
+from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
+from autobatch.prediction.picture import peak_over_batch
+from autobatch.prediction.step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
 from autobatch.prediction.trace import ACTIVATIONS, Place
+from autobatch.results import LimitedBy
 from autobatch.training.options import LossLike, StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.units import format_bytes
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 GpuName = str | Gpu
 
 _SAMPLE: Final = 16  # Examples of a Dataset that a trace repeats.
+_POINTS: Final = 40  # Of a curve that is drawn.
+_MODES: Final = get_args(Mode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +40,7 @@ class WhatIf:
 
     Attributes:
         change: In words.
-        tolerable: The batch that it would allow, by the same rule.
+        tolerable: The batch that memory would allow, by the same rule.
     """
 
     change: str
@@ -48,11 +56,15 @@ class Prediction:
 
     Attributes:
         gpu: Which one.
-        precision: Of the forward passes.
+        precision: Of the forward passes; None where a step of one's own sees to it.
+        mode: ``"train"``, ``"inference"``, or ``"own"`` for a step of one's own.
         tolerable: The largest batch that fits with the largest context seen on such a card and
             the headroom that a search keeps: the safe end.
         largest: The largest that fits with the smallest context and no headroom: beyond it memory
             runs out.
+        limited_by: ``"memory"``, ``"data"`` or ``"ceiling"``: why nothing larger is tolerable.
+            Where it is not memory, both of the above end there, and the notes say what memory
+            allows.
         desired: As given.
         size: The batch that the following is about: the tolerable one, ``desired`` if that is
             smaller, and 1 where none is tolerable.
@@ -66,9 +78,11 @@ class Prediction:
     """
 
     gpu: Gpu
-    precision: PrecisionName
+    precision: PrecisionName | None
+    mode: Mode | Literal["own"]
     tolerable: int
     largest: int
+    limited_by: LimitedBy
     desired: int | None
     size: int
     peak_allocated_bytes: int
@@ -79,6 +93,11 @@ class Prediction:
     notes: tuple[str, ...] = ()
     others: "tuple[Prediction, ...]" = ()
     _step: "Step" = field(repr=False)
+
+    @property
+    def safe_bytes(self) -> int:
+        """What the allocator may hold at the tolerable batch."""
+        return safe_bytes(self.gpu)
 
     @property
     def plan(self) -> BatchPlan | None:
@@ -93,12 +112,35 @@ class Prediction:
         events = self._step.at(batch).events(batch, workspace_bytes=self.gpu.workspace_bytes)
         return replay(events).peak_allocated
 
+    def curve(self, widest: int) -> list[tuple[int, int]]:
+        """Return batches up to ``widest``, ascending, and their peaks: those that cost no trace."""
+        if self._step.every is None:
+            batches = sorted(batch for batch in self._step.traces if batch <= widest)
+        else:
+            batches = sorted({max(round(widest * n / _POINTS), 1) for n in range(_POINTS + 1)})
+        return [(batch, self.peak_bytes(batch)) for batch in batches]
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Return the peak over the batch as a matplotlib ``Figure``, with the limit of each GPU.
+
+        It is written to ``path`` too, as ``SearchResult.plot`` does it.
+
+        Raises:
+            ImportError: If matplotlib is not installed: ``pip install 'torch-autobatch[plot]'``.
+            ValueError: If nothing can be written to ``path``.
+        """
+        figure = peak_over_batch([self, *self.others])
+        if path is not None:
+            save(figure, path)
+        return figure
+
     @property
     def line(self) -> str:
         """The answer in a line: the tolerable batch as an interval, and the plan."""
-        interval = f"{self.tolerable}" + f" to {self.largest}" * (self.largest > self.tolerable)
+        kind = {"train": "", "inference": "inference", "own": "own step"}[self.mode]
+        name = ", ".join(filter(None, [self.gpu.name, self.precision, kind]))
         plan = "" if self.plan is None else f"; {self.plan}"
-        return f"{self.gpu.name}, {self.precision}: tolerable batch {interval}{plan}"
+        return f"{name}: tolerable batch {_interval(self.tolerable, self.largest)}{plan}"
 
     def __str__(self) -> str:
         return "\n".join([self._report(), *map(str, self.others)])
@@ -123,10 +165,11 @@ def predict(
     *,
     gpu: GpuName | Sequence[GpuName],
     desired: int | None = None,
+    ceiling: int | None = None,
     loss: LossLike | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     precision: PrecisionName = "fp32",
-    mode: Literal["train"] = "train",
+    mode: Mode = "train",
 ) -> Prediction:
     """Predict what ``find_batch_size`` would find on a GPU that is not here, in seconds.
 
@@ -135,25 +178,30 @@ def predict(
 
     Args:
         model: As for ``find_batch_size``.
-        data: As for ``find_batch_size``: a sample is read.
+        data: As for ``find_batch_size``: a sample is read. What a Dataset or a DataLoader holds is
+            the most that is tolerable; tensors, arrays and lists are a sample, and bound nothing.
         gpu: A name such as ``"RTX 4090"``, a ``Gpu`` of one's own, or several of them; ``"all"``
             is the catalogue.
         desired: Examples per optimizer step, for a plan.
+        ceiling: The largest size of interest; None is as far as ``data`` goes.
         loss: As for ``find_batch_size``.
         optimizer: As for ``find_batch_size``.
         precision: As for ``find_batch_size``.
-        mode: ``"train"``.
+        mode: As for ``find_batch_size``: ``"train"``, or ``"inference"`` for a forward pass in
+            evaluation mode, without gradients and targets.
 
     Raises:
         TypeError, ValueError: A bad argument.
         DoesNotFitError: Not even one example fits on the only GPU asked for.
         AutobatchError: If the process that traces ends otherwise.
     """
-    if mode != "train":
-        raise ValueError(f'mode must be "train", got {mode!r}')
-    if desired is not None:
-        desired = check_size("desired", desired)
-    gpus = _gpus(gpu)
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
+    if mode == "inference" and desired is not None:
+        raise ValueError(
+            f'mode="inference" takes no optimizer step: pass ceiling={desired!r}, not desired'
+        )
+    asked = _Asked(gpus=_gpus(gpu), desired=desired, ceiling=ceiling, mode=mode)
     options = StepOptions(loss=loss, precision=precision)
     # On the host: the model stays where it is, and a GPU that is here is not asked.
     job = Job.resolve(
@@ -171,31 +219,104 @@ def predict(
             "the sample of a one-pass iterable could not be given back; pass a DataLoader, a "
             "Dataset, tensors or a list of batches"
         )
-    steps = {flash: trace_step(job, options, flash=flash) for flash in {gpu.flash for gpu in gpus}}
-    found = [_on(each, steps[each.flash], desired, precision) for each in gpus]
+    held = None if isinstance(data, tuple | Mapping | list) else job.source.examples
+    return _predicted(
+        replace(asked, precision=precision, held=held),
+        lambda flash: trace_step(job, options, flash=flash, mode=mode),
+    )
+
+
+def peak(
+    step: Callable[[int], object],
+    *,
+    gpu: GpuName | Sequence[GpuName],
+    desired: int | None = None,
+    ceiling: int | None = None,
+) -> Prediction:
+    """Predict the memory of a step of one's own, any loop, on a GPU that is not here.
+
+    ``step`` is sent to a process that has no GPU, and is called there three times at each of three
+    batches: what it holds on to from one call to the next is held there too.
+    ``peak(step, gpu=...).peak_bytes(64)`` is its peak at 64 examples.
+
+    Args:
+        step: Takes a step at a number of examples, as ``find_largest`` calls it. It makes its own
+            batch, on ``device="cuda"`` or where its model is. Modules and optimizers that it holds
+            (a closure, an attribute, a global of the script) are on the GPU there, wherever they
+            are here; other tensors of the host stay on the host.
+        gpu: As for ``predict``.
+        desired: Examples per optimizer step, for a plan.
+        ceiling: The largest size of interest; None knows no bound.
+
+    Raises:
+        TypeError, ValueError: A bad argument, or a step whose memory does not grow.
+        DoesNotFitError: Not even one example fits on the only GPU asked for.
+        AutobatchError: If the process that traces ends otherwise.
+        Exception: Whatever ``step`` raises there.
+    """
+    if not callable(step):
+        raise TypeError(f"step must be callable with a number of examples, got {step!r}")
+    asked = _Asked(gpus=_gpus(gpu), desired=desired, ceiling=ceiling, mode="own")
+    return _predicted(asked, lambda flash: trace_own(step, flash=flash))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What a prediction is asked for; ``held`` is how many examples a data set holds."""
+
+    gpus: Sequence[Gpu]
+    desired: int | None
+    ceiling: int | None
+    mode: Mode | Literal["own"]
+    precision: PrecisionName | None = None
+    held: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("desired", "ceiling"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_size(name, size))
+
+    def bound(self, tolerable: int) -> tuple[int, LimitedBy]:
+        """Return ``tolerable``, or the largest size of interest where that is less, and why."""
+        bounds: list[tuple[int, LimitedBy]] = [(tolerable, "memory"), (LARGEST, "ceiling")]
+        if self.held is not None:
+            bounds.append((self.held, "data"))
+        if self.ceiling is not None:
+            bounds.append((self.ceiling, "ceiling"))
+        return min(reversed(bounds), key=lambda bound: bound[0])
+
+
+def _predicted(asked: _Asked, trace: Callable[[bool], TracedStep]) -> Prediction:
+    steps = {flash: trace(flash) for flash in {gpu.flash for gpu in asked.gpus}}
+    found = [_on(each, steps[each.flash], asked) for each in asked.gpus]
     if len(found) == 1 and not found[0].largest:
         raise _does_not_fit(found[0])
     return replace(found[0], others=tuple(found[1:]))
 
 
-def _on(gpu: Gpu, traced: TracedStep, desired: int | None, precision: PrecisionName) -> Prediction:
+def _on(gpu: Gpu, traced: TracedStep, asked: _Asked) -> Prediction:
     """Predict for one GPU."""
     step = traced.base
-    limit_bytes = _safe_bytes(gpu)
-    tolerable = step.largest(gpu, limit_bytes)
-    size = max(min(tolerable, desired or tolerable), 1)
+    limit_bytes = safe_bytes(gpu)
+    safe = step.largest(gpu, limit_bytes)
+    most = max(step.largest(gpu, possible_bytes(gpu)), safe)
+    tolerable, limited_by = asked.bound(safe)
+    size = max(min(tolerable, asked.desired or tolerable), 1)
     trace = step.at(size)
     events = trace.events(size, workspace_bytes=gpu.workspace_bytes)
     ran = replay(events, limit_bytes=limit_bytes if tolerable else None)
     assert ran.peak_at is not None, "a step allocates"
     live = trace.live_bytes(events, ran.peak_at)
     del live[ACTIVATIONS]  # They are what is left, with what blocks have beyond their tensors.
+    beyond = [] if limited_by == "memory" else [_beyond(tolerable, limited_by, safe, most)]
     return Prediction(
         gpu=gpu,
-        precision=precision,
+        precision=asked.precision,
+        mode=asked.mode,
         tolerable=tolerable,
-        largest=max(step.largest(gpu, gpu.capacity_bytes - gpu.context_bytes[0]), tolerable),
-        desired=desired,
+        largest=asked.bound(most)[0],
+        limited_by=limited_by,
+        desired=asked.desired,
         size=size,
         peak_allocated_bytes=ran.peak_allocated,
         peak_reserved_bytes=ran.peak_reserved,
@@ -209,15 +330,20 @@ def _on(gpu: Gpu, traced: TracedStep, desired: int | None, precision: PrecisionN
         ),
         at_peak=trace.place_of(events[ran.peak_at][0]),
         what_ifs=_what_ifs(gpu, traced, limit_bytes),
-        notes=(*step.notes, *_of_the_gpu(gpu, precision)),
+        notes=(*beyond, *step.notes, *_of_the_gpu(gpu, asked.precision)),
         _step=step,
     )
 
 
-def _safe_bytes(gpu: Gpu) -> int:
-    """What a search would allow the allocator, with the largest context."""
-    headroom_bytes = standard_headroom(gpu.capacity_bytes)
-    return gpu.capacity_bytes - gpu.context_bytes[1] - headroom_bytes
+def _beyond(ceiling: int, limited_by: LimitedBy, safe: int, most: int) -> str:
+    if safe == LARGEST == ceiling:
+        return f"batches above {LARGEST} were not looked at"
+    what = f"the data holds {ceiling}" if limited_by == "data" else f"the ceiling is {ceiling}"
+    return f"{what}; memory alone would allow {_interval(safe, most)}"
+
+
+def _interval(safe: int, most: int) -> str:
+    return f"{safe}" + f" to {most}" * (most > safe)
 
 
 def _what_ifs(gpu: Gpu, traced: TracedStep, limit_bytes: int) -> tuple[WhatIf, ...]:
@@ -230,7 +356,7 @@ def _what_ifs(gpu: Gpu, traced: TracedStep, limit_bytes: int) -> tuple[WhatIf, .
     return (WhatIf(change="expandable segments", tolerable=expandable), *changed)
 
 
-def _of_the_gpu(gpu: Gpu, precision: PrecisionName) -> list[str]:
+def _of_the_gpu(gpu: Gpu, precision: PrecisionName | None) -> list[str]:
     notes = []
     if precision == "bf16" and not gpu.bf16:
         notes.append(f"{gpu.name} has no bfloat16 of its own: it is slow there")
@@ -242,8 +368,7 @@ def _of_the_gpu(gpu: Gpu, precision: PrecisionName) -> list[str]:
 def _does_not_fit(prediction: Prediction) -> DoesNotFitError:
     """Say by how much, with the smallest context and no headroom, and what would help."""
     gpu = prediction.gpu
-    limit = gpu.capacity_bytes - gpu.context_bytes[0]
-    missing = prediction.peak_bytes(1) - limit
+    missing = prediction.peak_bytes(1) - possible_bytes(gpu)
     breakdown = replace(
         prediction.breakdown,
         outside_bytes=gpu.context_bytes[0],
@@ -251,11 +376,8 @@ def _does_not_fit(prediction: Prediction) -> DoesNotFitError:
         free_bytes=max(-missing, 0),
         missing_bytes=max(missing, 0),
     )
-    helps = [str(what_if) for what_if in prediction.what_ifs if what_if.tolerable]
-    message = f"{gpu.name} lacks {format_bytes(max(missing, 0))}" + (
-        f"; a batch that would fit with {', '.join(helps)}" if helps else ""
-    )
-    return DoesNotFitError(1, limit, breakdown, message)
+    helps = [f"{w.change} would allow {w.tolerable}" for w in prediction.what_ifs if w.tolerable]
+    return DoesNotFitError(1, gpu.capacity_bytes, breakdown, ", ".join(helps), gpu.name)
 
 
 def _gpus(asked: Any) -> list[Gpu]:

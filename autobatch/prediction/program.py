@@ -1,6 +1,6 @@
-"""The step that training runs, as a program to be traced."""
+"""Steps as programs to be traced: training's own, a forward pass, and one of the user's."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Final, Literal, cast
@@ -11,15 +11,19 @@ from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, map_tensors, unwrapped
 from autobatch.devices.base import MemoryDevice
+from autobatch.prediction.checkpointing import checkpoint_activations
 from autobatch.prediction.trace import Recorder
 from autobatch.state import training_mode
+from autobatch.training.evaluation import inference
 from autobatch.training.feed import Feed
 from autobatch.training.options import StepOptions
 from autobatch.training.rehearsal import Rehearsal
+from autobatch.training.window import Recipe
 
-Change = Literal["as it is", "fused", "SGD"]
+Change = Literal["as it is", "fused", "SGD", "checkpointed"]
 
 _MOMENTUM: Final = 0.9
+_TIMES: Final = 3  # State is made, then held to the next step, and that is a step like all others.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,7 @@ class TrainingStep:
         options: What a step is.
         optimizer: Over the model's parameters.
         sample: Real examples, on the host; they are repeated to any size.
-        change: Of the optimizer.
+        change: Of the optimizer, or of the model.
     """
 
     model: nn.Module
@@ -45,19 +49,65 @@ class TrainingStep:
     def __call__(self, batch: int, recorder: Recorder) -> None:
         """Run the window once."""
         optimizer = _changed(self.optimizer, self.change)
-        # A step asks a device only where it is, unless memory runs out, and here it never does.
-        device = cast("MemoryDevice", SimpleNamespace(torch_device=recorder.device))
-        recipe = replace(
-            self.options.recipe(self.model, optimizer, device), feed=FakeFeed(recorder.device)
-        )
-        modules = [m for m in (self.model, self.options.loss_module) if m is not None]
-        recorder.label("parameters", (p for module in modules for p in module.parameters()))
-        recorder.label("buffers", (b for module in modules for b in module.buffers()))
+        if self.change == "checkpointed":
+            checkpoint_activations(self.model)
+        recipe = _recipe(self.options, self.model, optimizer, recorder)
+        _label(recorder, [self.model, self.options.loss_module])
         _make_state(optimizer)
         recorder.label("optimizer state", _state(optimizer))
         recorder.begin_window()
         with training_mode(self.model):
             Rehearsal(recipe, self.sample).prepare([batch, batch], lambda: None)()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """The forward pass of an evaluation, as a search for inference tries it.
+
+    Attributes:
+        model: On the fake device.
+        options: What a step is.
+        optimizer: Only what it holds by now takes memory.
+        sample: Real examples, on the host; they are repeated to any size.
+    """
+
+    model: nn.Module
+    options: StepOptions
+    optimizer: Optimizer
+    sample: Nest
+
+    def __call__(self, batch: int, recorder: Recorder) -> None:
+        """Run it once."""
+        recipe = _recipe(self.options, self.model, self.optimizer, recorder)
+        _label(recorder, [self.model, self.options.loss_module])
+        recorder.label("optimizer state", _state(self.optimizer))
+        self.model.eval()
+        recorder.begin_window()
+        forward = self.options.batch_loss or self.options.forward
+        inference(recipe, forward, self.sample).prepare([batch], lambda: None)()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnStep:
+    """A step of the user's own, taken a few times: what it holds on to is there the next time.
+
+    Attributes:
+        step: Takes a step at so many examples.
+        modules: What it holds, on the fake device.
+        optimizers: Those that it holds.
+    """
+
+    step: Callable[[int], object]
+    modules: Sequence[nn.Module]
+    optimizers: Sequence[Optimizer]
+
+    def __call__(self, batch: int, recorder: Recorder) -> None:
+        """Take the steps."""
+        _label(recorder, self.modules)
+        for _ in range(_TIMES):
+            self.step(batch)
+            for optimizer in self.optimizers:
+                recorder.label("optimizer state", _state(optimizer))
 
 
 class FakeFeed(Feed):
@@ -81,6 +131,21 @@ class FakeFeed(Feed):
 
     def _arrived(self, nest: Nest, copied: object) -> Nest:  # noqa: ARG002  # The base's.
         return unwrapped(nest)
+
+
+def _recipe(
+    options: StepOptions, model: nn.Module, optimizer: Optimizer, recorder: Recorder
+) -> Recipe:
+    # A step asks a device only where it is, unless memory runs out, and here it never does.
+    device = cast("MemoryDevice", SimpleNamespace(torch_device=recorder.device))
+    return replace(options.recipe(model, optimizer, device), feed=FakeFeed(recorder.device))
+
+
+def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:
+    for module in modules:
+        if module is not None:
+            recorder.label("parameters", module.parameters())
+            recorder.label("buffers", module.buffers())
 
 
 def _changed(optimizer: Optimizer, change: Change) -> Optimizer:

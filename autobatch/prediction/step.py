@@ -1,25 +1,31 @@
 """A step at any batch, from traces of a few: what it needs, and what else it could be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autobatch.batches.sample import read_sample
 from autobatch.job import Job
 from autobatch.prediction.allocator import Replay, replay
+from autobatch.prediction.checkpointing import why_not
 from autobatch.prediction.gpus import Gpu
-from autobatch.prediction.orders import Order, packed, traced
-from autobatch.prediction.program import Change, TrainingStep
-from autobatch.prediction.trace import Trace, fitted
+from autobatch.prediction.orders import Order, holdings, packed, traced
+from autobatch.prediction.program import ForwardPass, OwnStep, TrainingStep
+from autobatch.prediction.trace import Program, Trace, fitted
 from autobatch.randomness import random_state
 from autobatch.training.options import StepOptions
 
 _SMALL: Final = (6, 9)  # Batches that are traced: not 1, which broadcasts.
 _PROOF: Final = 33
-_LARGEST: Final = 2**20  # As where a search knows no ceiling.
+LARGEST: Final = 2**20  # As where a search knows no ceiling.
+
+Mode = Literal["train", "inference"]
+CHECKPOINTING: Final = "activation checkpointing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +49,7 @@ class Step:
         if self.every is not None:
             return self.every
         if batch not in self.traces:
-            order = replace(self.order, batches=(batch,))
+            order = replace(self.order, batches=(batch,), optional=False)
             self.traces[batch] = traced([order]).traces[0][0]
         return self.traces[batch]
 
@@ -69,7 +75,7 @@ class Step:
 
 def _boundary(fits: Callable[[int], bool], guess: int) -> int:
     """Return the largest size that fits, or 0; few questions if it is near ``guess``."""
-    good, bad, stride = 0, _LARGEST + 1, max(guess // 32, 1)
+    good, bad, stride = 0, LARGEST + 1, max(guess // 32, 1)
     size = guess
     while good < size < bad:
         if fits(size):
@@ -79,7 +85,7 @@ def _boundary(fits: Callable[[int], bool], guess: int) -> int:
             bad = size
             size = max(size - stride, good + 1)
         stride *= 2
-        if good and bad <= _LARGEST:
+        if good and bad <= LARGEST:
             size = (good + bad) // 2
     return good
 
@@ -92,26 +98,61 @@ class TracedStep:
     changed: dict[str, Step]
 
 
-def trace_step(job: Job, options: StepOptions, *, flash: bool) -> TracedStep:
+def trace_step(job: Job, options: StepOptions, *, flash: bool, mode: Mode) -> TracedStep:
     """Trace the step, and beside it what it might be changed into."""
     put_back = random_state([job.source.owner])
     try:
         sample = read_sample(job.source)
     finally:
         put_back()
+    made = TrainingStep if mode == "train" else ForwardPass
     optimizer = job.recipe.optimizer
-    step = TrainingStep(model=job.recipe.model, options=options, optimizer=optimizer, sample=sample)
-    base = Order(program=_packed(job, step), batches=(*_SMALL, _PROOF), flash=flash)
-    changes = {
-        name: Order(program=_packed(job, changed), batches=_SMALL, flash=flash)
-        for name, changed in _changes(step).items()
+    step = made(model=job.recipe.model, options=options, optimizer=optimizer, sample=sample)
+    tensors = _on_device(job.modules, [optimizer])
+    return _traced(step, _changes(step), tensors, flash=flash, notes=_untried(step))
+
+
+def trace_own(step: Callable[[int], object], *, flash: bool) -> TracedStep:
+    """Trace a step of the user's own, with the modules and optimizers that it holds.
+
+    Raises:
+        ValueError: If nothing grows with the batch.
+    """
+    modules, optimizers = holdings(step)
+    program = OwnStep(step=step, modules=modules, optimizers=optimizers)
+    traced_step = _traced(program, {}, _on_device(modules, optimizers), flash=flash)
+    every = traced_step.base.every
+    if every is not None and not any(change.slope for change in every.changes):
+        raise ValueError(
+            "nothing that step makes on the GPU grows with its batch: it has to make tensors of "
+            "that many examples where its model is, device=next(model.parameters()).device, and to "
+            "hold that model itself, not as a global of a module that is imported"
+        )
+    return traced_step
+
+
+def _traced(
+    step: Program,
+    changes: Mapping[str, Program],
+    tensors: Sequence[Tensor],
+    *,
+    flash: bool,
+    notes: Sequence[str] = (),
+) -> TracedStep:
+    base = Order(program=packed(step, tensors), batches=(*_SMALL, _PROOF), flash=flash)
+    orders = {
+        name: Order(program=packed(changed, tensors), batches=_SMALL, flash=flash, optional=True)
+        for name, changed in changes.items()
     }
-    answers = _in_two_processes([base, *changes.values()])
-    fits = [
-        _fit(order, *answer)
-        for order, answer in zip([base, *changes.values()], answers, strict=True)
-    ]
-    return TracedStep(base=fits[0], changed=dict(zip(changes, fits[1:], strict=True)))
+    first, *others = _in_two_processes([base, *orders.values()])
+    fits, told = {}, list(notes)
+    for (name, order), (traces, on_cuda) in zip(orders.items(), others, strict=True):
+        if traces:
+            fits[name] = _fit(order, traces, on_cuda)
+        else:
+            told.append(f"{name} was not tried: the step fails with it")
+    found = _fit(base, *first)
+    return TracedStep(base=replace(found, notes=(*found.notes, *told)), changed=fits)
 
 
 def _in_two_processes(orders: Sequence[Order]) -> list[tuple[Sequence[Trace], bool]]:
@@ -123,46 +164,49 @@ def _in_two_processes(orders: Sequence[Order]) -> list[tuple[Sequence[Trace], bo
     return [(next(found[n % 2]), answers[n % 2].on_cuda) for n in range(len(orders))]
 
 
-def _packed(job: Job, step: TrainingStep) -> bytes:
-    tensors = [t for module in job.modules for t in (*module.parameters(), *module.buffers())]
-    for group in step.optimizer.param_groups:
+def _on_device(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """What lies on the GPU between two steps."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    for optimizer, group in ((o, group) for o in optimizers for group in o.param_groups):
         on_device = group.get("capturable") or group.get("fused")
         for parameter in group["params"]:
             tensors.append(parameter)
-            entry = step.optimizer.state.get(parameter, {})
+            entry = optimizer.state.get(parameter, {})
             tensors += [  # Counts of steps stay on the host: torch moves them nowhere.
                 value
                 for key, value in entry.items()
-                if isinstance(value, torch.Tensor) and (key != "step" or on_device)
+                if isinstance(value, Tensor) and (key != "step" or on_device)
             ]
-    return packed(step, tensors)
+    return tensors
 
 
-def _changes(step: TrainingStep) -> dict[str, TrainingStep]:
+def _changes(step: TrainingStep | ForwardPass) -> dict[str, Program]:
     """What else the step could be, where it is not that already."""
-    kind, groups = type(step.optimizer), step.optimizer.param_groups
-    changes: dict[str, Change] = {}
-    if all("fused" in group and not group["fused"] for group in groups):
-        changes[f"fused {kind.__name__}"] = "fused"
-    if kind is not torch.optim.SGD:
-        changes["SGD with momentum"] = "SGD"
-    found = {name: replace(step, change=change) for name, change in changes.items()}
+    found: dict[str, Program] = {}
+    if isinstance(step, TrainingStep):
+        kind, groups = type(step.optimizer), step.optimizer.param_groups
+        if all("fused" in group and not group["fused"] for group in groups):
+            found[f"fused {kind.__name__}"] = replace(step, change="fused")
+        if kind is not torch.optim.SGD:
+            found["SGD with momentum"] = replace(step, change="SGD")
+        if not why_not(step.model):
+            found[CHECKPOINTING] = replace(step, change="checkpointed")
     if step.options.precision == "fp32":
         found["bf16"] = replace(step, options=replace(step.options, precision="bf16"))
     return found
 
 
+def _untried(step: TrainingStep | ForwardPass) -> list[str]:
+    reason = why_not(step.model) if isinstance(step, TrainingStep) else ""
+    return [f"{CHECKPOINTING} was not tried: {reason}"] if reason else []
+
+
 def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> Step:
     every = fitted(*traces)
-    guessed = sum(traces[0].guessed.values())
-    notes = []
-    if guessed:
-        kinds = ", ".join(f"{n} of {kind}" for kind, n in sorted(traces[0].guessed.items()))
-        notes.append(
-            f"the step asks for values of tensors (.item(), if tensor:), which a trace without a "
-            f"GPU does not have; they were guessed ({kinds}): where memory depends on them, the "
-            "prediction is as good as the guess"
-        )
+    notes = [
+        f"the step needs a value that is not known; guessed: {guess}" + f", {n} times" * (n > 1)
+        for guess, n in sorted(traces[0].guessed.items())
+    ]
     if every is None:
         notes.append("batches take different ways: each candidate was traced")
     if not on_cuda:

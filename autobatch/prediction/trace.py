@@ -60,7 +60,7 @@ class Trace:
     Attributes:
         changes: In order.
         kinds: What a name holds, where that is known: ``"parameters"``, ``"gradients"`` and so on.
-        guessed: How often a value was needed that nobody knows, by its dtype.
+        guessed: How often a value was needed that nobody knows, by what was guessed and where.
         batch: The only batch that it is right for; None where it is right for every one.
     """
 
