@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.host import host_memory
@@ -92,7 +92,8 @@ class MeteredDevice:
             with uninterrupted():  # Ctrl-C in between would leave the mode behind.
                 stack.enter_context(eagerly())
                 if outer is None:  # A limit inside a limit must not count everything twice.
-                    stack.enter_context(self._meter)
+                    stack.callback(self._meter.leave)
+                    self._meter.__enter__()  # type: ignore[no-untyped-call]  # torch's.
                 self._meter.limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
             yield
         finally:
@@ -159,6 +160,11 @@ class _Meter(TorchDispatchMode):
                 f"after {func}, limit {format_bytes(self.limit_bytes)}"
             )
         return result
+
+    def leave(self) -> None:
+        """End the mode, if it is on: whoever puts all back after Ctrl-C may have ended it."""
+        if any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's.
 
     def note(self, tensor: Tensor) -> None:
         """Count the tensor's storage, if it is not known at its present size."""

@@ -24,6 +24,7 @@ _COLLAPSE_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
 _OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {
     Verdict.TOO_LARGE: "kernel",
     Verdict.TOO_SLOW: "time",
+    Verdict.FATAL: "crash",
 }
 
 
@@ -164,7 +165,7 @@ class Finder:
         if upper.reason == "ran out" and upper.size is not None:
             place = last[upper.size]
             # A size that has cost a process is not tried again.
-            is_memory = trials[place].failure not in (*_OTHER_LIMITS, Verdict.FATAL)
+            is_memory = trials[place].failure not in _OTHER_LIMITS
             again = not self.device.is_exact and not trials[place].repeated
             if is_memory and (again or place < self._valid_from):
                 return upper.size
