@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from autobatch.randomness import Restore, random_state
+from autobatch.settings import Settings
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)
@@ -43,9 +44,9 @@ def preserved(
 
     Covers parameters, buffers, gradients, modes, devices and plain attributes of every module,
     the optimizers' state and groups, what lies in lists, mappings and sets among them however
-    deep, and the random number generators. The copies lie in host memory. Ctrl-C during the
-    restoring takes effect once it is complete. What a closure, a global variable, an array of
-    NumPy or an object of the user's own holds is not restored. What cannot be put back, as on a
+    deep, the random number generators, and torch's settings. The copies lie in host memory. Ctrl-C
+    during the restoring takes effect once it is complete. What a closure, a global variable, an
+    array of NumPy or an object of the user's own holds is not restored. What cannot be put back, as on a
     device that is lost, keeps nothing else from it, and never hides an error from inside.
 
     Args:
@@ -59,6 +60,7 @@ def preserved(
     restores: list[Restore] = [
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
         _dispatch_modes(),
+        Settings.here().apply,
     ]
     try:
         children = [child for root in modules for child in root.modules()]

@@ -16,9 +16,9 @@ from typing import Final, TypeVar, cast
 from autobatch.errors import AutobatchError, ProcessDiedError
 from autobatch.events import Event, Observer, SearchStarted, TrialEnded, TrialStarted
 from autobatch.isolation.child import command
-from autobatch.isolation.settings import Settings
 from autobatch.isolation.wire import Message, Raised, Returned, Told, packed
 from autobatch.results import Trial, Verdict
+from autobatch.settings import Settings
 
 Result = TypeVar("Result")
 Task = Callable[[Observer, Sequence[Trial]], Result]
