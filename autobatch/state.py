@@ -46,8 +46,9 @@ def preserved(
     the optimizers' state and groups, what lies in lists, mappings and sets among them however
     deep, the random number generators, and torch's settings. The copies lie in host memory. Ctrl-C
     during the restoring takes effect once it is complete. What a closure, a global variable, an
-    array of NumPy or an object of the user's own holds is not restored. What cannot be put back, as on a
-    device that is lost, keeps nothing else from it, and never hides an error from inside.
+    array of NumPy or an object of the user's own holds is not restored. What cannot be put
+    back, as on a device that is lost, keeps nothing else from it, and never hides an error from
+    inside.
 
     Args:
         modules: Roots: the model, and the loss where it is a module.
