@@ -62,7 +62,7 @@ class Search:
         spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
         prior: A first guess of the answer. The first size is tried before it; where what that one
             read leaves room for more, the guess is too small, and is not tried. A wrong one costs a
-            trial at most where phases are straight lines; where they bend, seldom two or three.
+            trial or two where phases are straight lines; where they bend, seldom more.
     """
 
     def __init__(
