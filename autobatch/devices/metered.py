@@ -8,11 +8,12 @@ inside a kernel, nor tensors that other threads make. It costs 10 to 15 microsec
 
 import gc
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -215,9 +216,26 @@ def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def eagerly() -> AbstractContextManager[object]:
-    """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager."""
+_eager: Final[list[AbstractContextManager[object]]] = []  # Whoever came first; then stand-ins.
+_turn: Final = threading.Lock()
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager.
+
+    The stance is the process's: of threads that ask for it at a time, the last one puts it back.
+    """
     if "torch._dynamo" not in sys.modules:  # Nothing was compiled; its import takes seconds.
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    with _turn:
+        stance = nullcontext() if _eager else torch.compiler.set_stance("force_eager")
+        stance.__enter__()
+        _eager.append(stance)
+    try:
+        yield
+    finally:
+        with _turn:
+            stance = _eager.pop()
+            stance.__exit__(None, None, None)
