@@ -55,6 +55,7 @@ _REASONS: Final[dict[LimitedBy, str]] = {
     "data": "limited by the data",
     "kernel": "limited by a kernel",
     "time": "limited by the timeout of a trial",
+    "crash": "limited by what has cost a process its device or its life",
 }
 _VERDICT: Final = slice(10, 24)  # Where it stands in a trial's row.
 _NARROWEST_BAR: Final = 8

@@ -31,7 +31,7 @@ class CheckpointError(AutobatchError):
 
 
 class DeviceUnavailableError(AutobatchError):
-    """The device that was asked for is not here."""
+    """The device that was asked for is not here, or another thread holds it."""
 
 
 class DoesNotFitError(AutobatchError):

@@ -141,8 +141,11 @@ class Job:
             module.to(device)
         _move_state(self.recipe.optimizer, device)
 
-    def limit_bytes(self) -> int:
+    def limit_bytes(self, *, trains: bool = True) -> int:
         """Return what a step may allocate now.
+
+        Args:
+            trains: Whether there are gradients, for the breakdown of what does not fit.
 
         Raises:
             DoesNotFitError: If the model alone does not fit.
@@ -155,7 +158,7 @@ class Job:
             )
         breakdown = self.breakdown_bytes()
         if limit < breakdown["parameters"] + breakdown["buffers"]:
-            raise DoesNotFitError(1, limit, self.breakdown(limit))
+            raise DoesNotFitError(1, limit, self.breakdown(limit, trains=trains))
         return limit
 
     def breakdown(

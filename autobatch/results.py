@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _AS_FAST: Final = 0.02  # A difference that is not worth more memory.
-LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time"]
+LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time", "crash"]
 
 
 class Verdict(enum.Enum):

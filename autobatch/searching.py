@@ -244,11 +244,12 @@ def _finder(
     worst_case: str,
     history: Sequence[Trial] = (),
 ) -> Finder:
+    trains = isinstance(rehearsal, Rehearsal)
     return Finder(
         rehearsal=rehearsal,
         device=job.device,
-        limit_bytes=job.limit_bytes,
-        breakdown=functools.partial(job.breakdown, trains=isinstance(rehearsal, Rehearsal)),
+        limit_bytes=functools.partial(job.limit_bytes, trains=trains),
+        breakdown=functools.partial(job.breakdown, trains=trains),
         observer=observer,
         options=search,
         worst_case=worst_case,

@@ -18,8 +18,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from autobatch.randomness import Restore, random_state
+from autobatch.settings import Settings
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)
@@ -42,10 +44,11 @@ def preserved(
 
     Covers parameters, buffers, gradients, modes, devices and plain attributes of every module,
     the optimizers' state and groups, what lies in lists, mappings and sets among them however
-    deep, and the random number generators. The copies lie in host memory. Ctrl-C during the
-    restoring takes effect once it is complete. What a closure, a global variable, an array of
-    NumPy or an object of the user's own holds is not restored. What cannot be put back, as on a
-    device that is lost, keeps nothing else from it, and never hides an error from inside.
+    deep, the random number generators, and torch's settings. The copies lie in host memory. Ctrl-C
+    during the restoring takes effect once it is complete. What a closure, a global variable, an
+    array of NumPy or an object of the user's own holds is not restored. What cannot be put
+    back, as on a device that is lost, keeps nothing else from it, and never hides an error from
+    inside.
 
     Args:
         modules: Roots: the model, and the loss where it is a module.
@@ -54,8 +57,12 @@ def preserved(
         random_sources: Objects (loaders, datasets, samplers) whose own generators are restored.
     """
     # In this order, and put back in this order: a gradient needs its parameter's device and dtype.
-    # Ctrl-C in the middle of torch's own no_grad leaves it on.
-    restores: list[Restore] = [functools.partial(torch.set_grad_enabled, torch.is_grad_enabled())]
+    # Ctrl-C in the middle of torch's own no_grad leaves it on; at the end of a meter, the meter.
+    restores: list[Restore] = [
+        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+        _dispatch_modes(),
+        Settings.here().apply,
+    ]
     try:
         children = [child for root in modules for child in root.modules()]
         others = list(others)
@@ -216,6 +223,17 @@ def _tensors(modules: Iterable[nn.Module], held: Iterable[object]) -> list[Tenso
     for root in modules:  # Where a class of its own keeps them.
         own += [*root.parameters(), *root.buffers()]
     return [item for item in reachable(own) if isinstance(item, Tensor) and not item.is_meta]
+
+
+def _dispatch_modes() -> Restore:
+    """Which modes operations pass through, such as a meter: those added later are ended."""
+    before = len(_get_current_dispatch_mode_stack())
+
+    def put_back() -> None:
+        for mode in reversed(_get_current_dispatch_mode_stack()[before:]):
+            mode.__exit__(None, None, None)
+
+    return put_back
 
 
 def _odd_state(optimizer: Optimizer) -> Restore:

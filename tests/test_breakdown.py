@@ -289,6 +289,10 @@ def test_in_inference_there_are_no_gradients_and_no_state_is_made() -> None:
     assert caught.value.breakdown is not None
     assert caught.value.breakdown.gradient_bytes == 0
     assert whole + 9 < caught.value.breakdown.needed_bytes < 2 * whole
+    with pytest.raises(DoesNotFitError) as caught:  # Before any trial.
+        find_batch_size(model, data, device="cpu", memory_limit=whole - 9, mode="inference")
+    assert caught.value.breakdown is not None
+    assert caught.value.breakdown.gradient_bytes == 0
 
 
 def test_of_any_function_what_state_names_is_told() -> None:

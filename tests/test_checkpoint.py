@@ -952,6 +952,27 @@ def test_only_the_gpus_that_are_here_get_their_state(monkeypatch: pytest.MonkeyP
     assert put == states[:2]
 
 
+def test_generators_of_other_accelerators_are_kept_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_xpu, on_mps, put = [torch.tensor([1])], torch.tensor([2]), list[Tensor]()
+    for name, answer in {
+        "xpu.is_initialized": True,
+        "xpu.is_available": True,
+        "xpu.device_count": 1,
+        "xpu.get_rng_state_all": on_xpu,
+        "mps.is_available": True,
+        "mps.get_rng_state": on_mps,
+    }.items():
+        monkeypatch.setattr(f"torch.{name}", lambda answer=answer: answer)
+    monkeypatch.setattr("torch.xpu.set_rng_state_all", put.extend)
+    monkeypatch.setattr("torch.mps.set_rng_state", put.append)
+    fields = packed_random_state([])
+    put_random_state(fields, [])
+    assert put == [*on_xpu, on_mps]
+    older = {name: part for name, part in fields.items() if name not in ("xpu", "mps")}
+    put_random_state(older, [])
+    assert put == [*on_xpu, on_mps]
+
+
 def tensors(value: object) -> list[Tensor]:
     assert isinstance(value, list)
     return value

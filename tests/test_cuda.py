@@ -1,5 +1,6 @@
 """A CUDA device without a card: torch.cuda answers what it is told to."""
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 
 from autobatch.devices import cuda
 from autobatch.devices.cuda import CudaDevice
+from autobatch.errors import DeviceUnavailableError
 
 GIB = 2**30
 TOTAL = 100 * GIB
@@ -92,3 +94,28 @@ def test_the_share_is_held_inside_and_put_back_whatever_happens(
     assert fraction[-1] == 0.9
     with device.limited_to(-GIB):
         assert fraction[-1] == 0.0
+
+
+def test_two_threads_do_not_limit_one_card_at_a_time(card: Card, fraction: list[float]) -> None:
+    """The share is the process's: whoever ended last would put back the other's limit."""
+    device, said = card(), list[str]()
+
+    def search() -> None:
+        try:
+            with device.limited_to(20 * GIB):
+                said.append("limited")
+        except DeviceUnavailableError as error:
+            said.append(str(error))
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=search)
+        thread.start()
+        thread.join()
+
+    with device.limited_to(40 * GIB), device.limited_to(30 * GIB):
+        elsewhere()
+        assert fraction[-1] == 0.3
+    elsewhere()
+    assert "cuda:0 is under the limit of another thread" in said[0]
+    assert said[1:] == ["limited"]
+    assert fraction[-1] == 0.9

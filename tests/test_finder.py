@@ -516,3 +516,38 @@ def test_bad_options_are_refused(
 ) -> None:
     with pytest.raises(kind, match=words):
         SearchOptions(**{option: value})  # type: ignore[arg-type]  # That is the test.
+
+
+def test_on_an_exact_device_the_first_step_and_one_trial_make_a_line() -> None:
+    """Of 400 MiB and 5 an example; a device that rounds also loads libraries in its first step."""
+
+    class Large(Machine):
+        def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
+            def window() -> None:
+                self.ran.append(sizes[0])
+                self.peak_bytes = RESIDENT + (400 + 5 * sizes[0]) * MIB
+                if self.peak_bytes > self.limit_bytes:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                mark()
+                mark()
+
+            return window
+
+    exact, rounded = Large(is_exact=True), Large(is_exact=False)
+    largest = (LIMIT - RESIDENT) // MIB // 5 - 80
+    assert exact.largest().size == rounded.largest().size == largest
+    assert exact.ran == [2, 4, largest]
+    assert rounded.ran[:2] == [2, 4]
+    assert len(rounded.ran) > 3
+
+
+@pytest.mark.parametrize("verdict", [Verdict.FATAL, Verdict.TOO_LARGE, Verdict.TOO_SLOW])
+def test_what_kept_a_size_out_is_said_to_be_what_it_was(verdict: Verdict) -> None:
+    """A process that has died is no proof that memory is short."""
+    died = Trial(size=5, fits=False, failure=verdict, explained=False, seconds=1.0)
+    ran = Trial(size=4, fits=True, seconds=1.0)
+    finder = replace(Machine().finder(), history=(ran, died))
+    found = search(finder, 5)
+    expected = {Verdict.FATAL: "crash", Verdict.TOO_LARGE: "kernel", Verdict.TOO_SLOW: "time"}
+    assert (found.size, found.limited_by) == (4, expected[verdict])
+    assert f"limited by {expected[verdict]}" in str(found)

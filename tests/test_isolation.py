@@ -380,3 +380,37 @@ def test_no_process_is_left_by_ctrl_c_nor_by_a_parent_that_is_killed(tmp_path: P
     assert not first.is_running()
     killed.communicate()
     second.wait(10)
+
+
+def there(_observer: Observer, _history: Sequence[Trial]) -> dict[str, object]:
+    return {
+        "path": sys.path,
+        "variable": os.environ.get("PYTHONPATH"),
+        "arguments": sys.argv[1:],
+        "started": sys.orig_argv[1:5],
+        "ignores Ctrl-C": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    }
+
+
+@pytest.mark.parametrize("variable", [None, "somewhere:else"])
+def test_a_process_begins_as_this_one_is(
+    variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the working directory is not imported instead of what is meant."""
+    for name in ("torch", "runpy", "autobatch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    if variable is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", variable)
+    found = run_isolated(functools.partial(there), observer=lambda _: None)
+    assert found == {
+        "path": sys.path,
+        "variable": variable,
+        "arguments": [],
+        "started": ["-u", "-P", "-m", "autobatch.isolation"],
+        "ignores Ctrl-C": True,
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    }

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from torch.optim import (
     Rprop,
 )
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from autobatch import state
 from autobatch.randomness import random_state
@@ -969,3 +971,20 @@ def test_a_root_in_training_mode_keeps_its_frozen_layers_in_evaluation() -> None
     with training_mode(model):
         assert modes(model) == before
     assert modes(model) == before == [True, True, False, True, True]
+
+
+def test_a_mode_that_is_left_on_is_ended_and_the_users_own_stays() -> None:
+    """As Ctrl-C at the very end of a context leaves it."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Callable[..., Any], _: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    own, left = Mode(), Mode()  # type: ignore[no-untyped-call]  # torch's.
+    with own:
+        with preserved([nn.Linear(1, 1)]):
+            left.__enter__()  # type: ignore[no-untyped-call]  # torch's.
+        assert _get_current_dispatch_mode_stack() == [own]
+    assert _get_current_dispatch_mode_stack() == []

@@ -1,15 +1,22 @@
 """A CUDA or ROCm GPU's memory, through PyTorch's caching allocator."""
 
 import gc
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.host import host_memory
 from autobatch.devices.nvml import by_uuid
+from autobatch.errors import DeviceUnavailableError
 from autobatch.results import OtherProcess
+
+# By a card's number: whose thread holds its allocator to a limit, which is all the process's.
+_holders: Final[defaultdict[int, threading.RLock]] = defaultdict(threading.RLock)
 
 
 class CudaDevice:
@@ -79,7 +86,24 @@ class CudaDevice:
         """Hold the allocator's share of the card at ``limit_bytes`` inside.
 
         The share bounds reserved bytes: context and libraries come on top (pytorch#58466).
+
+        Raises:
+            DeviceUnavailableError: If another thread of this process does so already.
         """
+        holder = _holders[self._device.index]
+        if not holder.acquire(blocking=False):
+            raise DeviceUnavailableError(
+                f"{self._device} is under the limit of another thread's search or training, and a "
+                "limit is the whole process's; run them in turns, or in processes of their own"
+            )
+        try:
+            with self._share_of(limit_bytes):
+                yield
+        finally:
+            holder.release()
+
+    @contextmanager
+    def _share_of(self, limit_bytes: int) -> Iterator[None]:
         total = torch.cuda.get_device_properties(self._device).total_memory
         before = torch.cuda.get_per_process_memory_fraction(self._device)
         share = min(max(limit_bytes / total, 0.0), before)

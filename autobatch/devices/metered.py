@@ -8,15 +8,16 @@ inside a kernel, nor tensors that other threads make. It costs 10 to 15 microsec
 
 import gc
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.host import host_memory
@@ -92,7 +93,8 @@ class MeteredDevice:
             with uninterrupted():  # Ctrl-C in between would leave the mode behind.
                 stack.enter_context(eagerly())
                 if outer is None:  # A limit inside a limit must not count everything twice.
-                    stack.enter_context(self._meter)
+                    stack.callback(self._meter.leave)
+                    self._meter.__enter__()  # type: ignore[no-untyped-call]  # torch's.
                 self._meter.limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
             yield
         finally:
@@ -160,6 +162,11 @@ class _Meter(TorchDispatchMode):
             )
         return result
 
+    def leave(self) -> None:
+        """End the mode, if it is on: whoever puts all back after Ctrl-C may have ended it."""
+        if any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's.
+
     def note(self, tensor: Tensor) -> None:
         """Count the tensor's storage, if it is not known at its present size."""
         for part in _strided(tensor):
@@ -209,9 +216,26 @@ def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def eagerly() -> AbstractContextManager[object]:
-    """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager."""
+_eager: Final[list[AbstractContextManager[object]]] = []  # Whoever came first; then stand-ins.
+_turn: Final = threading.Lock()
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager.
+
+    The stance is the process's: of threads that ask for it at a time, the last one puts it back.
+    """
     if "torch._dynamo" not in sys.modules:  # Nothing was compiled; its import takes seconds.
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    with _turn:
+        stance = nullcontext() if _eager else torch.compiler.set_stance("force_eager")
+        stance.__enter__()
+        _eager.append(stance)
+    try:
+        yield
+    finally:
+        with _turn:
+            stance = _eager.pop()
+            stance.__exit__(None, None, None)

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,17 +18,14 @@ from autobatch.isolation.wire import Message, Raised, Returned, Told, unpacked
 from autobatch.pickling import cloudpickle
 from autobatch.results import Verdict
 
-# First the parent's own path; and Ctrl-C, which a terminal sends to both, is the parent's affair.
-# Not ``-m``, which would look for autobatch, and all that it imports, in the working directory.
-START: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; del sys.argv[1:]; "
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "from autobatch.isolation.child import main; main()"
-)
+_NONE: Final = "none"  # No PYTHONPATH.
+_SOME: Final = "some:"
 
 
 def main() -> None:
     """Run one task to its end, or until the parent is gone."""
+    _take_path()
+    _leave_interrupts()
     channel = _take_channel()
     _go_first()
     try:
@@ -36,6 +35,20 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(channel,), daemon=True).start()
     teller = _Teller(channel)
     teller.send(_answer(known, content, teller))
+
+
+def command(path: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return what starts an isolated process that looks for modules in ``path``, and where.
+
+    ``-P``, for else ``-m`` looks for autobatch, and all that it imports, in the working directory
+    first. The path goes by the environment as well, where it is before anything is imported; user
+    code finds the variable as it was.
+    """
+    before = os.environ.get("PYTHONPATH")
+    told = _NONE if before is None else _SOME + before
+    # Unbuffered: what it prints is seen even if it is killed.
+    parts = [sys.executable, "-u", "-P", "-m", "autobatch.isolation", told, *path]
+    return parts, {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 class _Teller:
@@ -64,6 +77,22 @@ def _answer(known: bytes, content: bytes, teller: _Teller) -> Message:
         lost = teller.is_trying and verdict_of(error) is Verdict.FATAL
         said = error.__cause__ if isinstance(error, DeviceLostError) else None
         return Raised.of(said or error, context_lost=lost)
+
+
+def _take_path() -> None:
+    """Look for modules where the parent does, and give user code the variable that it knows."""
+    told, *path = sys.argv[1:]
+    sys.path[:] = path
+    del sys.argv[1:]
+    os.environ.pop("PYTHONPATH", None)
+    if told != _NONE:
+        os.environ["PYTHONPATH"] = told.removeprefix(_SOME)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C, which a terminal sends to both, is the parent's affair; it is held back until now."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _take_channel() -> "Connection[bytes, bytes]":

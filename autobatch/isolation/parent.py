@@ -15,10 +15,10 @@ from typing import Final, TypeVar, cast
 
 from autobatch.errors import AutobatchError, ProcessDiedError
 from autobatch.events import Event, Observer, SearchStarted, TrialEnded, TrialStarted
-from autobatch.isolation.child import START
-from autobatch.isolation.settings import Settings
+from autobatch.isolation.child import command
 from autobatch.isolation.wire import Message, Raised, Returned, Told, packed
 from autobatch.results import Trial, Verdict
+from autobatch.settings import Settings
 
 Result = TypeVar("Result")
 Task = Callable[[Observer, Sequence[Trial]], Result]
@@ -202,18 +202,25 @@ class _Child:
 def _child() -> Iterator[_Child]:
     """Start a process; whatever happens inside, it is gone afterwards."""
     here, there = Pipe()
+    parts, environment = command([*map(str, sys.path)])
     with here:
-        with there:
-            process = subprocess.Popen(
-                # Unbuffered: what it prints is seen even if it is killed.
-                [sys.executable, "-u", "-c", START, *map(str, sys.path)],
-                stdin=there.fileno(),
-            )
+        with there, _holding_interrupts():
+            process = subprocess.Popen(parts, stdin=there.fileno(), env=environment)
         try:
             yield _Child(process, here)
         finally:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def _holding_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back; a process that is started inside begins so, and none is lost here."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listen(child: _Child, story: _Story, timeout_seconds: float) -> Returned | Raised | Ended:

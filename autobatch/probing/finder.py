@@ -25,6 +25,7 @@ _COLLAPSE_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
 _OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {
     Verdict.TOO_LARGE: "kernel",
     Verdict.TOO_SLOW: "time",
+    Verdict.FATAL: "crash",
 }
 
 
@@ -79,7 +80,7 @@ class Finder:
         """
         ceiling = candidates[-1]
         began = time.monotonic() - sum(trial.seconds for trial in self.history)
-        failed = self._make_optimizer_state(candidates[:2])
+        first, failed = self._make_optimizer_state([windows(size)[:2] for size in candidates[:2]])
         search = Search(
             candidates,
             limit_bytes=self.limit_bytes(),
@@ -89,6 +90,8 @@ class Finder:
             spared_bytes=spared_bytes,
             prior=self.options.prior_size,
         )
+        if first is not None and self.device.is_exact:
+            search.glimpse(first.size, first.phases)
         others = self.device.others()
         self.observer(
             SearchStarted(
@@ -125,7 +128,7 @@ class Finder:
 
     def rehearse(self, sizes: Sequence[int]) -> Trial:
         """Return the trial of one window."""
-        self._make_optimizer_state(range(1, min(2, sizes[0]) + 1))
+        self._make_optimizer_state([(size,) for size in range(1, min(2, sizes[0]) + 1)])
         with _told_if_lost(0, sizes[0]):
             return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
 
@@ -164,7 +167,7 @@ class Finder:
         if upper.reason == "ran out" and upper.size is not None:
             place = last[upper.size]
             # A size that has cost a process is not tried again.
-            is_memory = trials[place].failure not in (*_OTHER_LIMITS, Verdict.FATAL)
+            is_memory = trials[place].failure not in _OTHER_LIMITS
             again = not self.device.is_exact and not trials[place].repeated
             if is_memory and (again or place < self._valid_from):
                 return upper.size
@@ -220,8 +223,10 @@ class Finder:
             timeout_seconds=math.inf if timeout is None else timeout,
         )
 
-    def _make_optimizer_state(self, smallest: Sequence[int]) -> list[Trial]:
-        """Take one unmeasured step on few examples; return the trials that failed.
+    def _make_optimizer_state(
+        self, smallest: Sequence[Sequence[int]]
+    ) -> tuple[Trial | None, list[Trial]]:
+        """Take one uncounted step on few examples; return it, and those that failed before it.
 
         Born after the only window of a trial, Adam's state would never overlap activations, and
         the peak would be a quarter too low. A first step also loads kernels and libraries, which
@@ -232,13 +237,13 @@ class Finder:
             self.device.release_cached()  # Blocks of whatever ran before are in no trial's way.
         failed: list[Trial] = []
         stage = replace(self._stage(self.limit_bytes()), timeout_seconds=math.inf)
-        for size in reversed(smallest):
-            with _told_if_lost(0, size):
-                trial = stage.try_sizes((size,), smaller_fits=False, larger_ran_out=bool(failed))
+        for sizes in reversed(smallest):
+            with _told_if_lost(0, sizes[0]):
+                trial = stage.try_sizes(sizes, smaller_fits=False, larger_ran_out=bool(failed))
             if trial.fits:
-                break
+                return trial, failed
             failed.append(trial)
-        return failed
+        return None, failed
 
     def _shortage(self) -> Trial:
         """The last failure that says what is missing: BatchNorm may refuse a single example."""

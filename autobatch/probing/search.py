@@ -3,16 +3,17 @@
 import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from autobatch.probing.promise import Promise
 from autobatch.results import Phase, Upper
 
 Confirm = Literal["extrapolated", "failed"]
 
 _FIRST: Final = 4  # Large enough for a slope, small enough to fit nearly everywhere.
+_NEAR: Final = 0.8  # So much of a bold guess is worth more than the guess: it will run.
 _STRETCH: Final = 64  # How far beyond what has run to go at once: the host holds the batch too.
-_SPARE: Final = 4  # Trials that readings may cost beyond plain bisection.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +49,8 @@ class Search:
     readings do not explain ends their use altogether.
 
     What is returned ran. Under one limit no candidate is asked for twice by ``next``, none is more
-    than 64 times what has run (where candidates lie that close), and at most
-    ``ceil(log2(len(candidates) + 1)) + 4`` are asked for, with one more for a prior that failed,
-    and for each such leap that ran.
+    than 64 times what has run (where candidates lie that close), and there are at most four more
+    trials than doubling and bisecting would take, whatever is read and guessed (``Promise``).
 
     Args:
         candidates: Ascending, without repeats.
@@ -62,7 +62,7 @@ class Search:
         spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
         prior: A first guess of the answer. The first size is tried before it; where what that one
             read leaves room for more, the guess is too small, and is not tried. A wrong one costs a
-            trial at most where phases are straight lines; where they bend, seldom two or three.
+            trial or two where phases are straight lines; where they bend, seldom more.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Search:
         self._undivided = undivided
         self._spared_bytes = spared_bytes
         self._prior = prior
-        self._budget = self._most_trials()
+        self._glimpse: tuple[int, tuple[Phase, ...]] | None = None
         self._outcomes: dict[int, Outcome] = {}  # By size; of one that was repeated, the last.
-        self._good, self._bad = -1, len(candidates)  # Positions: seen to fit; to fail, or the end.
+        self._begin()
 
     @property
     def size(self) -> int:
@@ -114,25 +114,31 @@ class Search:
         A larger one puts failures in doubt, a smaller one what has used more.
         """
         rises, self.limit_bytes = limit_bytes > self.limit_bytes, limit_bytes
-        self._budget = self._most_trials()
         self._outcomes = {
             size: outcome
             for size, outcome in self._outcomes.items()
             if (outcome.peak_bytes <= limit_bytes if outcome.fits else not rises)
         }
-        self._find_bracket()
+        self._begin()
+
+    def glimpse(self, size: int, phases: tuple[Phase, ...]) -> None:
+        """Take note of a step that made the optimizer's state. It hints, and proves nothing.
+
+        Only for readings to the byte: a first step also loads what later ones find.
+        """
+        self._glimpse = size, phases
 
     def learn(self, size: int, outcome: Outcome) -> None:
         """Take note of a trial; of a candidate that was tried before, it is the last word."""
-        position = bisect.bisect_left(self._candidates, size)
-        # A leap that ran costs nothing, nor does a prior that failed: it came beside all others.
-        if position != (self._farthest() if outcome.fits else self._presumed()):
-            self._budget -= 1
+        self._used += size not in self._outcomes
         self._outcomes[size] = outcome
         self._find_bracket()
 
-    def _most_trials(self) -> int:
-        return math.ceil(math.log2(len(self._candidates) + 1)) + _SPARE
+    def _begin(self) -> None:
+        """Promise anew, from what is known."""
+        self._promise = Promise(self._candidates, stretch=_STRETCH, first=_FIRST)
+        self._used = 0
+        self._find_bracket()
 
     def _find_bracket(self) -> None:
         candidates = self._candidates
@@ -141,7 +147,9 @@ class Search:
             bisect.bisect_left(candidates, n) for n, o in self._outcomes.items() if not o.fits
         ]
         self._good = max(ran, default=-1)
+        # Positions: the last that ran; the first beyond it that failed, or the end.
         self._bad = min((n for n in failed if n > self._good), default=len(candidates))
+        self._promise.renew(self._good, self._bad, self._used)
 
     def _passed(self) -> list[tuple[int, tuple[Phase, ...]]]:
         """The sizes that ran and were read, ascending, with their phases."""
@@ -198,23 +206,14 @@ class Search:
 
     def _guess(self) -> int:
         """The next position to try, always inside the bracket."""
-        bisects = self._budget <= math.ceil(math.log2(self._bad - self._good))
-        wanted = (self._good + self._bad) // 2 if bisects else self._hint()
-        wanted = max(wanted, self._presumed())
-        position = min(max(min(wanted, self._farthest()), self._good + 1), self._bad - 1)
-        # One example last: a model may refuse it for a reason of its own, as BatchNorm does.
-        alone = self._candidates[position] == 1 and self._bad > 1
-        return position + 1 if alone else position
-
-    def _farthest(self) -> int:
-        """The last position that what has run is a measure of."""
-        return bisect.bisect_right(self._candidates, _STRETCH * (self.size or _FIRST)) - 1
+        wanted = max(self._hint(), self._presumed())
+        return self._promise.nearest(wanted, self._good, self._bad, self._used)
 
     def _presumed(self) -> int:
-        """The prior's position, or as far towards it as may be gone; -1 unless one size has run."""
+        """The prior's position; -1 unless one size has run."""
         if self._prior is None or self._good < 0 or len(self._outcomes) > 1:
             return -1
-        return min(bisect.bisect_right(self._candidates, self._prior) - 1, self._farthest())
+        return bisect.bisect_right(self._candidates, self._prior) - 1
 
     def _hint(self) -> int:
         candidates, untried = self._candidates, self._bad == len(self._candidates)
@@ -222,9 +221,15 @@ class Search:
         if self._good < 0:
             return bisect.bisect_right(candidates, _FIRST) - 1 if untried else middle
         if self._is_read():
-            inside = self._last_inside()
-            trusted = untried or self._is_foreseen(candidates[self._bad])
-            return inside if trusted else min(inside, middle)
+            inside = self._last_inside(self._read_at)
+            if untried:
+                return self._boldly(inside)
+            if self._is_foreseen(candidates[self._bad]):
+                return inside
+            # Memory bends between what ran and what failed. The steep line may still know better.
+            steep = self._last_inside(self._steep_at)
+            is_far = steep > middle or candidates[steep] >= 2 * self.size
+            return steep if is_far and steep < self._bad - 1 else min(inside, middle)
         # Nothing to go by: double, then a third of the way. A size that is too large costs time,
         # host memory for its batch, and a failure.
         size, doubled = self.size, 2 * self.size
@@ -233,22 +238,67 @@ class Search:
         third = size + max(1, (candidates[self._bad] - size) // 3)
         return bisect.bisect_left(candidates, min(doubled, third))
 
-    def _last_inside(self) -> int:
+    def _boldly(self, cautious: int) -> int:
+        """The position to try by the line through what was glimpsed, after one size has run.
+
+        It lies high where memory still bends: so where the cautious one is nearly as far, that is.
+        """
+        glimpsed = self._glimpsed()
+        if glimpsed is None or len(self._passed()) > 1:
+            return cautious
+        known = self._passed()[-1]
+        bold = self._last_inside(lambda size: max(self._lines(glimpsed, known, size, 0)))
+        near = self._candidates[cautious] >= _NEAR * self._candidates[bold]
+        return cautious if near else self._in_steps(bold)
+
+    def _in_steps(self, position: int) -> int:
+        """Where to go first, if a position is too far for one leap: the leaps are alike."""
+        size, wanted = self.size, self._candidates[position]
+        leaps = math.ceil(math.log(max(wanted / size, 1), _STRETCH))
+        if leaps < 2:
+            return position
+        return bisect.bisect_right(self._candidates, size * (wanted / size) ** (1 / leaps)) - 1
+
+    def _last_inside(self, read_at: Callable[[int], int]) -> int:
         """The last position in the bracket that is inside the limit by the lines as read."""
         positions = range(self._good + 1, self._bad)
         outside = bisect.bisect_right(
-            positions, self.limit_bytes, key=lambda place: self._read_at(self._candidates[place])
+            positions, self.limit_bytes, key=lambda place: read_at(self._candidates[place])
         )
         return self._good + outside
 
     def _read_at(self, size: int) -> int:
-        """What the lines say of ``size``; with one reading they start at its floors: too steep."""
+        """What the line through the last two readings says of ``size``, or the steep one."""
         passed = self._passed()
         if len(passed) > 1:
             return max(self._lines(passed[-2], passed[-1], size, 0))
-        known, phases = passed[-1]
+        return self._steep_at(size)
+
+    def _steep_at(self, size: int) -> int:
+        """What ``size`` needs at most, beyond the last that ran: lines that start at its floors."""
+        known, phases = self._passed()[-1]
+        # What a phase leaves behind, such as gradients, has nothing to do with the size either.
+        left = [*(phase.floor_bytes for phase in phases[1:]), 0]
         return max(
             phase.peak_bytes
-            + max(phase.peak_bytes - phase.floor_bytes, 0) * (size - known) // known
-            for phase in phases
+            + max(phase.peak_bytes - max(phase.floor_bytes, end), 0) * (size - known) // known
+            for phase, end in zip(phases, left, strict=True)
+        )
+
+    def _glimpsed(self) -> tuple[int, tuple[Phase, ...]] | None:
+        """What was glimpsed, as it would read now that the optimizer has its state.
+
+        That lies under every phase but the last, which made it: so much more is alive at its end.
+        """
+        known = self._passed()[0]
+        if self._glimpse is None or self._glimpse[0] >= known[0]:
+            return None
+        size, phases = self._glimpse
+        added = [
+            now.floor_bytes - then.floor_bytes
+            for now, then in zip(known[1][1:], phases[1:], strict=False)
+        ]
+        return size, tuple(
+            replace(phase, peak_bytes=phase.peak_bytes + more)
+            for phase, more in zip(phases, [*added, 0], strict=False)
         )

@@ -1,4 +1,4 @@
-"""Torch's settings of a process, as far as memory and results hang on them."""
+"""Torch's settings that memory and results hang on: carried to a process, or put back."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,9 @@ class Settings:
         )
 
     def apply(self) -> None:
-        """Make them this process's."""
+        """Make them this process's; nothing is touched where they are so already."""
+        if type(self).here() == self:
+            return
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
         deterministic, warn_only = self.deterministic
