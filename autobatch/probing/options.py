@@ -43,7 +43,8 @@ class SearchOptions:
             or never returns is not tolerable, and the search goes on in a fresh one.
         prior: A first guess of the answer, in examples: a number, or a prediction for the device at
             hand, of which the safe end counts. It is tried after one small size, unless that has
-            shown that more fits; a wrong one costs a trial, seldom two. None guesses from the small size.
+            shown that more fits; a wrong one costs a trial, seldom two. None guesses from the small
+            size.
         floor: The smallest size of interest: where not even that fits, ``DoesNotFitError`` says so.
             The undivided batch is tried though it be smaller, and a replay in training may take
             less.
