@@ -33,11 +33,13 @@ class Kept:
         cases: Rows, as they are written.
         done: By name, the places of a finished case's rows among them.
         seconds: How long they took.
+        last_seconds: How long the last of them took.
     """
 
     cases: Sequence[Fields] = ()
     done: Mapping[str, Sequence[int]] = field(default_factory=dict)
     seconds: float = 0.0
+    last_seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Findings:
         cases: The same and more, and those that were measured before.
         done: By name, the places of a finished case's rows in ``cases``.
         left_out: Cases that were not measured, and why.
+        last_seconds: How long the last case took.
         short: Whether one of them was for want of time.
         notice: Told of every case that begins.
         save: Called after every case.
@@ -68,6 +71,7 @@ class Findings:
     cases: list[Fields] = field(default_factory=list)
     done: dict[str, list[int]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    last_seconds: float = 0.0
     short: bool = False
     notice: Callable[[Notice], object] = field(default=lambda _: None)
     save: Callable[[], object] = field(default=lambda: None)
@@ -90,18 +94,18 @@ class Findings:
             seconds: What a case is expected to take, which is asked for just before it would begin;
                 None takes the one before it as an example.
         """
-        took = 0.0
         for place, (name, case) in enumerate(cases.items()):
             if name in self.done:
                 continue
+            expected = 0.0
             if self.left_seconds > 0:  # Else nobody need think about it.
-                took = took if seconds is None else seconds(name, case)
-            if not self._has_time(name, took):
+                expected = self.last_seconds if seconds is None else seconds(name, case)
+            if not self._has_time(name, expected):
                 continue
             self.notice(Notice(name, place, len(cases)))
             first, began = len(self.cases), time.monotonic()
             yield name, case
-            took = time.monotonic() - began
+            self.last_seconds = time.monotonic() - began
             if len(self.cases) > first:  # Else it was left out after all.
                 self.done[name] = list(range(first, len(self.cases)))
                 self.save()
@@ -130,6 +134,7 @@ class Findings:
 
     def take_up(self, kept: Kept) -> None:
         """Begin with finished cases; what was summed up over them is left to the part."""
+        self.last_seconds = kept.last_seconds
         for name, places in kept.done.items():
             first = len(self.cases)
             self.cases += [kept.cases[place] for place in places]

@@ -20,7 +20,7 @@ from benchmarks.zoo import subjects
 
 TABLE: Final = "holdings"
 _REPEATS: Final = 3  # Of a search whose seconds are few.
-_CHEAP: Final = (4, 16)  # Sizes whose trials tell what others cost.
+_CHEAP: Final = 8  # A size whose trial tells what others cost.
 _TRIALS: Final = 1.4  # A search takes about so many at what it finds, with the small ones.
 _QUICK_ROOM_BYTES: Final = 32 * 2**20
 _EXTRA_SECONDS: Final = 5.0  # For timing, where a search takes all the time that there is.
@@ -60,7 +60,7 @@ def run(findings: Findings) -> None:
 
 
 def measure_all(cases: Mapping[str, Case], findings: Findings, *, later: int) -> None:
-    """Measure one configuration's cases; where trials take long, the cheap ones first.
+    """Measure one configuration's cases.
 
     Args:
         cases: By name.
@@ -70,8 +70,6 @@ def measure_all(cases: Mapping[str, Case], findings: Findings, *, later: int) ->
     waiting = {name: case for name, case in cases.items() if name not in findings.done}
     costs = functools.cache(lambda name: search_seconds(waiting[name]))
     on_a_gpu = findings.device.type != "cpu"
-    if not on_a_gpu and findings.left_seconds > 0:
-        waiting = {name: waiting[name] for name in sorted(waiting, key=costs)}
     left = len(waiting)
     for name, case in findings.in_time(waiting, None if on_a_gpu else lambda name, _: costs(name)):
         share = findings.left_seconds / left / (2 if later else 1)
@@ -82,25 +80,22 @@ def measure_all(cases: Mapping[str, Case], findings: Findings, *, later: int) ->
 
 
 def search_seconds(case: Case) -> float:
-    """Return about how long a search takes on the CPU, from two cheap trials.
+    """Return about how long a search takes on the CPU, from a cheap trial.
 
     A step's seconds and bytes grow with its examples, and a search goes on until the limit.
     """
     try:
         model = case.model()
         asked = case.asked(model)
-        sizes = (_CHEAP[0], _CHEAP[1], _CHEAP[1])
-        low, high, again = (check(model, case.subject.data(n), n, **asked) for n in sizes)
+        trial = check(model, case.subject.data(_CHEAP), _CHEAP, **asked)
     except Exception:  # noqa: BLE001  # The search will meet it too, and its row says so.
         return 0.0
-    if not (low.fits and high.fits):
+    if not trial.fits:
         return 0.0
-    first, second = ((t.phases[0].peak_bytes - t.phases[0].floor_bytes) for t in (low, high))
-    bytes_each = max(second - first, 1) / (high.size - low.size)
-    seconds_each = min(high.seconds, again.seconds) / high.size
-    left_bytes = asked["memory_limit"] - high.phases[0].floor_bytes
-    size: float = min(left_bytes / bytes_each, case.ceiling)
-    return _TRIALS * seconds_each * size
+    forward = trial.phases[0]
+    bytes_each = max(forward.peak_bytes - forward.floor_bytes, 1) / _CHEAP
+    size: float = min((asked["memory_limit"] - forward.floor_bytes) / bytes_each, case.ceiling)
+    return _TRIALS * trial.seconds / _CHEAP * size
 
 
 def _add(name: str, case: Case, until: float, findings: Findings) -> None:
