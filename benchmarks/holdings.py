@@ -56,6 +56,10 @@ def run(findings: Findings) -> None:
             for name in wanted
             if name in made
         }
+        if findings.left_seconds <= 0 and not findings.done.keys() & cases.keys():
+            names = ", ".join(case.name for case in cases.values())
+            findings.give_up(f"{config}: no time for {names}")
+            continue
         measure_all(cases, findings, later=len(configs) - place - 1)
 
 
@@ -70,13 +74,13 @@ def measure_all(cases: Mapping[str, Case], findings: Findings, *, later: int) ->
     waiting = {name: case for name, case in cases.items() if name not in findings.done}
     costs = functools.cache(lambda name: search_seconds(waiting[name]))
     on_a_gpu = findings.device.type != "cpu"
-    left = len(waiting)
+    names = list(waiting)
     for name, case in findings.in_time(waiting, None if on_a_gpu else lambda name, _: costs(name)):
+        left = len(names) - names.index(name)
         share = findings.left_seconds / left / (2 if later else 1)
         seconds = max(share, 0.0 if on_a_gpu else 1.2 * costs(name) + _EXTRA_SECONDS)
         until = min(time.monotonic() + seconds, findings.deadline)
         _add(name, case, until, findings)
-        left -= 1
 
 
 def search_seconds(case: Case) -> float:
