@@ -10,7 +10,14 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, nn
 
-from autobatch import Accumulator, BatchPlan, SearchResult
+from autobatch import (
+    Accumulator,
+    BatchPlan,
+    DoesNotFitError,
+    ReplayLimitError,
+    SearchResult,
+    StepInterruptedError,
+)
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.choose import open_device
 from benchmarks.findings import as_json
@@ -27,6 +34,14 @@ _SAMPLE_SECONDS: Final = 0.05  # At least: a clock that is read seldom is read w
 _MOST_STEPS: Final = 50  # In one sample.
 _AS_FAST: Final = 0.98  # Of the most examples a second: a difference that is not worth more memory.
 _DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What a step says that found no room, though it was given all that there is.
+_NO_ROOM: Final = (
+    torch.OutOfMemoryError,
+    DoesNotFitError,
+    ReplayLimitError,
+    StepInterruptedError,
+)
 
 Key = TypeVar("Key", int, str)
 
@@ -158,7 +173,8 @@ def _warm(
         if seconds is not None:
             taken[key] = seconds
             # The meter only counts inside a limit.
-            peaks[key] = None if device.counts_host or _is_host(device) else _peak(device)
+            is_host = device.torch_device.type == "cpu"
+            peaks[key] = None if is_host else device.read().peak_bytes
     return taken, peaks
 
 
@@ -169,7 +185,7 @@ def _sample(window: Window, device: MemoryDevice, steps: int) -> float | None:
     try:
         ran = all(window.run() for _ in range(steps))
         device.synchronize()
-    except torch.OutOfMemoryError:
+    except _NO_ROOM:
         ran = False
     seconds = (time.perf_counter() - began) / steps
     if not ran:
@@ -271,14 +287,6 @@ def _seconds_each(found: SearchResult) -> float:
     """What an example took in the largest trial that ran: two micro-batches at most."""
     ran: Sequence[float] = [t.seconds / t.size for t in found.trials if t.fits]
     return min(ran, default=0.0)
-
-
-def _is_host(device: MemoryDevice) -> bool:
-    return device.torch_device.type == "cpu"
-
-
-def _peak(device: MemoryDevice) -> int:
-    return device.read().peak_bytes
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
