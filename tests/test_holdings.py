@@ -166,9 +166,12 @@ def test_a_case_whose_search_is_expected_to_take_too_long_does_not_begin(
 ) -> None:
     monkeypatch.setattr(holdings, "search_seconds", {"long": 90.0, "tiny": 1.0}.__getitem__)
     cases: Any = {"long": "long", "tiny": "tiny"}
-    monkeypatch.setattr(
-        holdings, "_add", lambda name, *_: findings.add("holdings", {"model": name})
-    )
+
+    def note(name: str, _: Case, until: float, findings: Findings) -> None:
+        assert until <= findings.deadline
+        findings.add("holdings", {"model": name})
+
+    monkeypatch.setattr(holdings, "_add", note)
     findings = Findings(device=CPU, deadline=time.monotonic() + 60)
     holdings.measure_all(cases, findings, later=0)
     assert list(findings.done) == ["tiny"]
