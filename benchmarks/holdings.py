@@ -21,7 +21,7 @@ from benchmarks.zoo import subjects
 TABLE: Final = "holdings"
 _REPEATS: Final = 3  # Of a search whose seconds are few.
 _CHEAP: Final = 8  # A size whose trial tells what others cost.
-_TRIALS: Final = 1.7  # A search takes from one at what it finds to two and a half, with smaller ones.
+_TRIALS: Final = 1.7  # At what it finds: a search takes from one to two and a half of them.
 _QUICK_ROOM_BYTES: Final = 32 * 2**20
 _EXTRA_SECONDS: Final = 5.0  # For timing, where a search takes all the time that there is.
 _SHOWN: Final = ("model", "mode", "precision", "optimizer", "example", "tolerable", "share")

@@ -301,7 +301,7 @@ def test_a_file_of_a_measured_card_is_not_gone_on_with_by_an_imitation(tmp_path:
         (["--minutes", "-1"], "minutes are a number from 0 to 1440, got '-1'"),
         (["--minutes", "nan"], "got 'nan'"),
         (["--minutes", "soon"], "got 'soon'"),
-        (["--models", "resnet19"], "there is no model 'resnet19'; choose from resnet18"),
+        (["--models", "resnet19"], "there is no model 'resnet19'; choose from efficientnet_b0"),
         (["--imitate", "RTX 9999"], "no GPU in the catalogue is called 'RTX 9999'"),
         (["--imitate", "900GiB"], "free: imitate a smaller card"),
         (["--imitate", "1GiB", "--device", "meta"], "meta"),
