@@ -110,7 +110,7 @@ def _add(name: str, case: Case, until: float, findings: Findings) -> None:
     except SearchTimeoutError:
         findings.give_up(f"{name}: no time, the search did not end")
     except Exception as error:  # noqa: BLE001  # The others are measured all the same.
-        row["error"] = f"{type(error).__name__}: {error}"[:300]
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     # Only here has the error let go of what it held.
     gc.collect()
     open_device(case.device).release_cached()

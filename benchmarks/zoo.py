@@ -105,6 +105,7 @@ def _vision(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _gpt2(config: dict[str, int]) -> nn.Module:
+    import_torchvision()  # transformers imports it, and does not get by without its operators.
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(SEED)
@@ -114,7 +115,9 @@ def _gpt2(config: dict[str, int]) -> nn.Module:
         "use_cache": False,
         "loss_type": "ForCausalLM",
     }
-    return GPT2LMHeadModel(GPT2Config.from_dict(config | special))
+    model = GPT2LMHeadModel(GPT2Config.from_dict(config | special))
+    model.loss_type = "ForCausalLM"  # As it falls back to by itself, with a warning.
+    return model
 
 
 def _images(pixels: int, classes: int) -> Batch:

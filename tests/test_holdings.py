@@ -126,7 +126,7 @@ def test_without_time_the_search_is_all_there_is() -> None:
 
 def test_a_model_that_fails_is_a_row_with_its_reason_and_the_next_one_is_measured() -> None:
     def fail() -> nn.Module:
-        raise RuntimeError("no such layer")
+        raise RuntimeError("no such layer\nand much more")
 
     broken = tiny()
     broken = replace(broken, name="broken", subject=replace(broken.subject, make=fail))
