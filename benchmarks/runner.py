@@ -1,7 +1,5 @@
 """Measures parts within one budget of time, and keeps what is done."""
 
-import importlib
-import importlib.util
 import json
 import signal
 import time
@@ -15,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from autobatch.prediction.gpus import Gpu
+from benchmarks import report
 from benchmarks.findings import Fields, Findings, Kept, Notice
 from benchmarks.machine import environment, keep_freed_memory, slug, write_atomically
 from benchmarks.progress import Tell, shown
@@ -218,10 +217,8 @@ def _folder(options: Options) -> str:
 
 def _report(folder: Path) -> bool:
     """Let the report be written from the files of a folder; return whether it could be."""
-    if importlib.util.find_spec("benchmarks.report") is None:
-        return True
     try:
-        written = importlib.import_module("benchmarks.report").write(folder)
+        written = report.write(folder)
     except Exception:  # noqa: BLE001  # What was measured is in its files all the same.
         traceback.print_exc()
         return False
