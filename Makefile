@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 MINUTES ?= 8
+PARTS ?= all
 # torchvision pins one exact torch. Any torch >= 2.11 will do: make test TORCH=torch==2.11.0 TORCHVISION=torchvision==0.26.0
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
@@ -37,12 +38,11 @@ format: $(VENV)/dev-installed ## Format the code
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 
-gpu: ## On a machine with a GPU: its tests and the benchmarks, installing nothing (PYTHON=, MINUTES=, OUT=)
-	$(PYTHON) -m pytest -m gpu tests/gpu
-	$(PYTHON) -m benchmarks --minutes $(MINUTES) --out $(OUT)
+gpu: ## On a machine with a GPU: its tests, then benchmarks, in MINUTES together, installing nothing (PYTHON=, PARTS=, OUT=)
+	$(PYTHON) -m benchmarks gpu $(PARTS) --minutes $(MINUTES) --out $(OUT)
 
-bench: $(VENV)/bench-installed ## Measure this machine; results go to benchmarks/results/<device>/ (MINUTES=, OUT=)
-	@$(BIN)/python -m benchmarks --minutes $(MINUTES) --out $(OUT)
+bench: $(VENV)/bench-installed ## Measure this machine; results go to benchmarks/results/<device>/ (MINUTES=, PARTS=, OUT=)
+	@$(BIN)/python -m benchmarks $(PARTS) --minutes $(MINUTES) --out $(OUT)
 
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

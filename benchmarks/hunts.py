@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, NamedTuple
 
 import torch
 from states import fingerprint
@@ -80,6 +80,22 @@ class Hunt:
     cost_seconds: Samples
     unchanged: bool
     possible: int = 0
+
+    def as_json(self) -> dict[str, object]:
+        """Return what ``read`` makes this of again."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, written: Any) -> "Hunt":
+        """Return the hunt that was written, as JSON gives it back."""
+        return cls(
+            **written
+            | {
+                "tried": tuple(Tried(*trial) for trial in written["tried"]),
+                "seconds": Samples(written["seconds"]),
+                "cost_seconds": Samples(written["cost_seconds"]),
+            }
+        )
 
     @property
     def cost_examples(self) -> float | None:

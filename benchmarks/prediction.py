@@ -100,9 +100,9 @@ def run(findings: Findings) -> None:
     if findings.quick:
         runs, models = dict(list(runs.items())[3:4]), {}
     totals = published["gpu_total_bytes"]
-    errors = [
-        _on_a_run(name, run, totals[run["gpu"]], findings) for name, run in findings.in_time(runs)
-    ]
+    for name, run in findings.in_time(runs):
+        _on_a_run(name, run, totals[run["gpu"]], findings)
+    errors: Any = [row["absolute_errors"] for row in findings.rows(_RUNS)]
     for column, values in (
         ("xMem", [error[0] for error in errors]),
         ("autobatch, allocator only", [error[1] for error in errors]),
@@ -118,10 +118,7 @@ def _run_name(run: dict[str, Any]) -> str:
     return f"{run['torchvision']}, {run['optimizer']}, {run['batch']}, {run['gpu']}"
 
 
-def _on_a_run(
-    name: str, run: dict[str, Any], total_bytes: int, findings: Findings
-) -> tuple[float, float, float]:
-    """Return the absolute errors, in percent, of xMem and of both predictions."""
+def _on_a_run(name: str, run: dict[str, Any], total_bytes: int, findings: Findings) -> None:
     gpu = find_gpu(run["gpu"])
     with _no_values():
         net = import_torchvision().models.get_model(
@@ -150,9 +147,7 @@ def _on_a_run(
         "with_context_%": round(errors["context"], 1),
         "fits": ran.fits,
     }
-    findings.add(_RUNS, row)
-    first, second, third = (abs(error) for error in errors.values())
-    return first, second, third
+    findings.add(_RUNS, row, absolute_errors=[abs(error) for error in errors.values()])
 
 
 def _on_the_ladder(
@@ -166,7 +161,6 @@ def _on_the_ladder(
         findings.left_out.append("largest batches: timm is not installed")
         return
     gpu = find_gpu("RTX 3090")
-    right: dict[int, list[bool]] = {context: [] for context in _CONTEXTS}
     for name, published in findings.in_time(models):
         try:
             with _no_values():
@@ -179,15 +173,14 @@ def _on_the_ladder(
             findings.left_out.append(f"{name}: {type(error).__name__}: {error}"[:200])
             continue
         rungs = {context: _rung(trace, ladder, gpu, context * _MIB) for context in _CONTEXTS}
-        for context, rung in rungs.items():
-            right[context].append(rung == published["largest_batch"])
         row = {"model": name, "published": published["largest_batch"]}
         row |= {"predicted": rungs[_CONTEXT], "right": rungs[_CONTEXT] == row["published"]}
         findings.add(_RUNGS, row, by_context_mib={str(c): rung for c, rung in rungs.items()})
-    for context, answers in right.items():
-        if answers:
-            row = {"context_MiB": context, "right": sum(answers), "models": len(answers)}
-            findings.add(_RUNGS_ALL, row | {"share": sum(answers) / len(answers)})
+    rows: Any = findings.rows(_RUNGS)
+    for context in _CONTEXTS if rows else ():
+        answers = [row["by_context_mib"][str(context)] == row["published"] for row in rows]
+        row = {"context_MiB": context, "right": sum(answers), "models": len(answers)}
+        findings.add(_RUNGS_ALL, row | {"share": sum(answers) / len(answers)})
 
 
 def _rung(trace: Trace, ladder: list[int], gpu: Gpu, context_bytes: int) -> int:

@@ -3,7 +3,7 @@
 import gc
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -35,8 +35,9 @@ def run(findings: Findings) -> None:
     if findings.quick:
         boxes, models = dict(list(boxes.items())[:3]), dict(list(models.items())[:1])
     with light_heap():
-        hunts = {_BOXES: _hunts(_BOXES, boxes, findings)}
-        hunts[_MODELS] = _hunts(_MODELS, models, findings)
+        _hunt_in(_BOXES, boxes, findings)
+        _hunt_in(_MODELS, models, findings)
+    hunts = {title: _hunts(title, findings) for title in (_BOXES, _MODELS)}
     for name, package in missing.items():
         findings.add(_MODELS, {"case": name, "by": package, **_absent()})
     measured = {title: by for title, by in hunts.items() if by[OURS]}
@@ -48,22 +49,20 @@ def run(findings: Findings) -> None:
             findings.add(_VERDICTS, line)
 
 
-def _hunts(
-    title: str, subjects: Mapping[str, Subject], findings: Findings
-) -> dict[str, list[Hunt]]:
-    done: dict[str, list[Hunt]] = {by: [] for by in (OURS, *peers.installed())}
+def _hunt_in(title: str, subjects: Mapping[str, Subject], findings: Findings) -> None:
+    """Everyone hunts every subject."""
+    present = {OURS, *peers.installed()}
     for name, subject in findings.in_time(subjects):
-        _hunt_all(title, name, subject, findings, done)
-    return done
+        _hunt_all(title, name, subject, findings, present)
 
 
 def _hunt_all(
-    title: str, name: str, subject: Subject, findings: Findings, done: Mapping[str, list[Hunt]]
+    title: str, name: str, subject: Subject, findings: Findings, present: Container[str]
 ) -> None:
     """Everyone hunts one subject; autobatch first, for the truth is looked for beside its find."""
     possible = by_hand = subject.possible
     for by in _EVERYONE:
-        if by not in done:
+        if by not in present:
             findings.add(title, {"case": name, "by": by, **_absent()})
             continue
         _freeze()  # Some import more at their first search.
@@ -72,9 +71,17 @@ def _hunt_all(
             possible = largest_possible(subject, own.found)
             by_hand = largest_by_hand(subject, possible)
         own = replace(own, possible=possible if by == OURS else by_hand)
-        done[by].append(own)
         row = {"case": name, "by": by, **_told(own)}
-        findings.add(title, row, forwards=own.forwards, error=own.error)
+        findings.add(title, row, forwards=own.forwards, error=own.error, hunt=own.as_json())
+
+
+def _hunts(title: str, findings: Findings) -> dict[str, list[Hunt]]:
+    """Return everyone's, from what is written: some may have been made before."""
+    done: dict[str, list[Hunt]] = {by: [] for by in (OURS, *peers.installed())}
+    for row in findings.rows(title):
+        if "hunt" in row:
+            done.setdefault(str(row["by"]), []).append(Hunt.read(row["hunt"]))
+    return done
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """What every test runs under."""
 
 import gc
+import importlib.util
 import signal
 
 import pytest
 import torch
-from hypothesis import settings
 
 from autobatch.training.mixing import MixingCheck
 
@@ -16,8 +16,11 @@ gc.freeze()
 # Started in the background, Python ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples each time: a red run is a change of the code, not of the dice.
-settings.register_profile("seeded", derandomize=True, deadline=None)
-settings.load_profile("seeded")
+if importlib.util.find_spec("hypothesis"):  # A GPU machine need not have it: see tests/gpu/.
+    from hypothesis import settings
+
+    settings.register_profile("seeded", derandomize=True, deadline=None)
+    settings.load_profile("seeded")
 
 
 @pytest.fixture

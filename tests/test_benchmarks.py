@@ -22,6 +22,7 @@ from benchmarks import engine_peers as peers
 from benchmarks.engine import Spread, plain_step, turn
 from benchmarks.findings import Findings, as_json, table_text
 from benchmarks.machine import environment, slug, write_atomically
+from benchmarks.runner import Part
 from benchmarks.samples import Samples
 
 CPU = torch.device("cpu")
@@ -289,7 +290,7 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(
     def fail(_: Findings) -> None:
         raise RuntimeError("no luck")
 
-    monkeypatch.setitem(command.PARTS, "search", fail)
+    monkeypatch.setitem(command.PARTS, "search", Part(run=fail, weight=1))
     assert command.main(["search", "exactness", "--quick", "--device", "cpu"]) == 1
     told = capsys.readouterr()
     assert "no luck" in told.err
