@@ -3,13 +3,15 @@
 It reads orders from the standard input and writes the answer to the file RESULT.
 """
 
+import gc
 import io
 import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from autobatch.commands.vision import import_torchvision
 from autobatch.pickling import cloudpickle
 from autobatch.prediction import fakecuda
 from autobatch.prediction.orders import Answer, Order
-from autobatch.prediction.trace import Program, Recorder, Trace, record
+from autobatch.prediction.trace import Program, Recorder, Trace, record, with_updates
 
 
 class _Unpacker(pickle.Unpickler):
@@ -65,11 +67,25 @@ def _trace(order: Order, batch: int, device: torch.device) -> Trace:
     return record(load, batch, Recorder(device), flash=order.flash)
 
 
+def _exchanged(order: Order, known: Mapping[int, Trace], device: torch.device) -> list[Trace]:
+    """The traces ordered, from those of the first order and the optimizer's part; or none."""
+    if order.update is None or not set(order.batches) <= set(known):
+        return []
+    updates = _traces(replace(order, program=order.update, batches=order.batches[:1]), device)
+    found = [with_updates(known[batch], update) for update in updates for batch in order.batches]
+    traces = [trace for trace in found if trace is not None]
+    return traces if len(traces) == len(order.batches) else []
+
+
 def answer(orders: Sequence[Order]) -> Answer:
     """Trace everything that is ordered, here."""
     on_cuda = fakecuda.works()
     device = torch.device("cuda:0" if on_cuda else "cpu")
-    traces = [_traces(order, device) for order in orders]
+    gc.freeze()  # What has been imported stays: it need not be looked through again and again.
+    traces: list[list[Trace]] = []
+    for order in orders:
+        known = dict(zip(orders[0].batches, traces[0], strict=True)) if traces else {}
+        traces.append(_exchanged(order, known, device) or _traces(order, device))
     return Answer(traces=traces, on_cuda=on_cuda)
 
 

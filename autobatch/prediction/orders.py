@@ -36,12 +36,14 @@ class Order:
         batches: What to trace it at.
         flash: Whether the GPU has flash attention.
         optional: Whether an error of the program leaves its traces out, and ends nothing else.
+        update: Its optimizer's part, packed, where that alone differs from the first order.
     """
 
     program: bytes
     batches: tuple[int, ...]
     flash: bool = True
     optional: bool = False
+    update: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

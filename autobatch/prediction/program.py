@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from autobatch.batches.nest import Nest, map_tensors, unwrapped
 from autobatch.devices.base import MemoryDevice
 from autobatch.prediction.checkpointing import checkpoint_activations
-from autobatch.prediction.trace import Recorder
+from autobatch.prediction.trace import STATE, Recorder
 from autobatch.state import training_mode
 from autobatch.training.evaluation import inference
 from autobatch.training.feed import Feed
@@ -54,10 +54,30 @@ class TrainingStep:
         recipe = _recipe(self.options, self.model, optimizer, recorder)
         _label(recorder, [self.model, self.options.loss_module])
         _make_state(optimizer)
-        recorder.label("optimizer state", _state(optimizer))
+        recorder.label(STATE, _state(optimizer))
         recorder.begin_window()
         with training_mode(self.model):
             Rehearsal(recipe, self.sample).prepare([batch, batch], lambda: None)()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Updates:
+    """Another optimizer's part of a ``TrainingStep``: its state is made, and it steps once.
+
+    Attributes:
+        optimizer: Over parameters on the fake device, all of which have gradients.
+        change: What becomes of it.
+    """
+
+    optimizer: Optimizer
+    change: Change
+
+    def __call__(self, batch: int, recorder: Recorder) -> None:  # noqa: ARG002  # It needs none.
+        """Take the steps."""
+        optimizer = _changed(self.optimizer, self.change)
+        _make_state(optimizer)
+        recorder.label(STATE, _state(optimizer))
+        _make_state(optimizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +100,7 @@ class ForwardPass:
         """Run it once."""
         recipe = _recipe(self.options, self.model, self.optimizer, recorder)
         _label(recorder, [self.model, self.options.loss_module])
-        recorder.label("optimizer state", _state(self.optimizer))
+        recorder.label(STATE, _state(self.optimizer))
         self.model.eval()
         recorder.begin_window()
         forward = self.options.batch_loss or self.options.forward
@@ -107,7 +127,7 @@ class OwnStep:
         for _ in range(_TIMES):
             self.step(batch)
             for optimizer in self.optimizers:
-                recorder.label("optimizer state", _state(optimizer))
+                recorder.label(STATE, _state(optimizer))
 
 
 class FakeFeed(Feed):
@@ -149,11 +169,14 @@ def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:
 
 
 def _changed(optimizer: Optimizer, change: Change) -> Optimizer:
+    if change in ("fused", "SGD"):
+        optimizer.state.clear()  # It is made again; fused, with its step counts on the device.
     if change == "SGD":
         groups = [{"params": group["params"]} for group in optimizer.param_groups]
-        return torch.optim.SGD(groups, lr=1e-3, momentum=_MOMENTUM)
+        made = torch.optim.SGD(groups, lr=1e-3, momentum=_MOMENTUM)
+        optimizer.state = made.state  # It is to outlive the window, as the given one's does.
+        return made
     if change == "fused":
-        optimizer.state.clear()  # Then it is made again, with its step counts on the device.
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = True, False
     return optimizer
@@ -161,7 +184,8 @@ def _changed(optimizer: Optimizer, change: Change) -> Optimizer:
 
 def _make_state(optimizer: Optimizer) -> None:
     """Take a step on gradients of zero: optimizers make their state in their first step."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.param_groups
+    parameters = [p for group in groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -15,7 +15,7 @@ from autobatch.prediction.allocator import Replay, replay
 from autobatch.prediction.checkpointing import why_not
 from autobatch.prediction.gpus import Gpu
 from autobatch.prediction.orders import Order, holdings, packed, traced
-from autobatch.prediction.program import ForwardPass, OwnStep, TrainingStep
+from autobatch.prediction.program import ForwardPass, OwnStep, TrainingStep, Updates
 from autobatch.prediction.trace import Program, Trace, fitted
 from autobatch.randomness import random_state
 from autobatch.training.options import StepOptions
@@ -141,7 +141,13 @@ def _traced(
 ) -> TracedStep:
     base = Order(program=packed(step, tensors), batches=(*_SMALL, _PROOF), flash=flash)
     orders = {
-        name: Order(program=packed(changed, tensors), batches=_SMALL, flash=flash, optional=True)
+        name: Order(
+            program=packed(changed, tensors),
+            batches=_SMALL,
+            flash=flash,
+            optional=True,
+            update=_update(changed, tensors),
+        )
         for name, changed in changes.items()
     }
     first, *others = _in_two_processes([base, *orders.values()])
@@ -155,13 +161,24 @@ def _traced(
     return TracedStep(base=replace(found, notes=(*found.notes, *told)), changed=fits)
 
 
+def _update(changed: Program, tensors: Sequence[Tensor]) -> bytes | None:
+    """The part of the optimizer, packed, where nothing else is changed."""
+    if not isinstance(changed, TrainingStep) or changed.change not in ("fused", "SGD"):
+        return None
+    return packed(Updates(optimizer=changed.optimizer, change=changed.change), tensors)
+
+
 def _in_two_processes(orders: Sequence[Order]) -> list[tuple[Sequence[Trace], bool]]:
-    """Trace every second order in a process, and the others in another; as they were ordered."""
-    halves = [half for half in (orders[::2], orders[1::2]) if half]
-    with ThreadPoolExecutor(len(halves)) as pool:  # Each thread waits for a process.
-        answers = list(pool.map(traced, halves))
-    found = [iter(answer.traces) for answer in answers]
-    return [(next(found[n % 2]), answers[n % 2].on_cuda) for n in range(len(orders))]
+    """Trace the first order, and what follows from it, in a process, and the others in another."""
+    follows = [order is orders[0] or order.update is not None for order in orders]
+    parts = {
+        kind: [order for order, each in zip(orders, follows, strict=True) if each is kind]
+        for kind in dict.fromkeys(follows)
+    }
+    with ThreadPoolExecutor(len(parts)) as pool:  # Each thread waits for a process.
+        answers = dict(zip(parts, pool.map(traced, parts.values()), strict=True))
+    found = {kind: iter(answer.traces) for kind, answer in answers.items()}
+    return [(next(found[kind]), answers[kind].on_cuda) for kind in follows]
 
 
 def _on_device(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:

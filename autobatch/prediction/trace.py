@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -42,6 +42,10 @@ class Place(NamedTuple):
 ACTIVATIONS: Final = "activations and temporaries"  # What is nothing else.
 WORKSPACE: Final = Place("", "cublas workspace")  # Its bytes are the GPU's.
 WINDOW: Final = Place("", "a window begins")  # No bytes: what follows is done again and again.
+UPDATE: Final = Place("", "an optimizer's step begins")  # No bytes, as its end.
+UPDATED: Final = Place("", "an optimizer's step ends")
+GRADIENTS: Final = "gradients"
+STATE: Final = "optimizer state"
 
 
 class Change(NamedTuple):
@@ -164,10 +168,12 @@ class Recorder(OnFakeCuda):
 
         def begins(optimizer: torch.optim.Optimizer, *_: object) -> None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            self.label("gradients", [g for g in gradients if g is not None])
+            self.label(GRADIENTS, [g for g in gradients if g is not None])
+            self._changes.append(Change(0, 0, 0, UPDATE))
             self._phase = "optimizer"
 
         def ends(*_: object) -> None:
+            self._changes.append(Change(0, 0, 0, UPDATED))
             self._phase = "forward"
 
         with ExitStack() as stack:
@@ -195,9 +201,10 @@ class Recorder(OnFakeCuda):
 
     def trace(self, batch: int) -> Trace:
         """Return what was seen, at the batch that was run."""
+        changes, same = _in_place_sums(_in_order(self._changes))
         return Trace(
-            changes=_in_place_sums(_in_order(self._changes)),
-            kinds=dict(self._kinds),
+            changes=changes,
+            kinds={same.get(name, name): kind for name, kind in self._kinds.items()},
             guessed=dict(self.guessed),
             batch=batch,
         )
@@ -284,6 +291,77 @@ def fitted(small: Trace, larger: Trace, *proofs: Trace) -> Trace | None:
     return found if all(_proves(proof, found) for proof in proofs) else None
 
 
+def with_updates(step: Trace, other: Trace) -> Trace | None:
+    """Return ``step`` with the optimizer's steps of ``other``, whose state is new.
+
+    What an optimizer takes follows from its parameters and their gradients, not from the batch.
+
+    Args:
+        step: Of one batch or of every one.
+        other: Of an optimizer alone; it steps as often, and makes its state in its first step.
+
+    Returns:
+        None where the steps cannot be exchanged: there are not as many, they find other
+        gradients, or they free what others have made.
+    """
+    ours, theirs = _updates(step), _updates(other)
+    if not _exchangeable(step, other, ours, theirs):
+        return None
+    shift = max((change.name for change in step.changes), default=0)
+    gone = {name for name, kind in step.kinds.items() if kind == STATE}
+    gone |= {change.name for part in ours for change in step.changes[part]} - {0}
+    changes: list[Change] = []
+    done = 0
+    for our, their in zip(ours, theirs, strict=True):
+        changes += step.changes[done : our.start]
+        changes += (c._replace(name=c.name + shift) for c in other.changes[their])
+        done = our.stop
+    changes += step.changes[done:]
+    return replace(
+        step,
+        changes=[change for change in changes if change.name not in gone],
+        kinds=step.kinds | {name + shift: kind for name, kind in other.kinds.items()},
+    )
+
+
+def _updates(trace: Trace) -> list[slice]:
+    """Where an optimizer steps, without the marks."""
+    begin = [place for place, change in enumerate(trace.changes) if change.place == UPDATE]
+    end = [place for place, change in enumerate(trace.changes) if change.place == UPDATED]
+    return [slice(first + 1, last) for first, last in zip(begin, end, strict=True)]
+
+
+def _exchangeable(
+    step: Trace, other: Trace, ours: Sequence[slice], theirs: Sequence[slice]
+) -> bool:
+    return (
+        len(ours) == len(theirs)
+        and all(_own(step.changes[part]) for part in ours)
+        and all(_own(other.changes[part]) for part in theirs)
+        and all(
+            _gradients(step, our) == _gradients(other, their)
+            for our, their in zip(ours, theirs, strict=True)
+        )
+    )
+
+
+def _own(changes: Sequence[Change]) -> bool:
+    """Whether what dies in them was born in them."""
+    born = {change.name for change in changes if change.place is not None}
+    return all(change.name in born for change in changes)
+
+
+def _gradients(trace: Trace, update: slice) -> Counter[tuple[int, int]]:
+    """The gradients that a step finds, each as constant and slope."""
+    live: dict[int, tuple[int, int]] = {}
+    for name, constant, slope, place in trace.changes[: update.start]:
+        if place is None:
+            live.pop(name, None)
+        elif trace.kinds.get(name) == GRADIENTS:
+            live[name] = (constant, slope)
+    return Counter(live.values())
+
+
 def _alike(one: Trace, other: Trace) -> bool:
     return [(c.name, c.place) for c in one.changes] == [(c.name, c.place) for c in other.changes]
 
@@ -313,11 +391,11 @@ def _in_order(changes: Sequence[Change]) -> list[Change]:
     return ordered + sorted(dead)
 
 
-def _in_place_sums(changes: Sequence[Change]) -> list[Change]:
+def _in_place_sums(changes: Sequence[Change]) -> tuple[list[Change], dict[int, int]]:
     """Undo what the engine does for a tensor subclass only.
 
     It sums gradients in a new tensor, and lets the old one go at once; for plain tensors it adds
-    to the old one. So the new name becomes another one of the old memory.
+    to the old one. So the new name becomes another one of the old memory: those are returned too.
     """
     kept: list[Change] = []
     size: dict[int, int] = {}
@@ -338,7 +416,7 @@ def _in_place_sums(changes: Sequence[Change]) -> list[Change]:
             dying = list(_deaths(changes, position))
             position += len(dying)
             kept += [d._replace(name=same.get(d.name, d.name)) for d in dying if d is not old]
-    return kept
+    return kept, same
 
 
 def _summed_into(
