@@ -40,6 +40,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autobatch.prediction.remembered import Remembered
+
 _MOST_TRUE: Final = (
     5000  # Conditions in a step. Where there are more, a loop waits for one to fail.
 )
@@ -72,6 +74,7 @@ class OnFakeCuda(TorchDispatchMode):
         self.guessed: Counter[str] = Counter()
         self.backward = False
         self._conditions = 0
+        self._run = Remembered()
 
     def seen(self, func: Any, args: Sequence[Any], out: object) -> None:
         """Take note of an operation on fake tensors, and of what it returned."""
@@ -98,7 +101,7 @@ class OnFakeCuda(TorchDispatchMode):
         if not func._schema.returns:  # In place, and some, as SGD's fused step, have no fake form.
             return None
         try:
-            out = func(*args, **kwargs)
+            out = self._run(func, args, kwargs)
         except DataDependentOutputException:
             return self._guess(func, args)
         self.seen(func, args, out)

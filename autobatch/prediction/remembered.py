@@ -1,0 +1,142 @@
+"""What operations on tensors without values return, remembered by what they were given.
+
+``FakeTensorMode`` remembers it too, but asks each tensor for all that a tensor can be, which takes
+most of a trace's time. Here only plain tensors are known, by shape, strides, dtype and device;
+whatever else comes is left to it, and so are views.
+"""
+
+import contextlib
+import functools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+_PLAIN: Final = (
+    *(type(None), bool, int, float, str),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+_UNFORESEEN: Final = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.inplace_view,
+}
+
+
+class _Spec(NamedTuple):
+    """How to make a tensor like one that was returned."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Several(NamedTuple):
+    """The same of a tuple or a list."""
+
+    kind: type
+    parts: list[Any]
+
+
+class _Other(Exception):  # noqa: N818  # It is no error, and never leaves this module.
+    """Something is no plain tensor and no plain value."""
+
+
+class Remembered:
+    """Runs operations under a ``FakeTensorMode``; what it has seen, it makes by itself."""
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Any] = {}
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what ``func`` returns."""
+        kind = _kind(func)
+        if kind == "in place" and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            return args[0]
+        if kind != "new":
+            return func(*args, **kwargs)
+        try:
+            key = (func, torch.get_default_dtype(), _described(args), _described(kwargs.items()))
+        except _Other:
+            return func(*args, **kwargs)
+        if (known := self._results.get(key)) is not None:
+            with unset_fake_temporarily() as mode:
+                return _made(known, mode)
+        out = func(*args, **kwargs)
+        with contextlib.suppress(_Other):
+            self._results[key] = _result(out, [*args, *kwargs.values()])
+        return out
+
+
+@functools.cache
+def _kind(func: Any) -> str:
+    """``"new"``: returns tensors of its own. ``"in place"``: returns its first argument."""
+    schema = func._schema
+    if func.namespace != "aten" or not _UNFORESEEN.isdisjoint(func.tags):
+        return ""
+    aliases = [returned.alias_info for returned in schema.returns]
+    if all(alias is None for alias in aliases):
+        return "new"
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    if len(aliases) == 1 and first is not None and first.is_write:
+        return "in place" if aliases[0].before_set == first.before_set else ""
+    return ""
+
+
+def _described(value: Any) -> Hashable:
+    if isinstance(value, FakeTensor):
+        if value.layout is not torch.strided or value.is_conj() or value.is_neg():
+            raise _Other
+        return value.shape, value.stride(), value.dtype, value.fake_device
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, Sequence) or type(value) is type({}.items()):
+        return tuple(map(_described, value))
+    raise _Other
+
+
+def _result(out: Any, given: Sequence[Any]) -> Any:
+    """How to make ``out`` again, if nothing that was given is part of it."""
+    taken = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return _Several(type(value), [of(part) for part in value])
+        if isinstance(value, _PLAIN):
+            return value
+        _described(value)  # Only what is plain.
+        spec = _Spec(value.shape, value.stride(), value.dtype, value.fake_device)
+        storage = value.untyped_storage()
+        if storage._cdata in taken or value.storage_offset() or storage.nbytes() != _bytes(spec):
+            raise _Other
+        taken.add(storage._cdata)
+        return spec
+
+    return of(out)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[FakeTensor]:
+    for value in values:
+        if isinstance(value, FakeTensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _bytes(spec: _Spec) -> int:
+    """What a tensor's memory takes if it holds nothing else."""
+    if 0 in spec.shape:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
+    return (last + 1) * spec.dtype.itemsize
+
+
+def _made(result: Any, mode: FakeTensorMode) -> Any:
+    if type(result) is _Spec:
+        empty = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
+        return FakeTensor(mode, empty, result.device)
+    if type(result) is _Several:
+        return result.kind(_made(part, mode) for part in result.parts)
+    return result
