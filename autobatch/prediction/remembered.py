@@ -8,7 +8,7 @@ whatever else comes is left to it, and so are views.
 import contextlib
 import functools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -22,6 +22,7 @@ _UNFORESEEN: Final = {
     torch.Tag.dynamic_output_shape,
     torch.Tag.inplace_view,
 }
+_Kind = Literal["new", "in place", "other"]
 
 
 class _Spec(NamedTuple):
@@ -40,7 +41,7 @@ class _Several(NamedTuple):
     parts: list[Any]
 
 
-class _Other(Exception):  # noqa: N818  # It is no error, and never leaves this module.
+class _NotPlainError(Exception):
     """Something is no plain tensor and no plain value."""
 
 
@@ -53,52 +54,54 @@ class Remembered:
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what ``func`` returns."""
         kind = _kind(func)
-        if kind == "in place" and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            return args[0]
-        if kind != "new":
+        if kind == "other":
             return func(*args, **kwargs)
         try:
-            key = (func, torch.get_default_dtype(), _described(args), _described(kwargs.items()))
-        except _Other:
+            key = func, torch.get_default_dtype(), _described(args), _described([*kwargs.items()])
+        except _NotPlainError:
             return func(*args, **kwargs)
-        if (known := self._results.get(key)) is not None:
-            with unset_fake_temporarily() as mode:
-                return _made(known, mode)
+        if kind == "in place":
+            return args[0]
+        if key in self._results:
+            with unset_fake_temporarily() as mode:  # None: the user's data have their values now.
+                return _made(self._results[key], mode or _mode_of(args))
         out = func(*args, **kwargs)
-        with contextlib.suppress(_Other):
+        with contextlib.suppress(_NotPlainError):
             self._results[key] = _result(out, [*args, *kwargs.values()])
         return out
 
 
 @functools.cache
-def _kind(func: Any) -> str:
-    """``"new"``: returns tensors of its own. ``"in place"``: returns its first argument."""
+def _kind(func: Any) -> _Kind:
+    """Whether ``func`` returns tensors of its own, or its first argument."""
     schema = func._schema
     if func.namespace != "aten" or not _UNFORESEEN.isdisjoint(func.tags):
-        return ""
+        return "other"
     aliases = [returned.alias_info for returned in schema.returns]
     if all(alias is None for alias in aliases):
         return "new"
     first = schema.arguments[0].alias_info if schema.arguments else None
-    if len(aliases) == 1 and first is not None and first.is_write:
-        return "in place" if aliases[0].before_set == first.before_set else ""
-    return ""
+    if len(aliases) > 1 or first is None or not first.is_write:
+        return "other"
+    return "in place" if aliases[0].before_set == first.before_set else "other"
 
 
 def _described(value: Any) -> Hashable:
     if isinstance(value, FakeTensor):
-        if value.layout is not torch.strided or value.is_conj() or value.is_neg():
-            raise _Other
+        if value.layout is not torch.strided or value.constant is not None:
+            raise _NotPlainError
+        if value.is_conj() or value.is_neg():
+            raise _NotPlainError
         return value.shape, value.stride(), value.dtype, value.fake_device
     if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, Sequence) or type(value) is type({}.items()):
+        return type(value), value  # 1, 1.0 and True are equal.
+    if isinstance(value, list | tuple):
         return tuple(map(_described, value))
-    raise _Other
+    raise _NotPlainError
 
 
 def _result(out: Any, given: Sequence[Any]) -> Any:
-    """How to make ``out`` again, if nothing that was given is part of it."""
+    """How to make ``out`` again, if nothing in it is part of something else."""
     taken = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
 
     def of(value: Any) -> Any:
@@ -109,8 +112,9 @@ def _result(out: Any, given: Sequence[Any]) -> Any:
         _described(value)  # Only what is plain.
         spec = _Spec(value.shape, value.stride(), value.dtype, value.fake_device)
         storage = value.untyped_storage()
-        if storage._cdata in taken or value.storage_offset() or storage.nbytes() != _bytes(spec):
-            raise _Other
+        whole = value.storage_offset() == 0 and storage.nbytes() == _bytes(spec)
+        if storage._cdata in taken or not whole:
+            raise _NotPlainError
         taken.add(storage._cdata)
         return spec
 
@@ -125,6 +129,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[FakeTensor]:
             yield from _tensors(value)
 
 
+def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    return next(_tensors(values)).fake_mode
+
+
 def _bytes(spec: _Spec) -> int:
     """What a tensor's memory takes if it holds nothing else."""
     if 0 in spec.shape:
@@ -133,10 +141,11 @@ def _bytes(spec: _Spec) -> int:
     return (last + 1) * spec.dtype.itemsize
 
 
-def _made(result: Any, mode: FakeTensorMode) -> Any:
-    if type(result) is _Spec:
-        empty = torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")
-        return FakeTensor(mode, empty, result.device)
+def _made(result: Any, mode: Any) -> Any:
+    """The same once more. Outside ``mode``: the tensor in a fake one is a real one on ``meta``."""
     if type(result) is _Several:
         return result.kind(_made(part, mode) for part in result.parts)
-    return result
+    if type(result) is not _Spec:
+        return result
+    shape, stride, dtype, device = result
+    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)

@@ -22,6 +22,7 @@ from autobatch.training.options import StepOptions
 
 _SMALL: Final = (6, 9)  # Batches that are traced: not 1, which broadcasts.
 _PROOF: Final = 33
+_MANY: Final = 300  # Tensors of a model from where a second process saves what its start takes.
 LARGEST: Final = 2**20  # As where a search knows no ceiling.
 
 Mode = Literal["train", "inference"]
@@ -150,7 +151,8 @@ def _traced(
         )
         for name, changed in changes.items()
     }
-    first, *others = _in_two_processes([base, *orders.values()])
+    in_two = len(tensors) > _MANY
+    first, *others = _in_processes([base, *orders.values()], in_two=in_two)
     fits, told = {}, list(notes)
     for (name, order), (traces, on_cuda) in zip(orders.items(), others, strict=True):
         if traces:
@@ -168,9 +170,14 @@ def _update(changed: Program, tensors: Sequence[Tensor]) -> bytes | None:
     return packed(Updates(optimizer=changed.optimizer, change=changed.change), tensors)
 
 
-def _in_two_processes(orders: Sequence[Order]) -> list[tuple[Sequence[Trace], bool]]:
-    """Trace the first order, and what follows from it, in a process, and the others in another."""
-    follows = [order is orders[0] or order.update is not None for order in orders]
+def _in_processes(orders: Sequence[Order], *, in_two: bool) -> list[tuple[Sequence[Trace], bool]]:
+    """Trace the first order, and what follows from it, in a process, and the others in another.
+
+    Args:
+        orders: As they are answered.
+        in_two: Whether there is another: it takes seconds to start.
+    """
+    follows = [not in_two or order is orders[0] or order.update is not None for order in orders]
     parts = {
         kind: [order for order, each in zip(orders, follows, strict=True) if each is kind]
         for kind in dict.fromkeys(follows)
