@@ -17,9 +17,18 @@ from autobatch.errors import AutobatchError
 from autobatch.prediction import child, fakecuda
 from autobatch.prediction.allocator import replay
 from autobatch.prediction.orders import Answer, Order, packed, traced
-from autobatch.prediction.program import Change, TrainingStep
+from autobatch.prediction.program import Change, TrainingStep, Updates
+from autobatch.prediction.trace import (
+    GRADIENTS,
+    STATE,
+    Place,
+    Program,
+    Recorder,
+    Trace,
+    fitted,
+    with_updates,
+)
 from autobatch.prediction.trace import Change as Event
-from autobatch.prediction.trace import Place, Program, Recorder, Trace, fitted
 from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
 
@@ -68,15 +77,19 @@ def order(
     batches: tuple[int, ...] = FITTED,
     precision: PrecisionName = "fp32",
     change: Change = "as it is",
+    exchanged: bool = False,
 ) -> Order:
+    optimizer = torch.optim.AdamW(net.parameters())
     step = TrainingStep(
         model=net,
         options=StepOptions(precision=precision),
-        optimizer=torch.optim.AdamW(net.parameters()),
+        optimizer=optimizer,
         sample=sample,
         change=change,
     )
-    return Order(program=packed(step, [*net.parameters(), *net.buffers()]), batches=batches)
+    tensors = [*net.parameters(), *net.buffers()]
+    update = packed(Updates(optimizer=optimizer, change=change), tensors) if exchanged else None
+    return Order(program=packed(step, tensors), batches=batches, update=update)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +126,108 @@ def test_the_quick_peak_is_at_most_the_replayed_one(
         events = trace.events(batch, workspace_bytes=2**20)
         quick = trace.allocated_bytes(batch, workspace_bytes=2**20)
         assert 0 <= replay(events).peak_allocated - quick < 2**20
+
+
+@pytest.fixture(scope="module")
+def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
+    """Steps with other optimizers, traced whole and from another's trace."""
+    made = {name: make() for name, make in NETS.items()}
+    keys: list[tuple[str, PrecisionName, Change, bool]] = [
+        (name, precision, change, exchanged)
+        for name in NETS
+        for precision in PRECISIONS
+        for change in ("fused", "SGD")
+        for exchanged in (False, True)
+    ]
+    found = {}
+    for name, precision in dict.fromkeys(key[:2] for key in keys):
+        own = [key for key in keys if key[:2] == (name, precision)]
+        others = [
+            order(*made[name], precision=precision, change=change, exchanged=exchanged)
+            for _, _, change, exchanged in own
+        ]
+        traces = traced([order(*made[name], precision=precision), *others]).traces[1:]
+        found |= {key: each[1] for key, each in zip(own, traces, strict=True)}
+    return found
+
+
+def numbered(trace: Trace) -> list[tuple[int, int, int, Place | None]]:
+    """The changes, each name as the number of its first appearance."""
+    names: dict[int, int] = {}
+    return [
+        (names.setdefault(c.name, len(names)), c.constant, c.slope, c.place) for c in trace.changes
+    ]
+
+
+@pytest.mark.parametrize("change", ["fused", "SGD"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_another_optimizers_part_is_all_that_changes(
+    name: str, precision: str, change: str, exchanges: dict[tuple[str, str, str, bool], Trace]
+) -> None:
+    whole, exchanged = (exchanges[name, precision, change, each] for each in (False, True))
+    assert numbered(whole) == numbered(exchanged)
+    last = len(whole.events(FITTED[1])) - 1
+    assert whole.live_bytes(whole.events(FITTED[1]), last) == exchanged.live_bytes(
+        exchanged.events(FITTED[1]), last
+    )
+    # Names tell which of the two it is: the exchanged one's are those of two traces.
+    assert max(c.name for c in exchanged.changes) > max(c.name for c in whole.changes)
+
+
+def part(*gradients: int, state: int = 8, frees: int = 0, steps: int = 1) -> Trace:
+    """An optimizer's step on ``gradients`` of so many bytes."""
+    changes = [Event(n, size, 0, Place("", "")) for n, size in enumerate(gradients, 1)]
+    begins, ends = (
+        Event(0, 0, 0, Place("", f"an optimizer's step {does}")) for does in ("begins", "ends")
+    )
+    for step in range(steps):
+        within = [Event(50 + step, state, 0, Place("optimizer", "zeros_like"))]
+        within += [Event(frees, 0, 0, None)] if frees else []
+        changes += [begins, *within, ends]
+    kinds = dict.fromkeys(range(1, len(gradients) + 1), GRADIENTS) | {50: STATE}
+    return Trace(changes=changes, kinds=kinds, guessed={}, batch=3)
+
+
+def test_an_optimizers_steps_are_exchanged_only_for_the_like() -> None:
+    found = with_updates(part(4, 6), part(6, 4, state=9))
+    assert found is not None
+    assert [c.constant for c in found.changes] == [4, 6, 0, 9, 0]
+    assert sorted(found.kinds.values()).count(STATE) == 1 + 1  # The old name's has no change.
+    assert with_updates(part(4, 6), part(4)) is None
+    assert with_updates(part(4, 6), part(4, 6, steps=2)) is None
+    assert with_updates(part(4, 6, frees=1), part(4, 6)) is None
+    assert with_updates(part(4, 6), part(4, 6, frees=2)) is None
+
+
+def test_a_step_whose_parameters_have_no_gradient_is_traced_whole() -> None:
+    class Half(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.unused = nn.Linear(8, 8)
+
+    net, sample = Half(), (torch.zeros(4, 8), torch.zeros(4, 8))
+    whole = order(net, sample, change="fused")
+    exchanged = order(net, sample, change="fused", exchanged=True)
+    _, first, second = traced([order(net, sample), whole, exchanged]).traces
+    assert [t.changes for t in first] == [t.changes for t in second]
+
+
+def test_what_is_frozen_has_no_state() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
+    net[0].requires_grad_(False)
+    sample = torch.zeros(4, 64), torch.zeros(4, 64)
+    ((trace,),) = traced([order(net, sample, batches=(2,))]).traces
+    events = trace.events(2)
+    assert trace.live_bytes(events, len(events) - 1)[STATE] == 2 * 64 * 64 * 4
+
+
+def test_tied_parameters_have_gradients(steps: dict[tuple[str, str], list[Trace]]) -> None:
+    trace, (net, _) = steps["gpt2", "fp32"][0], gpt2()
+    blocks = sum(-(-p.nbytes // 512) * 512 for p in net.parameters())
+    events = trace.events(FITTED[0])
+    most = max(trace.live_bytes(events, place)[GRADIENTS] for place in range(0, len(events), 5))
+    assert most == blocks
 
 
 def test_memory_is_known_by_what_it_holds(steps: dict[tuple[str, str], list[Trace]]) -> None:

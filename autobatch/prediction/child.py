@@ -81,7 +81,6 @@ def answer(orders: Sequence[Order]) -> Answer:
     """Trace everything that is ordered, here."""
     on_cuda = fakecuda.works()
     device = torch.device("cuda:0" if on_cuda else "cpu")
-    gc.freeze()  # What has been imported stays: it need not be looked through again and again.
     traces: list[list[Trace]] = []
     for order in orders:
         known = dict(zip(orders[0].batches, traces[0], strict=True)) if traces else {}
@@ -110,6 +109,7 @@ def main(result: Path) -> None:
     sys.path[:], has_torchvision, orders = pickle.load(sys.stdin.buffer)
     if has_torchvision:
         import_torchvision()  # Beside a CPU build of torch it cannot be imported plainly.
+    gc.freeze()  # What has been imported stays: it need not be looked through again and again.
     content = _sendable(lambda: answer(orders))
     unfinished = result.with_suffix(".unfinished")
     unfinished.write_bytes(content)
