@@ -1,7 +1,7 @@
 """What was returned once is made again as it was."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,9 +39,11 @@ def test_a_trace_is_the_same_where_nothing_is_remembered(
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[tuple[Remembered, list[Any]]]:
+def counted() -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     """A new one, and the operations that came to torch."""
-    remembered, ran = Remembered(), []
+    remembered = Remembered()
+    ran: list[Any] = []
+    kept: dict[Any, Any] = {}
 
     def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         def noted(*given: Any, **more: Any) -> Any:
@@ -52,9 +54,8 @@ def counted() -> Iterator[tuple[Remembered, list[Any]]]:
             setattr(noted, name, getattr(func, name))
         return remembered(kept.setdefault(func, noted), args, kwargs)
 
-    kept: dict[Any, Any] = {}
     with FakeTensorMode():
-        yield run, ran  # type: ignore[misc]  # It is called as a Remembered is, but for the stars.
+        yield run, ran
 
 
 def like(one: Tensor, other: Tensor) -> bool:
@@ -108,6 +109,7 @@ def test_in_place_operations_return_what_they_were_given() -> None:
 def test_values_that_are_known_stay_known() -> None:
     with FakeTensorMode() as mode:
         three = torch.tensor(3.0)
+    assert isinstance(three, FakeTensor)
     assert three.constant is not None
     remembered = Remembered()
     with mode:
