@@ -139,7 +139,7 @@ def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
         for change in ("fused", "SGD")
         for exchanged in (False, True)
     ]
-    found = {}
+    found: dict[tuple[str, str, str, bool], Trace] = {}
     for name, precision in dict.fromkeys(key[:2] for key in keys):
         own = [key for key in keys if key[:2] == (name, precision)]
         others = [
