@@ -22,7 +22,7 @@ from autobatch.training.options import StepOptions
 
 _SMALL: Final = (6, 9)  # Batches that are traced: not 1, which broadcasts.
 _PROOF: Final = 33
-_MANY: Final = 300  # Tensors of a model from where a second process saves what its start takes.
+_MANY: Final = 150  # Tensors of a model from where a second process saves what its start takes.
 LARGEST: Final = 2**20  # As where a search knows no ceiling.
 
 Mode = Literal["train", "inference"]
