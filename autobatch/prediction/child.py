@@ -83,7 +83,8 @@ def answer(orders: Sequence[Order]) -> Answer:
     device = torch.device("cuda:0" if on_cuda else "cpu")
     traces: list[list[Trace]] = []
     for order in orders:
-        known = dict(zip(orders[0].batches, traces[0], strict=True)) if traces else {}
+        # An optional order that failed has no traces.
+        known = dict(zip(orders[0].batches, traces[0], strict=False)) if traces else {}
         traces.append(_exchanged(order, known, device) or _traces(order, device))
     return Answer(traces=traces, on_cuda=on_cuda)
 
