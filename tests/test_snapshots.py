@@ -16,6 +16,8 @@ def dumped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a GPU in use is asked to write."""
     names: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", names.append)
     return names
 
