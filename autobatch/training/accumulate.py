@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from autobatch.training.backward import backward
 from autobatch.training.ledger import Ledger
 
 MicroBatch = TypeVar("MicroBatch")
@@ -45,7 +46,7 @@ def accumulate(
             if seed is None:
                 seed = _seed(loss_sum, 1 / denominator, scaled)
             # The gradient's seed takes the place of a division and of its backward.
-            loss_sum.backward(gradient=seed)
+            backward(loss_sum, seed)
             if after_backward is not None:
                 after_backward()
         ledger.add(loss_sum, terms)
