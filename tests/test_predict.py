@@ -226,7 +226,7 @@ def test_what_was_guessed_is_told_with_its_line() -> None:
     start = "the step needs a value that is not known; guessed: "
     assert {
         f"{start}a condition holds at test_predict.py:{asks}, 2 times",
-        f"{start}a value of float32 is 0 at test_predict.py:{asks + 1}, 2 times",
+        f"{start}a value of float32 is 1 at test_predict.py:{asks + 1}, 2 times",
     } <= set(found.notes)
 
 

@@ -38,6 +38,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.prediction.remembered import Remembered
@@ -120,7 +121,10 @@ class OnFakeCuda(TorchDispatchMode):
         return not any(isinstance(argument, Tensor) for argument in args)
 
     def _guess(self, func: Any, args: Sequence[Any]) -> bool | int | float:
-        """A condition holds, unless it can only be that of a loop; a count is one, a real zero."""
+        """A condition holds, unless it can only be that of a loop; a number is one.
+
+        To a GradScaler that asks whether a gradient overflows it is zero.
+        """
         if func is not _aten._local_scalar_dense.default:
             raise NotImplementedError(f"{func} depends on values")
         dtype = args[0].dtype
@@ -128,7 +132,7 @@ class OnFakeCuda(TorchDispatchMode):
             self._conditions += 1
             self.guessed[f"a condition holds at {_asker()}"] += 1
             return self._conditions <= _MOST_TRUE
-        value = 0.0 if dtype.is_floating_point else 1
+        value = float(not _scaler_asks()) if dtype.is_floating_point else 1
         self.guessed[
             f"a value of {str(dtype).removeprefix('torch.')} is {value:g} at {_asker()}"
         ] += 1
@@ -142,6 +146,13 @@ def _asker() -> str:
         if module.partition(".")[0] != "torch" and not module.startswith(__package__):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
     return "an unknown line"
+
+
+def _scaler_asks() -> bool:
+    return any(
+        frame.f_globals.get("__name__") == GradScaler.__module__
+        for frame, _ in traceback.walk_stack(None)
+    )
 
 
 def home_of(value: object) -> torch.device | None:
