@@ -93,9 +93,17 @@ def _version() -> str:
 
 def _commit() -> str | None:
     """The code that was measured; its version number seldom moves."""
-    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (
+            subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()
+            for ask in (
+                ["describe", "--always"],
+                # Results are no code: those of the part before may just have been written.
+                ["status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md"],
+            )
+        )
+        return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):  # No git, or no repository.
         return None
 

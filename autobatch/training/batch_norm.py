@@ -232,6 +232,7 @@ class Pool:
             for place, (layer, own) in enumerate(zip(taken.layers, taken.buffers, strict=True))
         }
         self._versions: list[int] = []
+        self._once = [1] * len(self._tracks)
 
     def begin(self, borrowed: int = 0, own: int = 1) -> None:
         """Say that a micro-batch's forward pass begins: calls count from here.
@@ -258,16 +259,18 @@ class Pool:
         made = [len(track.counts) for track in tracks]
         if 0 in made:
             self._refuse_unseen()
-        if not self._borrowed and set(made) == {1}:  # The commonest: each has left it in its own.
-            self._keep(0, tuple(track.counts[0] for track in tracks), self._taken.own)
+        if not self._borrowed and made == self._once:  # The commonest: each has left it in its own.
+            self._keep(0, tuple([track.counts[0] for track in tracks]), self._taken.own)
         else:
             for place in range(max(made, default=0)):
                 counts, means, variances = zip(*(t.call(place) for t in tracks), strict=True)
                 self._keep(place, counts, [*means, *variances])
         for track, count in zip(tracks, made, strict=True):
-            track.calls = max(track.calls, count)
-            track.counts.clear()
-            track.left.clear()
+            if count > track.calls:
+                track.calls = count
+            track.counts = []
+            if track.left:
+                track.left = []
 
     def watched(self, layer: _BatchNorm) -> Callable[..., Tensor]:
         """Return the layer's forward pass, of which this pool is told."""

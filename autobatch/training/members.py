@@ -35,15 +35,15 @@ class Members:
         known = set(map(id, self.of_model))
         others = [m for m in _modules(self._others) if id(m) not in known] if self._others else []
         self.modules = [*self.of_model, *others]
-        held = [
-            parameter
-            for module in self.modules
-            for parameter in vars(module)["_parameters"].values()
-            if parameter is not None
-        ]
+        held = {}
+        for module in self.modules:
+            for parameter in vars(module)["_parameters"].values():
+                if parameter is not None:
+                    held[id(parameter)] = parameter
         for group in self._optimizer.param_groups:
-            held += group["params"]
-        self.parameters = list(dict(zip(map(id, held), held, strict=True)).values())
+            for parameter in group["params"]:
+                held[id(parameter)] = parameter
+        self.parameters = list(held.values())
 
 
 def _modules(roots: Sequence[nn.Module]) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 """Running a window again, from its beginning, with smaller micro-batches."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -106,7 +106,8 @@ def _held(
             dicts.append((buffers, buffers.copy()))
         elif buffers:
             containers.append(buffers)
-        for name in _own_names(tuple(own)):
+        kind: Hashable = type(module)  # type: ignore[assignment]  # A class is hashable.
+        for name in _own_names(kind, tuple(own)):
             value = own[name]
             if type(value) not in _FIXED and not _is_fixed_tuple(value):
                 containers.append(value)
@@ -118,9 +119,16 @@ def _nothing() -> None:
 
 
 @functools.lru_cache
-def _own_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those that not every module has; layers of one kind ask for the same."""
-    return tuple(name for name in names if name not in _STANDARD)
+def _own_names(kind: Hashable, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those whose values may move by themselves; layers of one kind ask for the same.
+
+    Not what every module has, nor what torch's own layers are built with and TorchScript takes for
+    constant: strides, sizes.
+    """
+    fixed = _STANDARD
+    if getattr(kind, "__module__", "").startswith("torch.nn.modules."):
+        fixed = fixed.union(getattr(kind, "__constants__", ()))
+    return tuple(name for name in names if name not in fixed)
 
 
 def _is_fixed_tuple(value: object) -> bool:
