@@ -253,9 +253,14 @@ def _moved(batch: Any, watch: Watch) -> Pair:
     return x.to(watch.lesson.device), y.to(watch.lesson.device)
 
 
+_NEEDS: Final = {"transformers": ("accelerate",)}  # Its Trainer, that is.
+
+
 def absent(package: str) -> bool:
     """Whether it cannot be measured here."""
-    return importlib.util.find_spec(package) is None
+    return any(
+        importlib.util.find_spec(name) is None for name in (package, *_NEEDS.get(package, ()))
+    )
 
 
 GRADIENTS: Final[Mapping[str, tuple[str, Engine]]] = {
