@@ -172,6 +172,14 @@ def test_what_was_left_out_and_what_failed_is_said(tmp_path: Path) -> None:
         assert "This part ended with an error: RuntimeError('broken')" in text
 
 
+def test_much_that_was_left_out_is_folded_away(tmp_path: Path) -> None:
+    told, shown = written(made_up.write(tmp_path, left_out=[f"net {n}: no time" for n in range(9)]))
+    for text in (told, Reader(shown).text):
+        assert "left out (9)" in text
+        assert all(f"net {n}: no time" in text for n in range(9))
+    assert "<details><summary>left out (9)" in shown
+
+
 def test_an_imitation_says_so_at_every_figure(tmp_path: Path) -> None:
     told, shown = written(made_up.write(tmp_path, imitated="RTX 3060"))
     stamp = "imitated RTX 3060"

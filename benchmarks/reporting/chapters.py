@@ -197,17 +197,23 @@ def _picture(panels: Mapping[str, Draw], caption: str, results: Results) -> list
     return [Picture(svg=pictures.svg(panels, results.stamp), caption=caption)]
 
 
+_MANY: Final = 3
+
+
 def _short(title: str) -> str:
     return title.partition(": ")[2] or title
 
 
-def _told(results: Results, name: str) -> Iterator[str]:
+def _told(results: Results, name: str) -> Iterator[Block]:
     """Say what a part's figures must not be read without."""
     facts = results.parts[name].facts
     if facts.get("failed"):
         yield f"This part ended with an error: {facts['failed']}. Below is what it had until then."
     left_out = results.parts[name].left_out
-    if left_out:
+    if len(left_out) > _MANY:  # Before the figures they would be all that is seen.
+        rows = [[one] for one in left_out]
+        yield Table(title=f"left out ({len(left_out)})", header=["case"], rows=rows, folded=True)
+    elif left_out:
         yield f"Left out ({len(left_out)}): {'; '.join(left_out)}."
 
 

@@ -125,7 +125,8 @@ def memory(cases: Sequence[Fields]) -> dict[str, Draw]:
 
 def speed(cases: Sequence[Fields]) -> dict[str, Draw]:
     """Examples per second over size: a panel for each model."""
-    return {model: _speed(own) for model, own in _by_model(sound(cases)).items()}
+    timed = [case for case in sound(cases) if _points(sizes(case), "examples_per_second")]
+    return {model: _speed(own) for model, own in _by_model(timed).items()}
 
 
 def chosen(cases: Sequence[Fields]) -> list[Fields]:
