@@ -65,6 +65,9 @@ class Pool:
         return rows.pin_memory() if self._pinned else rows
 
 
+_BEST: Final = 0  # The best single size, among logical batches by their examples.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
     """What is timed.
@@ -252,30 +255,36 @@ class _Bench:
 def _desired(
     bench: _Bench, largest: int, fastest: int | None, rates: Mapping[int, float], until: float
 ) -> list[dict[str, object]]:
-    """Time logical batches, cut at the fastest size, in turns with the best single size."""
-    if fastest is None or not bench.trains:
+    """How logical batches are cut; as far as time allows also how fast that is.
+
+    They are cut at the fastest size, or at the largest where no size was timed, and timed in turns
+    with the best single size.
+    """
+    if not bench.trains:
         return []
-    best = max(rates, key=rates.__getitem__)
-    plans = {desired: BatchPlan(desired=desired, tolerable=fastest) for desired in DESIRED}
-    windows = {"best": bench.single(best, best / rates[best])}
+    plans = {d: BatchPlan(desired=d, tolerable=fastest or largest) for d in DESIRED}
+    timed: dict[int, Timed] = {}
+    if fastest is not None:
+        best = max(rates, key=rates.__getitem__)
+        windows = {_BEST: bench.single(best, best / rates[best])}
+        for desired, plan in plans.items():
+            windows[desired] = bench.cut(desired, plan.micro_batch, desired / rates[fastest])
+        timed = in_turns(windows, bench.device, until)
+    of_best = best / timed[_BEST].seconds.median if _BEST in timed else None
+    rows: list[dict[str, object]] = []
     for desired, plan in plans.items():
-        seconds = desired / rates[fastest]
-        windows[str(desired)] = bench.cut(desired, plan.micro_batch, seconds)
-    timed = in_turns(windows, bench.device, until)
-    if "best" not in timed:
-        return []
-    of_best = best / timed.pop("best").seconds.median
-    return [
-        {
-            "desired": int(name),
-            "micro_batch": plans[int(name)].micro_batch,
-            "accumulation_steps": plans[int(name)].accumulation_steps,
-            "fewest_steps": BatchPlan(desired=int(name), tolerable=largest).accumulation_steps,
-            **_told(int(name), one.seconds),
-            "of_best": int(name) / one.seconds.median / of_best,
+        row: dict[str, object] = {
+            "desired": desired,
+            "micro_batch": plan.micro_batch,
+            "accumulation_steps": plan.accumulation_steps,
+            "fewest_steps": BatchPlan(desired=desired, tolerable=largest).accumulation_steps,
+            **dict.fromkeys(("seconds", "examples_per_second", "of_best")),
         }
-        for name, one in timed.items()
-    ]
+        if of_best is not None and desired in timed:
+            seconds = timed[desired].seconds
+            row |= {**_told(desired, seconds), "of_best": desired / seconds.median / of_best}
+        rows.append(row)
+    return rows
 
 
 def _told(examples: int, seconds: Samples) -> dict[str, object]:

@@ -117,10 +117,15 @@ def test_inference_accumulates_nothing() -> None:
     assert row["sizes"]
 
 
-def test_without_time_the_search_is_all_there_is() -> None:
+def test_without_time_the_search_and_what_follows_from_it_is_all_there_is() -> None:
     row = measured(tiny(), seconds=0.0)
     assert row["tolerable"] > 8
-    assert (row["sizes"], row["fastest"], row["desired"]) == ([], None, [])
+    assert (row["sizes"], row["fastest"]) == ([], None)
+    steps = [math.ceil(desired / row["tolerable"]) for desired in (256, 1024, 4096)]
+    assert [one["accumulation_steps"] for one in row["desired"]] == steps
+    assert [one["fewest_steps"] for one in row["desired"]] == steps
+    untimed = {name for one in row["desired"] for name, value in one.items() if value is None}
+    assert untimed == {"seconds", "examples_per_second", "of_best"}
     assert len(row["search_seconds"]["samples"]) == 1
 
 

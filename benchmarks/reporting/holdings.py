@@ -128,11 +128,10 @@ def plan_for(case: Fields, wanted: int) -> str:
     if desired is None:
         return cells.NOTHING
     steps, size = (cells.text(desired.get(key)) for key in ("accumulation_steps", "micro_batch"))
-    rate, share = (
-        cells.text(desired.get("examples_per_second")),
-        cells.percent(desired.get("of_best")),
-    )
-    return f"{steps} x {size}: {rate}, {share}"
+    if desired.get("examples_per_second") is None:  # There was no time for it.
+        return f"{steps} x {size}"
+    rate = cells.text(desired.get("examples_per_second"))
+    return f"{steps} x {size}: {rate}, {cells.percent(desired.get('of_best'))}"
 
 
 def predicted(cases: Sequence[Fields]) -> Table:
