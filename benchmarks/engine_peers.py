@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -100,14 +100,7 @@ class Fit:
         self._module = Module()
         with silence():
             self._trainer = Trainer(
-                accelerator="cpu" if device.type == "cpu" else "gpu",
-                devices=1 if device.type == "cpu" else [device.index or 0],
-                accumulate_grad_batches=len(micro_batches),
-                max_epochs=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+                **quiet_trainer(device), accumulate_grad_batches=len(micro_batches)
             )
 
     def window(self) -> Iterator[Pair]:
@@ -139,6 +132,20 @@ class _Feed:
 
     def __len__(self) -> int:
         return 10**9  # Longer than any work. Without a length it is asked for one batch ahead.
+
+
+def quiet_trainer(device: torch.device) -> dict[str, Any]:
+    """Return what Lightning's ``Trainer`` is told here: where it runs, and to say nothing."""
+    on_cpu = device.type == "cpu"
+    return {
+        "accelerator": "cpu" if on_cpu else "gpu",
+        "devices": 1 if on_cpu else [device.index or 0],
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
 
 
 @contextlib.contextmanager

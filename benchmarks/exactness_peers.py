@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import Accumulator
 from autobatch.commands.vision import import_torchvision
-from benchmarks.engine_peers import silence
+from benchmarks.engine_peers import quiet_trainer, silence
 from benchmarks.lessons import IGNORED, Watch
 
 Engine = Callable[[Watch], None]
@@ -144,15 +144,9 @@ def lightning(watch: Watch) -> None:
     with silence(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
         Trainer(
-            accelerator="cpu" if device.type == "cpu" else "gpu",
-            devices=1 if device.type == "cpu" else [device.index or 0],
+            **quiet_trainer(device),
             accumulate_grad_batches=watch.lesson.accumulation_steps,
             default_root_dir=folder,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         ).fit(Module(), _loader(watch))
 
 

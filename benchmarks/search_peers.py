@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from autobatch.commands.vision import import_torchvision
-from benchmarks.engine_peers import silence
+from benchmarks.engine_peers import quiet_trainer, silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +155,7 @@ def lightning(mode: str) -> Search:
 
         device = next(task.model.parameters()).device
         with silence(), tempfile.TemporaryDirectory() as folder, _back_on(device, task):
-            trainer = Trainer(
-                accelerator="cpu" if device.type == "cpu" else "gpu",
-                devices=1 if device.type == "cpu" else [device.index or 0],
-                default_root_dir=folder,
-                max_epochs=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            trainer = Trainer(**quiet_trainer(device), default_root_dir=folder)
             found: int | None = Tuner(trainer).scale_batch_size(
                 Module(), mode=mode, steps_per_trial=1, max_val=task.ceiling, margin=0.0
             )
