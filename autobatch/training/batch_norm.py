@@ -12,11 +12,10 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,9 +96,9 @@ def _noted(layers: Sequence[_BatchNorm], pool: "Pool") -> Iterator[None]:
     """
     kept = [(layer, layer.momentum, vars(layer).get("forward")) for layer in layers]
     try:
-        for layer in layers:
+        for place, layer in enumerate(layers):
             # A module's own way of setting looks at all it has first.
-            vars(layer).update(forward=pool.watched(layer), momentum=1.0)
+            vars(layer).update(forward=pool.watched(place), momentum=1.0)
         yield
     finally:
         for layer, momentum, forward in kept:
@@ -126,31 +125,8 @@ def _moves(layer: _BatchNorm) -> bool:
     return layer.training and layer.track_running_stats and layer.running_mean is not None
 
 
-@dataclass(slots=True)
-class _Track:
-    """One layer in a window.
-
-    Attributes:
-        own: Its running mean, running variance and number of batches.
-        place: Among the layers.
-        calls: How often it was called in the forward pass that called it most.
-        counts: Values of a channel in each of its calls in this forward pass.
-        left: The mean and the unbiased variance that those calls left. The last one's may still
-            be in ``own``.
-    """
-
-    own: dict[str, Tensor | None]
-    place: int
-    calls: int = 0
-    counts: list[int] = field(default_factory=list)
-    left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def call(self, place: int) -> tuple[int, Tensor, Tensor]:
-        """Return the count, mean and variance of a call; zeros if there was none."""
-        mean, variance = self.left[place] if place < len(self.left) else _statistics(self.own)
-        if place < len(self.counts):
-            return self.counts[place], mean, variance
-        return 0, torch.zeros_like(mean), torch.zeros_like(variance)
+_UNCALLED: Final = -1  # A call may be on no values.
+_Call = tuple[int, Tensor, Tensor]  # Values of a channel; mean and unbiased variance they left.
 
 
 @dataclass(slots=True)
@@ -195,16 +171,13 @@ class Statistics:
         self.numbers = [number for number in numbers if number is not None]
         self.counts = torch.stack(self.numbers) if self.numbers else self.values[:0]
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        """Give the layers their own buffers back, as they were."""
-        self.put_buffers(self.counts)
+        """Fill the layers' buffers as they were."""
+        self.set_counts(self.counts)
         self.fill(self.values)
 
-    def put_buffers(self, counts: Tensor) -> None:
-        """Give the layers their own buffers back, with these numbers of batches."""
-        for layer, own in zip(self.layers, self.buffers, strict=True):
-            layer._buffers.update(own)
+    def set_counts(self, counts: Tensor) -> None:
+        """Set the layers' numbers of batches."""
         if self.numbers:
             torch._foreach_copy_(self.numbers, counts.unbind())
 
@@ -227,12 +200,9 @@ class Pool:
         self._open = False
         self._borrowed = self._examples = 0
         self._calls: list[_Calls] = []
-        self._tracks: dict[_BatchNorm, _Track] = {
-            layer: _Track(own, place)
-            for place, (layer, own) in enumerate(zip(taken.layers, taken.buffers, strict=True))
-        }
         self._versions: list[int] = []
-        self._once = [1] * len(self._tracks)
+        self._most = [0] * len(taken.layers)  # Calls in the forward pass that made most.
+        self._forget()
 
     def begin(self, borrowed: int = 0, own: int = 1) -> None:
         """Say that a micro-batch's forward pass begins: calls count from here.
@@ -247,7 +217,6 @@ class Pool:
         self._borrowed, self._examples = borrowed, borrowed + own
         self._versions = [number._version for number in self._taken.numbers]
 
-    @torch.no_grad()
     def end(self) -> None:
         """Say that it has ended, and keep a copy of what it left.
 
@@ -255,90 +224,116 @@ class Pool:
         same examples, and no longer count.
         """
         self._open = False
-        tracks = self._tracks.values()
-        made = [len(track.counts) for track in tracks]
-        if 0 in made:
-            self._refuse_unseen()
-        if not self._borrowed and made == self._once:  # The commonest: each has left it in its own.
-            self._keep(0, tuple([track.counts[0] for track in tracks]), self._taken.own)
-        else:
-            for place in range(max(made, default=0)):
-                counts, means, variances = zip(*(t.call(place) for t in tracks), strict=True)
-                self._keep(place, counts, [*means, *variances])
-        for track, count in zip(tracks, made, strict=True):
-            if count > track.calls:
-                track.calls = count
-            track.counts = []
-            if track.left:
-                track.left = []
+        if self._earlier or _UNCALLED in self._counts:
+            self._end_unlike()
+        else:  # The commonest: each was called once, and has left it in its own.
+            self._keep(0, tuple(self._counts), self._taken.own)
+            self._most = [most or 1 for most in self._most]
+        self._forget()
 
-    def watched(self, layer: _BatchNorm) -> Callable[..., Tensor]:
-        """Return the layer's forward pass, of which this pool is told."""
-        track, run = self._tracks[layer], layer.forward
+    def watched(self, place: int) -> Callable[..., Tensor]:
+        """Return the forward pass of the layer at this place, of which this pool is told."""
+        layer = self._taken.layers[place]
+        run, channels = layer.forward, layer.num_features
 
         def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
-            self._about_to_run(layer, track, inputs[0] if inputs else named["input"])
+            if not (layer.training and layer.track_running_stats):
+                with self._as_before(place):
+                    return run(*inputs, **named)
+            if self._open:
+                values = inputs[0] if inputs else named["input"]
+                if self._borrowed or self._counts[place] != _UNCALLED:
+                    self._set_apart(place, values)
+                if not self._borrowed:
+                    self._counts[place] = values.numel() // channels
             return run(*inputs, **named)
 
         return forward
 
-    def _about_to_run(self, layer: _BatchNorm, track: _Track, values: Tensor) -> None:
-        """Note a call."""
-        if not (layer.training and layer.track_running_stats):
-            layer._buffers.update(self._as_before(track))  # For this call, which moves nothing.
-            return
-        layer._buffers.update(track.own)
-        if not self._open:
-            return
-        if self._borrowed:
-            values = values[len(values) * self._borrowed // self._examples :]
-            track.left.append(_moments_of(values))
-        elif track.counts:  # Called again: what the call before left would be overwritten.
-            mean, variance = _statistics(track.own)
-            track.left.append((mean.clone(), variance.clone()))
-        track.counts.append(values.numel() // layer.num_features)
-
-    @torch.no_grad()
     def apply(self) -> None:
         """Move every layer's statistics once for each of its calls, from where they were."""
-        taken, tracks = self._taken, self._tracks.values()
-        called = [t.calls for t in tracks if t.own["num_batches_tracked"] is not None]
-        if len(set(called)) == 1:
-            more: int | Tensor = called[0]
+        taken, most = self._taken, self._most
+        if len(set(most)) == 1:
+            more: int | Tensor = most[0]
         else:
+            called = [
+                n for n, own in zip(most, taken.buffers, strict=True) if _number(own) is not None
+            ]
             more = torch.tensor(called, dtype=torch.int64).to(taken.counts.device)
-        taken.put_buffers(taken.counts + more)
+        taken.set_counts(taken.counts + more)
         moved = _widened(taken.values)
         for place, calls in enumerate(self._calls):
-            momenta = tuple(_momentum(layer, t.calls - place) for layer, t in self._tracks.items())
+            left = zip(taken.layers, most, strict=True)
+            momenta = tuple([_momentum(layer, n - place) for layer, n in left])
             moved = _moved(moved, calls, momenta, taken.channels)
         taken.fill(moved)
 
-    def _refuse_unseen(self) -> None:
+    def _forget(self) -> None:
+        """Have no calls of a forward pass."""
+        # Values of a channel in the last call of each layer, unless that one is kept below.
+        self._counts = [_UNCALLED] * len(self._taken.layers)
+        self._earlier: dict[int, list[_Call]] = {}  # Calls before those, by place.
+
+    def _set_apart(self, place: int, values: Tensor) -> None:
+        """Keep what the buffers cannot: the call before, or one with borrowed examples."""
+        earlier = self._earlier.setdefault(place, [])
+        if self._borrowed:
+            values = values[len(values) * self._borrowed // self._examples :]
+            count = values.numel() // self._taken.layers[place].num_features
+            earlier.append((count, *_moments_of(values)))
+        else:
+            mean, variance = _statistics(self._taken.buffers[place])
+            earlier.append((self._counts[place], mean.clone(), variance.clone()))
+
+    def _end_unlike(self) -> None:
+        """Keep what was left where layers were called several times, or not at all."""
+        every: list[list[_Call]] = []
+        for place, count in enumerate(self._counts):
+            calls = self._earlier.get(place, [])
+            if count != _UNCALLED:
+                calls.append((count, *_statistics(self._taken.buffers[place])))
+            every.append(calls)
+        self._refuse_unseen([place for place, calls in enumerate(every) if not calls])
+        made = list(map(len, every))
+        self._most = list(map(max, self._most, made))
+        for n in range(max(made)):
+            calls = [c[n] if n < len(c) else self._none(place) for place, c in enumerate(every)]
+            counts, means, variances = zip(*calls, strict=True)
+            self._keep(n, counts, [*means, *variances])
+
+    def _none(self, place: int) -> _Call:
+        mean, variance = _statistics(self._taken.buffers[place])
+        return 0, torch.zeros_like(mean), torch.zeros_like(variance)
+
+    def _refuse_unseen(self, uncalled: Iterable[int]) -> None:
         """Refuse layers that have run, and were not noted."""
         versions = {
             id(number): version
             for number, version in zip(self._taken.numbers, self._versions, strict=True)
         }
-        for track in self._tracks.values():
-            number = track.own["num_batches_tracked"]
-            if number is None or track.counts:  # Torch counts no other writing than this one's.
-                continue
-            if number._version != versions[id(number)]:
+        for place in uncalled:
+            number = _number(self._taken.buffers[place])
+            # Torch counts no other writing than this one's.
+            if number is not None and number._version != versions[id(number)]:
                 raise InexactStepError(
                     "a BatchNorm layer moved its running statistics unseen (its class's forward "
                     "called by hand, or compiled before the batch was cut), so they cannot be "
                     'pooled; call it as a module, or pass batch_norm="frozen"'
                 )
 
-    def _as_before(self, track: _Track) -> dict[str, Tensor | None]:
-        """Return a layer's buffers with the values that they had before the window."""
-        parts = self._taken.values.split(self._taken.channels)
-        mean, variance = _statistics(track.own)
-        return track.own | {
-            "running_mean": parts[track.place].to(mean.dtype),
-            "running_var": parts[track.place + len(self._tracks)].to(variance.dtype),
-        }
+    @contextmanager
+    def _as_before(self, place: int) -> Iterator[None]:
+        """Give a layer the values from before the window, for a call that moves nothing."""
+        taken = self._taken
+        own, parts = taken.buffers[place], taken.values.split(taken.channels)
+        mean, variance = _statistics(own)
+        buffers = taken.layers[place]._buffers
+        buffers["running_mean"] = parts[place].to(mean.dtype)
+        buffers["running_var"] = parts[place + len(taken.layers)].to(variance.dtype)
+        try:
+            yield
+        finally:
+            buffers.update(own)
 
     def _keep(self, place: int, counts: tuple[int, ...], statistics: Sequence[Tensor]) -> None:
         """Keep what the layers' calls at this place have left."""
@@ -362,14 +357,14 @@ def _moved(
         momenta: Of each layer.
         channels: Of each mean, and then of each variance.
     """
-    by_channel = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
-    weights = torch.from_numpy(by_channel).to(before)
-    rows, left = len(calls.rows), torch.stack(calls.rows)
-    pooled = (left * weights[:rows]).sum(0)
-    off = (left - pooled).square_().mul_(weights[rows:-1]).sum(0)
+    weights = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
+    inside, between, own = (weight.to(before.device) for weight in weights)
+    left = torch.stack(calls.rows)
+    pooled = (left * inside).sum(0)
+    off = left.sub_(pooled).square_().mul_(between).sum(0)
     means = len(before) // 2
     pooled[means:] += off[:means]
-    return before.lerp(pooled, weights[-1])
+    return before.lerp(pooled, own)
 
 
 @functools.lru_cache(8)  # Windows are alike. On the host, where no trial's memory is measured.
@@ -378,7 +373,7 @@ def _weights(
     momenta: tuple[float, ...],
     channels: tuple[int, ...],
     itemsize: int,
-) -> NDArray[np.floating[Any]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return by channel what each call's statistics weigh, how far its mean is off, and momenta.
 
     Args:
@@ -388,7 +383,7 @@ def _weights(
         itemsize: Bytes of a weight.
 
     Returns:
-        Of shape ``(2 * len(every) + 1, sum(channels))``.
+        On the host, of shapes ``(len(every), sum(channels))``, the same, and ``(sum(channels),)``.
     """
     totals = list(map(sum, zip(*every, strict=True)))
     none = [0.0] * len(totals)
@@ -403,7 +398,8 @@ def _weights(
         m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
     ]
     by_channel = np.repeat([*inside, *between, own], channels, axis=1)
-    return by_channel.astype(np.float64 if itemsize == 8 else np.float32)
+    made = torch.from_numpy(by_channel.astype(np.float64 if itemsize == 8 else np.float32))
+    return made[: len(every)], made[len(every) : -1], made[-1]
 
 
 def _momentum(layer: _BatchNorm, remaining: int) -> float:
@@ -429,6 +425,10 @@ def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
 def _widened(tensor: Tensor) -> Tensor:
     """In 16 bits the squares of 70,000 values are infinite."""
     return tensor.float() if tensor.itemsize < 4 else tensor
+
+
+def _number(buffers: Mapping[str, Tensor | None]) -> Tensor | None:
+    return buffers["num_batches_tracked"]
 
 
 def _statistics(buffers: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
