@@ -74,8 +74,8 @@ def test_probing_and_training_never_import_each_other() -> None:
 
 def test_only_display_knows_rich_and_search_knows_no_torch() -> None:
     assert [module for module, (_, outside) in TABLE.items() if "rich" in outside] == ["display"]
-    assert TABLE["probing.search"] == ({"probing.promise", "results"}, set())
-    assert TABLE["probing.promise"] == (set(), set())
+    assert TABLE["probing.search"] == ({"probing.prior", "probing.promise", "results"}, set())
+    assert TABLE["probing.prior"] == TABLE["probing.promise"] == (set(), set())
 
 
 def test_a_module_begins_with_one_sentence() -> None:

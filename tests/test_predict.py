@@ -87,7 +87,17 @@ def test_several_gpus_are_predicted_from_the_same_traces(found: Prediction) -> N
 
 
 def test_a_search_takes_the_safe_end_as_its_first_guess(found: Prediction) -> None:
-    assert SearchOptions(prior=found).prior_size == found.tolerable
+    guess = SearchOptions(prior=found).first_guess
+    assert guess == found.prior
+    assert guess.tolerable == found.tolerable
+    for batch, peak_bytes in guess.peaks:
+        assert peak_bytes == found.peak_bytes(batch)
+    expected = found.peak_bytes(4)
+    assert guess.corrected(4, expected, guess.limit_bytes) == found.tolerable
+    unseen = found.peak_bytes(found.tolerable) - found.peak_bytes(found.tolerable // 2)
+    halved = guess.corrected(4, expected + unseen, guess.limit_bytes)
+    assert abs(halved - found.tolerable // 2) <= 1
+    assert guess.corrected(4, expected, guess.limit_bytes - unseen) == halved
 
 
 def test_it_prints_what_matters(found: Prediction) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.plan import useful_sizes
+from autobatch.probing.prior import as_prior
 from autobatch.probing.search import Outcome, Search
 from autobatch.results import Phase, Upper
 
@@ -60,7 +61,7 @@ class Machine:
 
 def hunt(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[int, Upper]:
     """Try whatever the search asks for."""
-    search = Search(candidates, **options)
+    search = Search(candidates, **options | {"prior": as_prior(options.get("prior"))})
     while (size := search.next()) is not None:
         search.learn(size, attempt(size))
     return search.size, search.upper

@@ -19,6 +19,7 @@ from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, 
 from autobatch.prediction.picture import peak_over_batch
 from autobatch.prediction.step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
 from autobatch.prediction.trace import ACTIVATIONS, Place
+from autobatch.probing.prior import Prior
 from autobatch.results import LimitedBy
 from autobatch.training.options import LossLike, StepOptions
 from autobatch.training.precision import PrecisionName
@@ -111,6 +112,24 @@ class Prediction:
         batch = check_size("batch", batch)
         events = self._step.at(batch).events(batch, workspace_bytes=self.gpu.workspace_bytes)
         return replay(events).peak_allocated
+
+    @property
+    def prior(self) -> Prior:
+        """What a search for the same step on such a GPU begins with."""
+        if not self.tolerable:
+            return Prior(tolerable=0)
+        widest, own = 2 * self.largest, {self.tolerable, self.largest}
+        if self._step.every is None:
+            own |= {batch for batch in self._step.traces if batch <= widest}
+        else:
+            own |= {1 << n for n in range(widest.bit_length())} | {widest}
+        peaks = tuple((batch, self.peak_bytes(batch)) for batch in sorted(own))
+        bound = self.limited_by != "memory"
+        return Prior(
+            tolerable=self.tolerable,
+            limit_bytes=self.peak_bytes(self.tolerable) if bound else self.safe_bytes,
+            peaks=peaks,
+        )
 
     def curve(self, widest: int) -> list[tuple[int, int]]:
         """Return batches up to ``widest``, ascending, and their peaks: those that cost no trace."""

@@ -88,7 +88,7 @@ class Finder:
             confirm=self.options.confirm,
             undivided=ceiling if len(windows(ceiling)) == 1 else None,
             spared_bytes=spared_bytes,
-            prior=self.options.prior_size,
+            prior=self.options.first_guess,
         )
         if first is not None and self.device.is_exact:
             search.glimpse(first.size, first.phases)

@@ -1,24 +1,15 @@
 """How a search is to be made: the user's options, checked before anything is touched."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, get_args
+from typing import Final, get_args
 
 from autobatch.batches.worst import WorstCase, check_worst_case
 from autobatch.plan import check_positive, check_size
+from autobatch.probing.prior import HasTolerable, Prior, as_prior
 from autobatch.probing.search import Confirm
 
 _CONFIRM: Final = get_args(Confirm)
-
-
-class HasTolerable(Protocol):
-    """What knows a tolerable batch before it is searched for, as a prediction does."""
-
-    @property
-    def tolerable(self) -> int:
-        """Examples; 0 where not even one is expected to fit."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +34,8 @@ class SearchOptions:
             or never returns is not tolerable, and the search goes on in a fresh one.
         prior: A first guess of the answer, in examples: a number, or a prediction for the device at
             hand, of which the safe end counts. It is tried after one small size, unless that has
-            shown that more fits; a wrong one costs a trial, seldom two. None guesses from the small
+            shown that more fits; a prediction is corrected by what that size used, and by the
+            memory that is there. A wrong one costs a trial, seldom two. None guesses from the small
             size.
         floor: The smallest size of interest: where not even that fits, ``DoesNotFitError`` says so.
             The undivided batch is tried though it be smaller, and a replay in training may take
@@ -76,13 +68,14 @@ class SearchOptions:
         check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
-        # The number alone: an isolated search is sent its options, and a prediction holds a model.
-        object.__setattr__(self, "prior", _prior_size(self.prior))
+        prior = as_prior(self.prior)  # A prediction holds a model, which need not be kept.
+        if prior is not None:
+            object.__setattr__(self, "prior", prior if prior.peaks else prior.tolerable)
 
     @property
-    def prior_size(self) -> int | None:
-        """The first guess, in examples."""
-        return _prior_size(self.prior)
+    def first_guess(self) -> Prior | None:
+        """The prior as a search goes by it."""
+        return as_prior(self.prior)
 
     @property
     def patience_seconds(self) -> float | None:
@@ -118,22 +111,6 @@ def check_search(search: object) -> None:
     """
     if not isinstance(search, SearchOptions):
         raise TypeError(f"search must be SearchOptions(...), got {search!r}")
-
-
-def _prior_size(prior: object) -> int | None:
-    if prior is None:
-        return None
-    guess: Any = getattr(prior, "tolerable", prior)
-    refusal = TypeError(f"prior must be an integer, a Prediction or None, got {prior!r}")
-    if isinstance(guess, bool):
-        raise refusal
-    try:
-        size = operator.index(guess)
-    except TypeError:
-        raise refusal from None
-    if size < 0:
-        raise ValueError(f"prior must be at least 0, got {size}")
-    return size
 
 
 STANDARD_SEARCH: Final = SearchOptions()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from autobatch.probing.prior import Prior
 from autobatch.probing.promise import Promise
 from autobatch.results import Phase, Upper
 
@@ -60,8 +61,8 @@ class Search:
             larger candidate is always tried.
         undivided: The candidate that is the whole logical batch: it has no later micro-batches.
         spared_bytes: What the window of a candidate may do without, though smaller ones hold it.
-        prior: A first guess of the answer. The first size is tried before it; where what that one
-            read leaves room for more, the guess is too small, and is not tried. A wrong one costs a
+        prior: A first guess of the answer. The first size is tried before it, and corrects it;
+            where what it read leaves room for more, the guess is not tried. A wrong one costs a
             trial or two where phases are straight lines; where they bend, seldom more.
     """
 
@@ -74,7 +75,7 @@ class Search:
         confirm: Confirm = "extrapolated",
         undivided: int | None = None,
         spared_bytes: Callable[[int], int] = lambda _: 0,
-        prior: int | None = None,
+        prior: Prior | None = None,
     ) -> None:
         self.limit_bytes = limit_bytes
         self._candidates = candidates
@@ -213,7 +214,9 @@ class Search:
         """The prior's position; -1 unless one size has run."""
         if self._prior is None or self._good < 0 or len(self._outcomes) > 1:
             return -1
-        return bisect.bisect_right(self._candidates, self._prior) - 1
+        peak_bytes = self._outcomes[self.size].peak_bytes
+        guess = self._prior.corrected(self.size, peak_bytes, self.limit_bytes)
+        return bisect.bisect_right(self._candidates, guess) - 1
 
     def _hint(self) -> int:
         candidates, untried = self._candidates, self._bad == len(self._candidates)

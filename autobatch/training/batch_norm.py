@@ -12,10 +12,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -357,23 +358,23 @@ def _moved(
         momenta: Of each layer.
         channels: Of each mean, and then of each variance.
     """
-    weights = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
-    inside, between, own = (weight.to(before.device) for weight in weights)
-    left = torch.stack(calls.rows)
-    pooled = (left * inside).sum(0)
-    off = left.sub_(pooled).square_().mul_(between).sum(0)
+    by_channel = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
+    weights = torch.from_numpy(by_channel).to(before)
+    rows, left = len(calls.rows), torch.stack(calls.rows)
+    pooled = (left * weights[:rows]).sum(0)
+    off = left.sub_(pooled).square_().mul_(weights[rows:-1]).sum(0)
     means = len(before) // 2
     pooled[means:] += off[:means]
-    return before.lerp(pooled, own)
+    return before.lerp(pooled, weights[-1])
 
 
-@functools.lru_cache(8)  # Windows are alike. On the host, where no trial's memory is measured.
+@functools.lru_cache(8)  # Windows are alike. No tensor: a trial would find it in its memory.
 def _weights(
     every: tuple[tuple[int, ...], ...],
     momenta: tuple[float, ...],
     channels: tuple[int, ...],
     itemsize: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> NDArray[np.floating[Any]]:
     """Return by channel what each call's statistics weigh, how far its mean is off, and momenta.
 
     Args:
@@ -383,7 +384,7 @@ def _weights(
         itemsize: Bytes of a weight.
 
     Returns:
-        On the host, of shapes ``(len(every), sum(channels))``, the same, and ``(sum(channels),)``.
+        Of shape ``(2 * len(every) + 1, sum(channels))``.
     """
     totals = list(map(sum, zip(*every, strict=True)))
     none = [0.0] * len(totals)
@@ -398,8 +399,7 @@ def _weights(
         m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
     ]
     by_channel = np.repeat([*inside, *between, own], channels, axis=1)
-    made = torch.from_numpy(by_channel.astype(np.float64 if itemsize == 8 else np.float32))
-    return made[: len(every)], made[len(every) : -1], made[-1]
+    return by_channel.astype(np.float64 if itemsize == 8 else np.float32)
 
 
 def _momentum(layer: _BatchNorm, remaining: int) -> float:
