@@ -175,7 +175,7 @@ def _on_models(ours: Sequence[Hunt], others: Mapping[str, Sequence[Hunt]]) -> li
         lines.append(_at_most(f"rehearsals in {what}, median", cost(ours), most))
         costs = {by: cost(own) for by, own in others.items()}
         lines.append(_least(f"no one cheaper in {what}, median", cost(ours), costs))
-    return lines
+    return [*lines, _as_far(ours, others)]
 
 
 def _rivals(ours: Sequence[Hunt], others: Mapping[str, Sequence[Hunt]]) -> list[_Line]:
@@ -189,6 +189,22 @@ def _rivals(ours: Sequence[Hunt], others: Mapping[str, Sequence[Hunt]]) -> list[
         )
         for what, count in (("trials", _trials), ("out of memory", _failures))
     ]
+
+
+def _as_far(ours: Sequence[Hunt], others: Mapping[str, Sequence[Hunt]]) -> _Line:
+    """Who stops halfway pays half, and who returns what does not run pays for no trial of it.
+
+    So this one holds each find of a largest size against ours in the same case.
+    """
+    finds = [
+        (by, rival.cost_seconds.median < own.cost_seconds.median)
+        for by, rivals in others.items()
+        for own, rival in zip(ours, rivals, strict=False)
+        if rival.share == 1
+    ]
+    cheaper = [by for by, is_cheaper in finds if is_cheaper]
+    told = f"{len(cheaper)} of {len(finds)} such finds" + "".join(f", {by}" for by in set(cheaper))
+    return "no one cheaper in seconds where the largest is found", told, not cheaper
 
 
 def _at_most(what: str, measured: float, most: float) -> _Line:

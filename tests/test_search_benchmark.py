@@ -156,7 +156,7 @@ def test_all_that_is_wanted_can_be_held() -> None:
     others = {"slow": [_hunt([(size, True) for size in range(1, 11)], cost=5.0)] * 2}
     lines = search.verdicts({OURS: ours, **others}, 2, on_boxes=False)
     assert {line["verdict"] for line in lines} == {"held"}
-    assert len(lines) == 10
+    assert len(lines) == 11
 
 
 _GOOD = [(4, True), (9, True), (10, True)]
@@ -172,6 +172,7 @@ _GOOD = [(4, True), (9, True), (10, True)]
         ({"tried": [(11, False), *_GOOD[1:]]}, {}, "out of memory, mean <= 0.5"),
         ({"cost": 2.6}, {}, "rehearsals in seconds, median <= 2.5"),
         ({"cost": 2.0}, {"cost": 1.9}, "no one cheaper in seconds, median"),
+        ({"cost": 2.0}, {"cost": 1.9}, "no one cheaper in seconds where the largest is found"),
         ({"found": 11, "cost": 0.1}, {}, "rehearsals in seconds, median <= 2.5"),
         ({"examples": 41}, {}, "rehearsals in examples, median <= 2"),
         ({"examples": 38}, {"examples": 36}, "no one cheaper in examples, median"),
@@ -203,6 +204,14 @@ def test_fewer_cases_than_there_are_hold_nothing_and_a_worse_search_is_no_rival(
         ("3; no one else", "held"),
         ("0; no one else", "held"),
     ]
+
+
+def test_who_finds_less_or_too_much_is_no_rival_in_a_case_though_cheaper() -> None:
+    for found in (9, 11):
+        others = {"other": [_hunt(_GOOD, found=found, cost=0.1), _hunt(_GOOD, cost=5.0)]}
+        lines = search.verdicts({OURS: [_hunt(_GOOD)] * 2, **others}, 2, on_boxes=False)
+        rivals = next(line for line in lines if "largest is found" in str(line["wanted"]))
+        assert (rivals["measured"], rivals["verdict"]) == ("0 of 1 such finds", "held")
 
 
 def test_more_than_43_failures_in_the_boxes_are_too_many() -> None:
