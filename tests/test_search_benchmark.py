@@ -66,7 +66,7 @@ def test_a_quick_run_has_a_row_for_everyone_and_holds_everyone_to_one_limit(tmp_
         assert not doubling["unchanged"]
     assert {case["found"] for case in rows.values() if case.get("error")} == set()
     verdicts = [case["verdict"] for case in cases if "verdict" in case]
-    assert len(verdicts) == 4 + 10
+    assert len(verdicts) == 4 + 11
     assert set(verdicts) <= {"held", "NOT held"}
 
 
