@@ -1,12 +1,14 @@
 """Running statistics over a window that is cut: moved once as by the whole batch, or frozen."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 import pytest
 import torch
+import torch.nn.functional as F
 from black_box import BlackBox
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -562,6 +564,84 @@ def test_statistics_that_move_unseen_are_refused_in_pieces() -> None:
     with pytest.raises(InexactStepError, match="unseen"):
         Accumulator(model, optimizer, micro_batch=4).step(batch)
     assert fingerprint(model) == before
+
+
+class Rebinding(nn.BatchNorm1d):
+    """As torch had it once, and copies have it still: a new number of batches for each call."""
+
+    new_statistics = False
+
+    def forward(self, input: Tensor) -> Tensor:  # Torch's name.
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked = self.num_batches_tracked + 1
+        share = self.momentum
+        if share is None:
+            share = 1 / float(self.num_batches_tracked)
+        if self.new_statistics:
+            assert self.running_mean is not None
+            self.running_mean = self.running_mean.clone()
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, variance, training=True, momentum=share)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_that_binds_a_new_number_for_each_call_is_pooled(momentum: float | None) -> None:
+    x = drifting(8, (5,))
+    ours, whole = (Rebinding(5, momentum=momentum).double() for _ in range(2))
+    for _ in range(2):
+        own = list(ours.buffers())
+        assert_exact(pool(ours, x.split(3)), undivided(whole, x))
+        assert all(map(operator.is_, ours.buffers(), own))
+
+
+class Ghost(nn.BatchNorm1d):
+    """Two calls that look like one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([super(Ghost, self).forward(half) for half in input.chunk(2)])
+
+
+@pytest.mark.parametrize("kind", ["ghost", "new statistics", "by hand as well"])
+def test_what_only_looks_like_a_call_is_refused_and_leaves_no_trace(kind: str) -> None:
+    norm = (Ghost if kind == "ghost" else Rebinding if "new" in kind else nn.BatchNorm1d)(5)
+    if isinstance(norm, Rebinding):
+        norm.new_statistics = True
+    model = Twice(norm.double(), by_hand="hand" in kind)
+    before, own = fingerprint(model), list(model.buffers())
+    with pytest.raises(InexactStepError, match="unseen"):
+        pool(model, drifting(8, (5,)).split(4))
+    assert fingerprint(model) == before
+    assert all(map(operator.is_, model.buffers(), own))
+
+
+class Twice(nn.Module):
+    """Calls its layer, and perhaps its class's forward too."""
+
+    def __init__(self, norm: nn.BatchNorm1d, *, by_hand: bool) -> None:
+        super().__init__()
+        self.norm, self.by_hand = norm, by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.norm(x)
+        return outputs + nn.BatchNorm1d.forward(self.norm, x) if self.by_hand else outputs
+
+
+def test_a_call_with_others_buffers_is_not_the_layer_s_own() -> None:
+    """torch.func.functional_call lends them; undivided, the layer's do not move either."""
+
+    class Lent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            copies = {name: buffer.clone() for name, buffer in self.norm.named_buffers()}
+            other: Tensor = torch.func.functional_call(self.norm, copies, (2 * x,))
+            outputs: Tensor = self.norm(x)
+            return outputs + other
+
+    x = drifting(8, (5,))
+    assert_exact(pool(Lent(), x.split(3)), undivided(Lent(), x))
 
 
 def test_the_table_of_how_far_micro_batches_are_is_what_comes_out() -> None:

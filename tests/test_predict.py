@@ -97,7 +97,10 @@ def test_a_search_takes_the_safe_end_as_its_first_guess(found: Prediction) -> No
     unseen = found.peak_bytes(found.tolerable) - found.peak_bytes(found.tolerable // 2)
     halved = guess.corrected(4, expected + unseen, guess.limit_bytes)
     assert abs(halved - found.tolerable // 2) <= 1
-    assert guess.corrected(4, expected, guess.limit_bytes - unseen) == halved
+    at_most = guess.limit_bytes * found.peak_bytes(halved) // found.peak_bytes(found.tolerable)
+    assert guess.corrected(4, expected, at_most + 2**20) in (halved, halved + 1)
+    bound = predict(cnn(), IMAGES, gpu=CARD, ceiling=7).prior
+    assert bound.corrected(4, expected, guess.limit_bytes) == 7
 
 
 def test_it_prints_what_matters(found: Prediction) -> None:

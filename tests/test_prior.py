@@ -163,3 +163,42 @@ def test_what_says_no_size_is_refused() -> None:
             SearchOptions(prior=refused)
     with pytest.raises(ValueError, match="at least 0, got -1"):
         SearchOptions(prior=-1)
+
+
+def test_a_guess_that_is_far_is_reached_in_leaps() -> None:
+    step = Step(constant=10 * MIB, slope=MIB, update=0)
+    prior = step.prior(900)
+    assert tried(step, 0, prior.limit_bytes, prior) == [4, 256, 900]
+
+
+def test_a_failure_above_the_guess_leaves_it_standing_and_one_below_ends_it() -> None:
+    step = Step(constant=10 * MIB, slope=MIB, update=0)
+    prior = step.prior(100)
+    for failed, following in ((10_000, 100), (90, None)):
+        search = Search(CANDIDATES, limit_bytes=prior.limit_bytes, prior=prior)
+        search.learn(failed, Outcome(fits=False))
+        search.learn(4, Outcome(fits=True, phases=step.phases(4)))
+        found = search.next()
+        assert found == following if following else found is not None and found < failed
+
+
+def test_of_another_limit_tensors_get_the_share_that_was_predicted() -> None:
+    """What the allocator splits up is no memory to spare, and shrinks with the card."""
+    step = Step(constant=0, slope=MIB, update=0)
+    prior = Prior(tolerable=90, limit_bytes=100 * MIB, peaks=((1, MIB), (200, 200 * MIB)))
+    for limit, guess in ((100, 90), (50, 45), (10, 9), (200, 180)):
+        assert prior.corrected(4, step.peak(4), limit * MIB) == guess
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"tolerable": -1},
+        {"tolerable": 2, "limit_bytes": 0},
+        {"tolerable": 2, "peaks": ((2, 5), (2, 5))},
+        {"tolerable": 2, "peaks": ((4, 5), (2, 5))},
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(numbers: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a prior must be at least 0"):
+        Prior(**numbers)

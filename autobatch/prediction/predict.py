@@ -118,18 +118,14 @@ class Prediction:
         """What a search for the same step on such a GPU begins with."""
         if not self.tolerable:
             return Prior(tolerable=0)
-        widest, own = 2 * self.largest, {self.tolerable, self.largest}
-        if self._step.every is None:
-            own |= {batch for batch in self._step.traces if batch <= widest}
+        widest = 2 * self.largest
+        if self._step.every is None:  # Others would each cost a trace.
+            batches = set(self._step.traces)
         else:
-            own |= {1 << n for n in range(widest.bit_length())} | {widest}
-        peaks = tuple((batch, self.peak_bytes(batch)) for batch in sorted(own))
-        bound = self.limited_by != "memory"
-        return Prior(
-            tolerable=self.tolerable,
-            limit_bytes=self.peak_bytes(self.tolerable) if bound else self.safe_bytes,
-            peaks=peaks,
-        )
+            batches = {1 << n for n in range(widest.bit_length())}
+            batches |= {self.tolerable, self.largest, widest}
+        peaks = tuple((batch, self.peak_bytes(batch)) for batch in sorted(batches))
+        return Prior(tolerable=self.tolerable, limit_bytes=self.safe_bytes, peaks=peaks)
 
     def curve(self, widest: int) -> list[tuple[int, int]]:
         """Return batches up to ``widest``, ascending, and their peaks: those that cost no trace."""

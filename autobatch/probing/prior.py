@@ -27,20 +27,32 @@ class Prior:
     Attributes:
         tolerable: The guess as it is, in examples.
         limit_bytes: Under which limit, where ``peaks`` are known.
-        peaks: Sizes, ascending, and the bytes that each is expected to allocate at its peak; the
-            tolerable one is among them. Empty where nothing is expected.
+        peaks: Sizes, ascending, and the bytes that each is expected to allocate at its peak; fewer
+            than two say nothing.
+
+    Raises:
+        ValueError: If a number cannot be.
     """
 
     tolerable: int
-    limit_bytes: int = 0
+    limit_bytes: int = 1
     peaks: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = [size for size, _ in self.peaks]
+        if self.tolerable < 0 or self.limit_bytes < 1 or sizes != sorted(set(sizes)):
+            raise ValueError(
+                "a prior must be at least 0, under a limit of at least a byte, with peaks of "
+                f"ascending sizes, got {self.tolerable}, {self.limit_bytes}, {self.peaks}"
+            )
 
     def corrected(self, size: int, peak_bytes: int, limit_bytes: int) -> int:
         """Return the guess, now that a size has run: the largest size expected to fit, or 0.
 
         What cannot be seen beforehand (a workspace of cuDNN, what else the process holds) has
         raised that size's peak over what was expected, and is taken to raise every other's as much.
-        What the device really leaves (its context, other processes) is the limit of the search.
+        What the device really leaves (its context, other processes) is the limit of the search; of
+        it tensors get the share that was expected, for the allocator splits up the rest.
 
         Args:
             size: That ran.
@@ -49,8 +61,8 @@ class Prior:
         """
         if len(self.peaks) < 2 or not peak_bytes:
             return self.tolerable
-        more = limit_bytes - self.limit_bytes - (peak_bytes - self._peak(size))
-        room = self._peak(self.tolerable) + more
+        unseen = peak_bytes - self._peak(size)
+        room = self._peak(self.tolerable) * limit_bytes // self.limit_bytes - unseen
         return bisect.bisect_right(range(1, self.peaks[-1][0] + 1), room, key=self._peak)
 
     def _peak(self, size: int) -> int:

@@ -211,12 +211,14 @@ class Search:
         return self._promise.nearest(wanted, self._good, self._bad, self._used)
 
     def _presumed(self) -> int:
-        """The prior's position; -1 unless one size has run."""
-        if self._prior is None or self._good < 0 or len(self._outcomes) > 1:
+        """The prior's position, corrected by the first size that ran; -1 where that has failed."""
+        if self._prior is None or self._good < 0:
             return -1
-        peak_bytes = self._outcomes[self.size].peak_bytes
-        guess = self._prior.corrected(self.size, peak_bytes, self.limit_bytes)
-        return bisect.bisect_right(self._candidates, guess) - 1
+        first = min(size for size, outcome in self._outcomes.items() if outcome.fits)
+        peak_bytes = self._outcomes[first].peak_bytes
+        guess = self._prior.corrected(first, peak_bytes, self.limit_bytes)
+        place = bisect.bisect_right(self._candidates, guess) - 1
+        return place if place < self._bad else -1
 
     def _hint(self) -> int:
         candidates, untried = self._candidates, self._bad == len(self._candidates)

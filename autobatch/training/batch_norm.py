@@ -9,6 +9,7 @@ would have done.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,11 @@ def _moves(layer: _BatchNorm) -> bool:
 
 
 _UNCALLED: Final = -1  # A call may be on no values.
+_UNSEEN: Final = (
+    "a BatchNorm layer moved its running statistics unseen (its class's forward called by hand, "
+    "compiled before the batch was cut, or with new buffers for each call), so they cannot be "
+    'pooled; call it as a module, or pass batch_norm="frozen"'
+)
 _Call = tuple[int, Tensor, Tensor]  # Values of a channel; mean and unbiased variance they left.
 
 
@@ -173,7 +179,9 @@ class Statistics:
         self.counts = torch.stack(self.numbers) if self.numbers else self.values[:0]
 
     def put_back(self) -> None:
-        """Fill the layers' buffers as they were."""
+        """Give the layers their own buffers back, as they were."""
+        for layer, own in zip(self.layers, self.buffers, strict=True):
+            layer._buffers.update(own)
         self.set_counts(self.counts)
         self.fill(self.values)
 
@@ -201,7 +209,8 @@ class Pool:
         self._open = False
         self._borrowed = self._examples = 0
         self._calls: list[_Calls] = []
-        self._versions: list[int] = []
+        self._versions: list[int] = []  # Of the numbers, when the forward pass began.
+        self._once = [1] * len(taken.layers)
         self._most = [0] * len(taken.layers)  # Calls in the forward pass that made most.
         self._forget()
 
@@ -216,7 +225,7 @@ class Pool:
         """
         self._open = True
         self._borrowed, self._examples = borrowed, borrowed + own
-        self._versions = [number._version for number in self._taken.numbers]
+        self._versions = self._read_versions()
 
     def end(self) -> None:
         """Say that it has ended, and keep a copy of what it left.
@@ -228,6 +237,8 @@ class Pool:
         if self._earlier or _UNCALLED in self._counts:
             self._end_unlike()
         else:  # The commonest: each was called once, and has left it in its own.
+            if not self._calls:  # Once a window: who hides calls does it in each forward pass.
+                self._refuse_unseen(self._once)
             self._keep(0, tuple(self._counts), self._taken.own)
             self._most = [most or 1 for most in self._most]
         self._forget()
@@ -236,24 +247,30 @@ class Pool:
         """Return the forward pass of the layer at this place, of which this pool is told."""
         layer = self._taken.layers[place]
         run, channels = layer.forward, layer.num_features
+        mean, _ = _statistics(self._taken.buffers[place])
 
         def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
             if not (layer.training and layer.track_running_stats):
                 with self._as_before(place):
                     return run(*inputs, **named)
-            if self._open:
-                values = inputs[0] if inputs else named["input"]
-                if self._borrowed or self._counts[place] != _UNCALLED:
-                    self._set_apart(place, values)
-                if not self._borrowed:
-                    self._counts[place] = values.numel() // channels
+            # Others than its own are lent to it for this call, as by functional_call.
+            if self._open and layer._buffers["running_mean"] is mean:
+                self._note(place, channels, inputs[0] if inputs else named["input"])
             return run(*inputs, **named)
 
         return forward
 
     def apply(self) -> None:
-        """Move every layer's statistics once for each of its calls, from where they were."""
+        """Move every layer's statistics once for each of its calls, from where they were.
+
+        Raises:
+            InexactStepError: If one moved them in a call that was not noted.
+        """
         taken, most = self._taken, self._most
+        for layer, own in zip(taken.layers, taken.buffers, strict=True):
+            if layer._buffers["running_mean"] is not own["running_mean"]:
+                raise InexactStepError(_UNSEEN)
+            layer._buffers.update(own)  # Earlier versions of torch had a new number for each call.
         if len(set(most)) == 1:
             more: int | Tensor = most[0]
         else:
@@ -275,6 +292,13 @@ class Pool:
         self._counts = [_UNCALLED] * len(self._taken.layers)
         self._earlier: dict[int, list[_Call]] = {}  # Calls before those, by place.
 
+    def _note(self, place: int, channels: int, values: Tensor) -> None:
+        """Note a call in a forward pass that counts."""
+        if self._borrowed or self._counts[place] != _UNCALLED:
+            self._set_apart(place, values)
+        if not self._borrowed:
+            self._counts[place] = values.numel() // channels
+
     def _set_apart(self, place: int, values: Tensor) -> None:
         """Keep what the buffers cannot: the call before, or one with borrowed examples."""
         earlier = self._earlier.setdefault(place, [])
@@ -294,8 +318,8 @@ class Pool:
             if count != _UNCALLED:
                 calls.append((count, *_statistics(self._taken.buffers[place])))
             every.append(calls)
-        self._refuse_unseen([place for place, calls in enumerate(every) if not calls])
         made = list(map(len, every))
+        self._refuse_unseen(made)
         self._most = list(map(max, self._most, made))
         for n in range(max(made)):
             calls = [c[n] if n < len(c) else self._none(place) for place, c in enumerate(every)]
@@ -306,21 +330,18 @@ class Pool:
         mean, variance = _statistics(self._taken.buffers[place])
         return 0, torch.zeros_like(mean), torch.zeros_like(variance)
 
-    def _refuse_unseen(self, uncalled: Iterable[int]) -> None:
-        """Refuse layers that have run, and were not noted."""
-        versions = {
-            id(number): version
-            for number, version in zip(self._taken.numbers, self._versions, strict=True)
-        }
-        for place in uncalled:
-            number = _number(self._taken.buffers[place])
-            # Torch counts no other writing than this one's.
-            if number is not None and number._version != versions[id(number)]:
-                raise InexactStepError(
-                    "a BatchNorm layer moved its running statistics unseen (its class's forward "
-                    "called by hand, or compiled before the batch was cut), so they cannot be "
-                    'pooled; call it as a module, or pass batch_norm="frozen"'
-                )
+    def _read_versions(self) -> list[int]:
+        numbers = map(_number, self._taken.buffers)
+        return [0 if number is None else number._version for number in numbers]
+
+    def _refuse_unseen(self, noted: Iterable[int]) -> None:
+        """Refuse layers that ran more often than was noted.
+
+        Torch counts no writing to statistics, but that to the number of batches, one a call.
+        """
+        ran = map(operator.sub, self._read_versions(), self._versions)
+        if any(map(operator.gt, ran, noted)):
+            raise InexactStepError(_UNSEEN)
 
     @contextmanager
     def _as_before(self, place: int) -> Iterator[None]:
