@@ -61,6 +61,10 @@ MemoryLimit = Annotated[
     str | None,
     typer.Option(help='For the whole process: "256MiB", "24GiB". Default: what the device has.'),
 ]
+Headroom = Annotated[
+    str | None,
+    typer.Option(help='Keep so much free: "1GiB", or 0. Default: 2 %, at least 300 MiB.'),
+]
 Device = Annotated[
     str | None, typer.Option(help='"cpu", "cuda" or "cuda:1". Default: a GPU if there is one.')
 ]
@@ -98,6 +102,7 @@ def train(
     data: Data = "digits",
     desired: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = 256,
     memory_limit: MemoryLimit = None,
+    headroom: Headroom = None,
     epochs: Annotated[int, typer.Option(min=1, help="How often all data is seen.")] = 1,
     max_steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.")] = None,
     optimizer: Optimizer = OptimizerName.ADAMW,
@@ -124,7 +129,7 @@ def train(
     """Train MODEL on the batch you want, in pieces that fit."""
 
     def work(watch: Watch) -> Report:
-        check_names(model, data, memory_limit)
+        check_names(model, data, memory_limit, headroom)
         from autobatch.commands.runs import TrainingRun
 
         return TrainingRun(
@@ -134,6 +139,7 @@ def train(
             optimizer=optimizer,
             lr=lr,
             memory_limit=memory_limit,
+            headroom=headroom,
             device=device,
             seed=seed,
             desired=desired,
@@ -157,6 +163,7 @@ def find(
         int | None, typer.Option(min=1, help="Largest size of interest. Default: the data's.")
     ] = None,
     memory_limit: MemoryLimit = None,
+    headroom: Headroom = None,
     mode: Annotated[
         ModeChoice, typer.Option(help="A training step, or a forward pass without gradients.")
     ] = ModeChoice.TRAIN,
@@ -177,7 +184,7 @@ def find(
     """Find the largest batch with which MODEL can train, or infer."""
 
     def work(watch: Watch) -> Report:
-        check_names(model, data, memory_limit)
+        check_names(model, data, memory_limit, headroom)
         from autobatch.commands.runs import SearchRun
 
         return SearchRun(
@@ -187,6 +194,7 @@ def find(
             optimizer=optimizer,
             lr=lr,
             memory_limit=memory_limit,
+            headroom=headroom,
             device=device,
             seed=seed,
             ceiling=ceiling,
@@ -387,13 +395,15 @@ def _explained(error: BaseException, journal: Journal) -> str:
 def _with_options(message: str) -> str:
     """Name the command line's options in the place of the library's arguments.
 
-    A name of several words is one wherever it stands, any other where a message begins with it.
+    A name of several words is one wherever it stands, any other where it begins a message or is
+    followed by its value.
     """
 
     def option(found: re.Match[str]) -> str:
         return _options_by_name().get(found[0], found[0])
 
-    return re.sub(r"^[a-z]+(?= (?:must|cannot) )|\b[a-z]+(?:_[a-z]+)+\b", option, message)
+    names = r"^[a-z]+(?= (?:must|cannot) )|\b[a-z]+(?==)|\b[a-z]+(?:_[a-z]+)+\b"
+    return re.sub(names, option, message)
 
 
 @functools.cache

@@ -34,6 +34,11 @@ def parse_bytes(size: Size, *, name: str = "size") -> int:
     return count
 
 
+def parse_headroom(size: Size) -> int:
+    """Return what is to be kept free, in bytes: as ``parse_bytes`` reads it, or nothing at all."""
+    return 0 if size in (0, "0") and size is not False else parse_bytes(size, name="headroom")
+
+
 def count(number: int, noun: str, nouns: str = "") -> str:
     """Return ``number`` with its noun: ``"1 trial"``, ``"2 trials"``."""
     return f"{number} {noun if number == 1 else nouns or noun + 's'}"

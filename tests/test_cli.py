@@ -14,10 +14,12 @@ import torch
 from autobatch import cli
 from autobatch.cli import ExitCode, main
 from autobatch.commands import runs
+from autobatch.devices.base import Budget
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, StepResult, Trial
+from autobatch.units import Size
 
 CODE = """
 import time
@@ -293,6 +295,23 @@ def test_a_plan_is_a_sentence_or_json(run: Run) -> None:
     }
 
 
+@pytest.mark.parametrize(("headroom", "kept"), [("0", 0), ("1GiB", 2**30)])
+@pytest.mark.parametrize("command", ["train", "find"])
+def test_a_headroom_is_kept_free(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, headroom: str, kept: int
+) -> None:
+    budgets = []
+    parse = Budget.parse
+
+    def noted(memory_limit: Size | None, headroom: Size | None) -> Budget:
+        budgets.append(parse(memory_limit, headroom))
+        return budgets[-1]
+
+    monkeypatch.setattr(Budget, "parse", noted)
+    assert run(command, *TINY, "--headroom", headroom, "--device", "cpu")[0] == ExitCode.DONE
+    assert {budget.headroom_bytes for budget in budgets} == {kept}
+
+
 def test_the_versions_are_shown(run: Run) -> None:
     code, out, _ = run("--version")
     assert code == ExitCode.DONE
@@ -304,6 +323,8 @@ def test_the_versions_are_shown(run: Run) -> None:
     ("arguments", "words"),
     [
         (["train", *TINY, "--memory-limit", "12 apples"], "--memory-limit cannot be read from"),
+        (["find", *TINY, "--headroom", "some"], "--headroom cannot be read from"),
+        (["find", *TINY, "--headroom", "0B"], "--headroom must be above zero bytes"),
         (["train", *TINY, "--desired", "0"], "--desired"),
         (["train", *TINY, "--optimizer", "lion"], "--optimizer"),
         (["train", "torchvision:resnet81"], "did you mean resnet"),
@@ -354,6 +375,8 @@ def test_help_and_slips_are_answered_before_torch_is_there(arguments: list[str])
 def test_an_error_names_options_and_what_the_user_says_stays() -> None:
     told = cli._with_options("data must be digits, or a larger memory_limit; max_steps=3; my_data")
     assert told == "--data must be digits, or a larger --memory-limit; --max-steps=3; my_data"
+    told = cli._with_options('headroom=0 frees 300.0 MiB, precision="bf16", frozen=True')
+    assert told == '--headroom=0 frees 300.0 MiB, --precision="bf16", frozen=True'
     assert cli._with_options("the data must hold a model") == "the data must hold a model"
     assert cli._with_options("model must be a module") == "model must be a module"
 

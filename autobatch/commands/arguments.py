@@ -3,7 +3,7 @@
 import enum
 from typing import Final
 
-from autobatch.units import parse_bytes
+from autobatch.units import parse_bytes, parse_headroom
 
 MODEL_NAMES: Final = "torchvision:resnet18 or package.module:factory"
 DATA_NAMES: Final = "digits, imagefolder:PATH or package.module:factory"
@@ -39,7 +39,9 @@ class ModeChoice(enum.StrEnum):
     INFERENCE = "inference"
 
 
-def check_names(model: str, data: str, memory_limit: str | None = None) -> None:
+def check_names(
+    model: str, data: str, memory_limit: str | None = None, headroom: str | None = None
+) -> None:
     """Refuse what can only be a slip: importing torch takes seconds, and this does not.
 
     Raises:
@@ -51,6 +53,8 @@ def check_names(model: str, data: str, memory_limit: str | None = None) -> None:
         factory_of(data, what="data", names=DATA_NAMES)
     if memory_limit is not None:
         parse_bytes(memory_limit, name="memory_limit")
+    if headroom is not None:
+        parse_headroom(headroom)
 
 
 def factory_of(name: str, *, what: str, names: str) -> tuple[str, list[str]]:

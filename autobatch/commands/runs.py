@@ -39,7 +39,7 @@ from autobatch.prediction.predict import Prediction, predict
 from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
-from autobatch.units import count, parse_bytes
+from autobatch.units import count, parse_bytes, parse_headroom
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # As many images as a trace repeats.
@@ -56,6 +56,7 @@ class Setting:
         optimizer: AdamW, or SGD with a momentum of 0.9.
         lr: Learning rate.
         memory_limit: For the whole process, as bytes or text.
+        headroom: What is kept free where there is no such limit; None is the standard.
         device: As torch names it; None is an accelerator if there is one.
         seed: Of the model's weights and the order of the data; None draws one.
         precision: What forward passes compute in.
@@ -67,6 +68,7 @@ class Setting:
     optimizer: OptimizerName = OptimizerName.ADAMW
     lr: float = 1e-3
     memory_limit: int | str | None = None
+    headroom: int | str | None = None
     device: str | None = None
     seed: int | None = None
     precision: PrecisionChoice = PrecisionChoice.FP32
@@ -75,6 +77,8 @@ class Setting:
         check_size("pixels", self.pixels)
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit, name="memory_limit")
+        if self.headroom is not None:
+            parse_headroom(self.headroom)
 
     def load(self, watch: Watch) -> tuple[nn.Module, DataSource]:
         """Return the model and the data, and say what they are."""
@@ -123,6 +127,7 @@ class SearchRun(Setting):
             device=self.device,
             precision=check_precision(self.precision),
             memory_limit=self.memory_limit,
+            headroom=self.headroom,
             mode="inference" if self.mode is ModeChoice.INFERENCE else "train",
             search=SearchOptions(multiple_of=self.multiple_of),
             # How it ended is the report itself.
@@ -179,6 +184,7 @@ class TrainingRun(Setting):
             device=self.device,
             precision=check_precision(self.precision),
             memory_limit=self.memory_limit,
+            headroom=self.headroom,
             clip_grad_norm=self.clip_grad_norm,
             prefer="fastest" if self.prefer is PreferChoice.FASTEST else "largest",
             checkpoint_dir=self.checkpoint_dir,

@@ -8,7 +8,7 @@ import torch
 
 from autobatch.platforms import spilling_platform
 from autobatch.results import OtherProcess
-from autobatch.units import Size, parse_bytes
+from autobatch.units import Size, parse_bytes, parse_headroom
 
 HEADROOM_FRACTION: Final = 0.02
 HEADROOM_BYTES: Final = 300 * 2**20
@@ -107,9 +107,7 @@ class Budget:
             memory_limit_bytes=(
                 None if memory_limit is None else parse_bytes(memory_limit, name="memory_limit")
             ),
-            headroom_bytes=(
-                headroom if headroom in (None, 0) else parse_bytes(headroom, name="headroom")
-            ),
+            headroom_bytes=None if headroom is None else parse_headroom(headroom),
         )
 
     def limit_bytes(self, reading: MemoryReading) -> int:
