@@ -19,16 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from autobatch import Accumulator, InexactStepError, StepResult
-from autobatch.training import batch_norm
+from autobatch.training import pooling
 from autobatch.training.batch_norm import (
-    Pool,
-    Statistics,
     check_batch_norm,
     frozen_statistics,
     moving_layers,
     normalises_by_batch,
-    pooled_statistics,
 )
+from autobatch.training.pooling import Pool, Statistics, pooled_statistics
 
 
 def rows(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -131,7 +129,7 @@ def test_an_error_while_statistics_are_applied_leaves_the_layers_as_they_were(
     def fail(*_: object) -> Tensor:
         raise KeyError("mine")
 
-    monkeypatch.setattr(batch_norm, "_moved", fail)
+    monkeypatch.setattr(pooling, "_moved", fail)
     model = First()
     before = fingerprint(model)
     with pytest.raises(KeyError):

@@ -30,6 +30,7 @@ from autobatch.commands.reports import (
     training_fields,
 )
 from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
+from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device
 from autobatch.events import SearchEnded
 from autobatch.plan import check_size
@@ -39,7 +40,7 @@ from autobatch.prediction.predict import Prediction, predict
 from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
-from autobatch.units import count, parse_bytes, parse_headroom
+from autobatch.units import count
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # As many images as a trace repeats.
@@ -75,10 +76,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_size("pixels", self.pixels)
-        if self.memory_limit is not None:
-            parse_bytes(self.memory_limit, name="memory_limit")
-        if self.headroom is not None:
-            parse_headroom(self.headroom)
+        Budget.parse(self.memory_limit, self.headroom)  # Refuses.
 
     def load(self, watch: Watch) -> tuple[nn.Module, DataSource]:
         """Return the model and the data, and say what they are."""

@@ -17,18 +17,16 @@ from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms, accumulate, rescale
 from autobatch.training.batch_norm import (
     BatchNormMode,
-    Pool,
-    Statistics,
     frozen_statistics,
     moving_layers,
     normalises_by_batch,
-    pooled_statistics,
 )
 from autobatch.training.feed import Feed
 from autobatch.training.inferred import Inferred
 from autobatch.training.ledger import Ledger
 from autobatch.training.members import Members
 from autobatch.training.objective import Compared, Objective, Share, Witness
+from autobatch.training.pooling import Pool, Statistics, pooled_statistics
 from autobatch.training.precision import Precision
 from autobatch.training.replay import Start, window_start
 from autobatch.training.update import Update
