@@ -26,7 +26,8 @@ from autobatch.training.batch_norm import (
     moving_layers,
     normalises_by_batch,
 )
-from autobatch.training.pooling import Pool, Statistics, pooled_statistics
+from autobatch.training.pooling import Pool, pooled_statistics
+from autobatch.training.running_statistics import Statistics
 
 
 def rows(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -109,13 +110,22 @@ def test_one_micro_batch_is_the_layer_s_own_business_bit_for_bit() -> None:
     torch.testing.assert_close(statistics(ours), statistics(whole), rtol=0, atol=0)
 
 
-def test_momentum_and_hooks_are_put_back_also_after_an_error() -> None:
-    model = First()
+class Own(nn.BatchNorm1d):
+    """A subclass with a forward pass of its own, as libraries of models have them."""
+
+    def forward(self, input: Tensor) -> Tensor:  # Torch's name.
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, Own])
+def test_momentum_and_forward_are_put_back_also_after_an_error(kind: type[nn.BatchNorm1d]) -> None:
+    model = kind(4)
     before = fingerprint(model)
 
     def fail() -> None:
-        with pooled_statistics(Statistics([model.norm])):
-            assert model.norm.momentum == 1.0
+        with pooled_statistics(Statistics([model])):
+            assert "forward" in vars(model)
+            assert model.momentum == (1.0 if kind is Own else 0.1)
             raise KeyError("mine")
 
     with pytest.raises(KeyError):
@@ -327,6 +337,63 @@ def test_a_layer_that_counts_no_batches_moves_as_torch_moves_it(
 
     x = drifting(5, (4,))
     assert_exact(pool(model(), x.split(2)[:2]), undivided(model(), x[:4]))
+
+
+class Doubled(nn.Module):
+    """Of a weight, as torch.nn.utils.parametrize has it."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def parametrized() -> nn.Module:
+    layer = nn.BatchNorm2d(4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.BatchNorm1d(4), (4,)),
+        (lambda: nn.BatchNorm1d(4), (4, 3)),
+        (lambda: nn.BatchNorm2d(4, eps=0.1), (4, 3, 2)),
+        (lambda: nn.BatchNorm2d(4, affine=False, momentum=None), (4, 3, 2)),
+        (lambda: nn.BatchNorm3d(4, dtype=torch.bfloat16), (4, 3, 2, 2)),
+        (lambda: Own(4), (4, 3)),
+        (parametrized, (4, 3, 2)),
+    ],
+)
+def test_a_layer_in_pieces_gives_what_it_gives_alone_bit_for_bit(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """Its own forward pass is not what runs there."""
+    layer, alone = make(), make()
+    dtype = torch.bfloat16 if "bfloat16" in str(layer.state_dict()) else torch.float32
+    with pooled_over(layer, 2) as pooled:
+        assert pooled is not None
+        for part in drifting(6, shape).to(dtype).split(3):
+            mine, other = part.clone().requires_grad_(), part.clone().requires_grad_()
+            pooled.begin()
+            output, expected = layer(mine), alone(other)
+            pooled.end()
+            output.square().sum().backward()
+            expected.square().sum().backward()
+            torch.testing.assert_close((output, mine.grad), (expected, other.grad), rtol=0, atol=0)
+    gradients = [[parameter.grad for parameter in model.parameters()] for model in (layer, alone)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [((1, 4), "more than 1 value per channel"), ((2, 4, 1, 1), "expected 2D or 3D")],
+)
+def test_a_layer_in_pieces_refuses_what_it_refuses_alone(x: tuple[int, ...], message: str) -> None:
+    layer = nn.BatchNorm1d(4)
+    before = fingerprint(layer)
+    with pytest.raises(ValueError, match=message):
+        pool(layer, [torch.ones(2, 4), torch.ones(x)])
+    assert fingerprint(layer) == before
 
 
 def test_a_call_in_evaluation_mode_uses_the_layer_s_own_statistics_and_does_not_count() -> None:
@@ -610,6 +677,26 @@ def test_what_only_looks_like_a_call_is_refused_and_leaves_no_trace(kind: str) -
         pool(model, drifting(8, (5,)).split(4))
     assert fingerprint(model) == before
     assert all(map(operator.is_, model.buffers(), own))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, Own])
+def test_a_hidden_call_in_the_last_micro_batch_alone_is_refused(kind: type[nn.BatchNorm1d]) -> None:
+    model = Twice(kind(5).double(), by_hand=False)
+    before = fingerprint(model)
+
+    def last_by_hand() -> None:
+        with pooled_over(model, 3) as pooled:
+            assert pooled is not None
+            for place, part in enumerate(drifting(9, (5,)).split(3)):
+                model.by_hand = place == 2
+                pooled.begin()
+                model(part)
+                pooled.end()
+
+    with pytest.raises(InexactStepError, match="unseen"):
+        last_by_hand()
+    model.by_hand = False
+    assert fingerprint(model) == before
 
 
 class Twice(nn.Module):

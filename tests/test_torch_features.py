@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from reference import Pair, assert_exact, assert_same_parameters, small_model, twin, undivided_steps
+from states import fingerprint
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -104,6 +105,60 @@ def test_batch_norm_compiled_before_it_was_cut_is_pooled_all_the_same(first: int
         for examples in (first, 8, 8, 4, 8):
             accumulator.step((pairs()[0][0][:examples], pairs()[0][1][:examples]))
     assert_same_parameters(ours, eager)
+
+
+class Halved(nn.BatchNorm1d):
+    """With a forward pass of its own, as libraries of models have them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
+class Ghost(nn.BatchNorm1d):
+    """Two calls that look like one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([super(Ghost, self).forward(half) for half in input.chunk(2)])
+
+
+def compiled_down(model: nn.Module) -> nn.Module:
+    """As for kernels, without a compiler: functions that change nothing in place."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+def with_layer(kind: type[nn.BatchNorm1d]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), kind(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, Halved])
+@pytest.mark.parametrize("first", [4, 10])
+def test_batch_norm_in_a_graph_that_is_compiled_down_to_its_kernels_is_pooled(
+    kind: type[nn.BatchNorm1d], first: int
+) -> None:
+    """There a call counts itself several times as writing."""
+    ours, eager = with_layer(kind), with_layer(kind)
+    compiled = compiled_down(ours)
+    for model in (compiled, eager):
+        accumulator = Accumulator(model, sgd(model), nn.CrossEntropyLoss(), micro_batch=4)
+        for examples in (first, 8, 8, 4, 8):
+            accumulator.step((pairs()[0][0][:examples], pairs()[0][1][:examples]))
+    assert_same_parameters(ours, eager)
+    assert_exact(list(ours.buffers()), list(eager.buffers()))
+
+
+def test_hidden_calls_are_refused_when_they_are_compiled_too() -> None:
+    model = with_layer(Ghost)
+    accumulator = Accumulator(
+        compiled_down(model), sgd(model), nn.CrossEntropyLoss(), micro_batch=4
+    )
+    before = fingerprint(model)
+    with pytest.raises(InexactStepError, match="unseen"):
+        accumulator.step((pairs()[0][0][:8], pairs()[0][1][:8]))
+    assert fingerprint(model) == before
 
 
 def test_a_compiled_model_is_found_a_size_for_and_trained() -> None:

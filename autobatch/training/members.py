@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -31,27 +31,33 @@ class Members:
 
     def refresh(self) -> None:
         """Look again: layers, parameters and groups may have been added."""
-        self.of_model = _modules([self._model])
-        known = set(map(id, self.of_model))
-        others = [m for m in _modules(self._others) if id(m) not in known] if self._others else []
-        self.modules = [*self.of_model, *others]
-        held = {}
-        for module in self.modules:
-            for parameter in vars(module)["_parameters"].values():
-                if parameter is not None:
-                    held[id(parameter)] = parameter
+        modules: dict[int, nn.Module] = {}
+        parameters: dict[int, Tensor] = {}
+        _find([self._model], modules, parameters)
+        self.of_model = list(modules.values())
+        _find(self._others, modules, parameters)
+        self.modules = list(modules.values())
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                held[id(parameter)] = parameter
-        self.parameters = list(held.values())
+                parameters[id(parameter)] = parameter
+        self.parameters = list(parameters.values())
 
 
-def _modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
-    found = {id(root): root for root in roots}
-    unseen = list(roots)
+def _find(
+    roots: Sequence[nn.Module], modules: dict[int, nn.Module], parameters: dict[int, Tensor]
+) -> None:
+    """Add what hangs on these roots, each by its id and once."""
+    unseen = []
+    for root in roots:
+        if id(root) not in modules:
+            modules[id(root)] = root
+            unseen.append(root)
     while unseen:
-        for child in vars(unseen.pop())["_modules"].values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
+        own = vars(unseen.pop())  # Behind a window all this is cold: each is looked at once.
+        for parameter in own["_parameters"].values():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+        for child in own["_modules"].values():
+            if child is not None and id(child) not in modules:
+                modules[id(child)] = child
                 unseen.append(child)
-    return list(found.values())

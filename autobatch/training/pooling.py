@@ -1,16 +1,14 @@
 """BatchNorm's running statistics over a window that is cut: pooled, and moved once.
 
 Left alone, a layer would move its running statistics once a micro-batch, with its full momentum
-each time. Here its momentum is 1 while the window runs: each forward pass leaves in its buffers the
-mean and the unbiased variance of what it saw. They are pooled (Chan et al., 1979: the variance
-between micro-batches belongs to it), and move what the buffers held before, once, with the layer's
-own momentum. For a layer whose inputs are the undivided batch's that is what the undivided batch
-would have done.
+each time. Watched, it leaves in its buffers the mean and the unbiased variance of what each forward
+pass saw. They are pooled (Chan et al., 1979: the variance between micro-batches belongs to it), and
+move what the buffers held before, once, with the layer's own momentum. For a layer whose inputs are
+the undivided batch's that is what the undivided batch would have done.
 """
 
 import functools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,21 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autobatch.errors import InexactStepError
-
-STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+from autobatch.training.running_statistics import Statistics, mean_and_variance
+from autobatch.training.watch import Watch
 
 _UNCALLED: Final = -1  # A call may be on no values.
-_UNSEEN: Final = (
-    "a BatchNorm layer moved its running statistics unseen (its class's forward called by hand, "
-    "compiled before the batch was cut, or with new buffers for each call), so they cannot be "
-    'pooled; call it as a module, or pass batch_norm="frozen"'
-)
 _Call = tuple[int, Tensor, Tensor]  # Values of a channel; mean and unbiased variance they left.
 
 
 @contextmanager
-def pooled_statistics(taken: "Statistics") -> Iterator["Pool"]:
+def pooled_statistics(taken: Statistics) -> Iterator["Pool"]:
     """Pool the layers' running statistics inside; apply them at the end.
 
     After an error the layers are as they were.
@@ -45,31 +37,12 @@ def pooled_statistics(taken: "Statistics") -> Iterator["Pool"]:
     """
     pool = Pool(taken)
     try:
-        with _noted(taken.layers, pool):
+        with pool.watch.over_layers(pool.note):
             yield pool
         pool.apply()
     except BaseException:
         taken.put_back()
         raise
-
-
-@contextmanager
-def _noted(layers: Sequence[_BatchNorm], pool: "Pool") -> Iterator[None]:
-    """Have the pool told of the layers' calls inside, and their buffers take what those see.
-
-    Each layer has a forward pass of its own for this: a hook would take six times as long.
-    """
-    kept = [(layer, layer.momentum, vars(layer).get("forward")) for layer in layers]
-    try:
-        for place, layer in enumerate(layers):
-            # A module's own way of setting looks at all it has first.
-            vars(layer).update(forward=pool.watched(place), momentum=1.0)
-        yield
-    finally:
-        for layer, momentum, forward in kept:
-            own = vars(layer)
-            own["momentum"] = momentum
-            own.pop("forward", None) if forward is None else own.update(forward=forward)
 
 
 @dataclass(slots=True)
@@ -86,51 +59,6 @@ class _Calls:
     rows: list[Tensor] = field(default_factory=list)
 
 
-class Statistics:
-    """What layers have seen so far, taken: to be put back, and for a pool to go on from.
-
-    Args:
-        layers: In training, with running statistics, on one device.
-
-    Attributes:
-        buffers: Each layer's running mean, running variance and number of batches.
-        channels: Of each mean, and then of each variance.
-        own: All the means, and then all the variances.
-        values: Theirs, in one row.
-        numbers: Of batches; a layer need not have one.
-        counts: Theirs, in one row.
-    """
-
-    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
-        self.layers = layers
-        self.buffers: list[dict[str, Tensor | None]] = [
-            {name: layer._buffers[name] for name in STATISTICS} for layer in layers
-        ]
-        self.channels = tuple(layer.num_features for layer in layers) * 2
-        pairs = list(map(_statistics, self.buffers))
-        self.own = [mean for mean, _ in pairs] + [variance for _, variance in pairs]
-        self.values = torch.cat(self.own)
-        numbers = (own["num_batches_tracked"] for own in self.buffers)
-        self.numbers = [number for number in numbers if number is not None]
-        self.counts = torch.stack(self.numbers) if self.numbers else self.values[:0]
-
-    def put_back(self) -> None:
-        """Give the layers their own buffers back, as they were."""
-        for layer, own in zip(self.layers, self.buffers, strict=True):
-            layer._buffers.update(own)
-        self.set_counts(self.counts)
-        self.fill(self.values)
-
-    def set_counts(self, counts: Tensor) -> None:
-        """Set the layers' numbers of batches."""
-        if self.numbers:
-            torch._foreach_copy_(self.numbers, counts.unbind())
-
-    def fill(self, values: Tensor) -> None:
-        """Fill the layers' own buffers with these means and variances."""
-        torch._foreach_copy_(self.own, values.split(self.channels))
-
-
 class Pool:
     """What the layers' calls have seen, pooled over micro-batches. The n-th calls belong together.
 
@@ -138,15 +66,17 @@ class Pool:
 
     Args:
         taken: What their statistics were before the window.
+
+    Attributes:
+        watch: Over the layers.
     """
 
     def __init__(self, taken: Statistics) -> None:
+        self.watch = Watch(taken)
         self._taken = taken
         self._open = False
         self._borrowed = self._examples = 0
         self._calls: list[_Calls] = []
-        self._versions: list[int] = []  # Of the numbers, when the forward pass began.
-        self._once = [1] * len(taken.layers)
         self._most = [0] * len(taken.layers)  # Calls in the forward pass that made most.
         self._forget()
 
@@ -161,7 +91,7 @@ class Pool:
         """
         self._open = True
         self._borrowed, self._examples = borrowed, borrowed + own
-        self._versions = self._read_versions()
+        self.watch.begin()
 
     def end(self) -> None:
         """Say that it has ended, and keep a copy of what it left.
@@ -173,28 +103,30 @@ class Pool:
         if self._earlier or _UNCALLED in self._counts:
             self._end_unlike()
         else:  # The commonest: each was called once, and has left it in its own.
-            if not self._calls:  # Once a window: who hides calls does it in each forward pass.
-                self._refuse_unseen(self._once)
             self._keep(0, tuple(self._counts), self._taken.own)
             self._most = [most or 1 for most in self._most]
         self._forget()
 
-    def watched(self, place: int) -> Callable[..., Tensor]:
-        """Return the forward pass of the layer at this place, of which this pool is told."""
-        layer = self._taken.layers[place]
-        run, channels = layer.forward, layer.num_features
-        mean, _ = _statistics(self._taken.buffers[place])
+    def note(self, place: int, values: Tensor) -> None:
+        """Note a call, if the forward pass counts, and keep what the layer's buffers cannot.
 
-        def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
-            if not (layer.training and layer.track_running_stats):
-                with self._as_before(place):
-                    return run(*inputs, **named)
-            # Others than its own are lent to it for this call, as by functional_call.
-            if self._open and layer._buffers["running_mean"] is mean:
-                self._note(place, channels, inputs[0] if inputs else named["input"])
-            return run(*inputs, **named)
-
-        return forward
+        Args:
+            place: The layer's.
+            values: What it is called on, of shape ``(examples, channels, ...)``.
+        """
+        if not self._open:
+            return
+        channels = self._taken.channels[place]
+        if self._borrowed:
+            values = values[len(values) * self._borrowed // self._examples :]
+            call = (values.numel() // channels, *_moments_of(values))
+            self._earlier.setdefault(place, []).append(call)
+            return
+        if self._counts[place] != _UNCALLED:  # The call before, which this one overwrites.
+            mean, variance = mean_and_variance(self._taken.buffers[place])
+            before = (self._counts[place], mean.clone(), variance.clone())
+            self._earlier.setdefault(place, []).append(before)
+        self._counts[place] = values.numel() // channels
 
     def apply(self) -> None:
         """Move every layer's statistics once for each of its calls, from where they were.
@@ -203,18 +135,11 @@ class Pool:
             InexactStepError: If one moved them in a call that was not noted.
         """
         taken, most = self._taken, self._most
-        for layer, own in zip(taken.layers, taken.buffers, strict=True):
-            if layer._buffers["running_mean"] is not own["running_mean"]:
-                raise InexactStepError(_UNSEEN)
-            layer._buffers.update(own)  # Earlier versions of torch had a new number for each call.
-        if len(set(most)) == 1:
-            more: int | Tensor = most[0]
-        else:
-            called = [
-                n for n, own in zip(most, taken.buffers, strict=True) if _number(own) is not None
-            ]
-            more = torch.tensor(called, dtype=torch.int64).to(taken.counts.device)
-        taken.set_counts(taken.counts + more)
+        counted = self.watch.refuse_unseen()
+        taken.bind()
+        if counted:
+            taken.put_counts_back()
+        taken.add_counts(most)
         moved = _widened(taken.values)
         for place, calls in enumerate(self._calls):
             left = zip(taken.layers, most, strict=True)
@@ -228,29 +153,15 @@ class Pool:
         self._counts = [_UNCALLED] * len(self._taken.layers)
         self._earlier: dict[int, list[_Call]] = {}  # Calls before those, by place.
 
-    def _note(self, place: int, channels: int, values: Tensor) -> None:
-        """Note a call in a forward pass that counts, and keep what its buffers cannot."""
-        if self._borrowed:
-            values = values[len(values) * self._borrowed // self._examples :]
-            call = (values.numel() // channels, *_moments_of(values))
-            self._earlier.setdefault(place, []).append(call)
-            return
-        if self._counts[place] != _UNCALLED:  # The call before, which this one overwrites.
-            mean, variance = _statistics(self._taken.buffers[place])
-            before = (self._counts[place], mean.clone(), variance.clone())
-            self._earlier.setdefault(place, []).append(before)
-        self._counts[place] = values.numel() // channels
-
     def _end_unlike(self) -> None:
         """Keep what was left where layers were called several times, or not at all."""
         every: list[list[_Call]] = []
         for place, count in enumerate(self._counts):
             calls = self._earlier.get(place, [])
             if count != _UNCALLED:
-                calls.append((count, *_statistics(self._taken.buffers[place])))
+                calls.append((count, *mean_and_variance(self._taken.buffers[place])))
             every.append(calls)
         made = list(map(len, every))
-        self._refuse_unseen(made)
         self._most = list(map(max, self._most, made))
         for n in range(max(made)):
             calls = [c[n] if n < len(c) else self._none(place) for place, c in enumerate(every)]
@@ -258,35 +169,8 @@ class Pool:
             self._keep(n, counts, [*means, *variances])
 
     def _none(self, place: int) -> _Call:
-        mean, variance = _statistics(self._taken.buffers[place])
+        mean, variance = mean_and_variance(self._taken.buffers[place])
         return 0, torch.zeros_like(mean), torch.zeros_like(variance)
-
-    def _read_versions(self) -> list[int]:
-        numbers = map(_number, self._taken.buffers)
-        return [0 if number is None else number._version for number in numbers]
-
-    def _refuse_unseen(self, noted: Iterable[int]) -> None:
-        """Refuse layers that ran more often than was noted.
-
-        Torch counts no writing to statistics, but that to the number of batches, one a call.
-        """
-        ran = map(operator.sub, self._read_versions(), self._versions)
-        if any(map(operator.gt, ran, noted)):
-            raise InexactStepError(_UNSEEN)
-
-    @contextmanager
-    def _as_before(self, place: int) -> Iterator[None]:
-        """Give a layer the values from before the window, for a call that moves nothing."""
-        taken = self._taken
-        own, parts = taken.buffers[place], taken.values.split(taken.channels)
-        mean, variance = _statistics(own)
-        buffers = taken.layers[place]._buffers
-        buffers["running_mean"] = parts[place].to(mean.dtype)
-        buffers["running_var"] = parts[place + len(taken.layers)].to(variance.dtype)
-        try:
-            yield
-        finally:
-            buffers.update(own)
 
     def _keep(self, place: int, counts: tuple[int, ...], statistics: Sequence[Tensor]) -> None:
         """Keep what the layers' calls at this place have left."""
@@ -377,14 +261,3 @@ def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
 def _widened(tensor: Tensor) -> Tensor:
     """In 16 bits the squares of 70,000 values are infinite."""
     return tensor.float() if tensor.itemsize < 4 else tensor
-
-
-def _number(buffers: Mapping[str, Tensor | None]) -> Tensor | None:
-    return buffers["num_batches_tracked"]
-
-
-def _statistics(buffers: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-    mean, variance = buffers["running_mean"], buffers["running_var"]
-    assert mean is not None
-    assert variance is not None
-    return mean, variance

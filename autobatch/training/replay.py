@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 
 from autobatch.randomness import Restore, random_state
 from autobatch.state import attributes_of, contents_of, reachable
-from autobatch.training.pooling import STATISTICS, Statistics
+from autobatch.training.running_statistics import STATISTICS, Statistics
 
 PATIENCE: Final = 16  # Windows without a failure before a larger size is tried again,
 LONGEST_PATIENCE: Final = 1024  # and at most so many.

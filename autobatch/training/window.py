@@ -26,9 +26,10 @@ from autobatch.training.inferred import Inferred
 from autobatch.training.ledger import Ledger
 from autobatch.training.members import Members
 from autobatch.training.objective import Compared, Objective, Share, Witness
-from autobatch.training.pooling import Pool, Statistics, pooled_statistics
+from autobatch.training.pooling import Pool, pooled_statistics
 from autobatch.training.precision import Precision
 from autobatch.training.replay import Start, window_start
+from autobatch.training.running_statistics import Statistics
 from autobatch.training.update import Update
 from autobatch.training.whole_batch import Whole, accumulate_whole
 from autobatch.training.wide import WideSums
