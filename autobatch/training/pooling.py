@@ -194,14 +194,13 @@ def _moved(
         momenta: Of each layer.
         channels: Of each mean, and then of each variance.
     """
-    by_channel = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
-    weights = torch.from_numpy(by_channel).to(before)
-    rows, left = len(calls.rows), torch.stack(calls.rows)
-    pooled = (left * weights[:rows]).sum(0)
-    off = left.sub_(pooled).square_().mul_(weights[rows:-1]).sum(0)
-    means = len(before) // 2
-    pooled[means:] += off[:means]
-    return before.lerp(pooled, weights[-1])
+    every = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
+    inside, between, moving = (torch.from_numpy(weights).to(before) for weights in every)
+    left = torch.stack(calls.rows)
+    pooled = (left * inside).sum(0)
+    mean, variance = pooled.chunk(2)
+    variance += (left[:, : len(mean)] - mean).square_().mul_(between).sum(0)
+    return before.lerp(pooled, moving)
 
 
 @functools.lru_cache(8)  # Windows are alike. No tensor: a trial would find it in its memory.
@@ -210,7 +209,7 @@ def _weights(
     momenta: tuple[float, ...],
     channels: tuple[int, ...],
     itemsize: int,
-) -> NDArray[np.floating[Any]]:
+) -> tuple[NDArray[np.floating[Any]], ...]:
     """Return by channel what each call's statistics weigh, how far its mean is off, and momenta.
 
     Args:
@@ -220,22 +219,25 @@ def _weights(
         itemsize: Bytes of a weight.
 
     Returns:
-        Of shape ``(2 * len(every) + 1, sum(channels))``.
+        Of shapes ``(len(every), sum(channels))``, half as wide, for the means alone, and
+        ``(sum(channels),)``.
     """
     totals = list(map(sum, zip(*every, strict=True)))
-    none = [0.0] * len(totals)
     inside, between = [], []  # The weights of what each left, and of how far its mean is off.
     for counts in every:
         pairs = list(zip(counts, totals, strict=True))
         shares = [n / max(total, 1) for n, total in pairs]
         inside.append(shares + [max(n - 1, 0) / max(total - 1, 1) for n, total in pairs])
-        between.append([n / max(total - 1, 1) for n, total in pairs] + none)
+        between.append([n / max(total - 1, 1) for n, total in pairs])
     # One value has no unbiased variance. Undivided, torch would refuse it.
     own = [
         m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
     ]
-    by_channel = np.repeat([*inside, *between, own], channels, axis=1)
-    return by_channel.astype(np.float64 if itemsize == 8 else np.float32)
+    dtype = np.float64 if itemsize == 8 else np.float32
+    return tuple(
+        np.repeat(np.array(weights, dtype), channels[: np.shape(weights)[-1]], axis=-1)
+        for weights in (inside, between, own)
+    )
 
 
 def _momentum(layer: _BatchNorm, remaining: int) -> float:
