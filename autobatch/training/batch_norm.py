@@ -69,4 +69,5 @@ def moving_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
 
 def _moves(layer: _BatchNorm) -> bool:
     # track_running_stats may have been set to False later: the buffers are there, and stay.
-    return layer.training and layer.track_running_stats and layer.running_mean is not None
+    has_some = layer._buffers["running_mean"] is not None  # Asked for by name it takes a search.
+    return has_some and layer.training and layer.track_running_stats

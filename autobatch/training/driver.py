@@ -216,7 +216,7 @@ class Driver:
             if is_too_much:
                 self.ran_out(self.steps + 1)
             if not (is_too_much and self.replay):
-                if min(sizes) == 1 and normalises_by_batch(self.recipe.members.of_model):
+                if min(sizes) == 1 and normalises_by_batch(self.recipe.members.batch_norms):
                     error.add_note(_ALONE)
                 raise
             message = str(error)
@@ -237,7 +237,9 @@ class Driver:
                 "once a step; change the gradients in the optimizer's step instead "
                 "(register_step_pre_hook), or choose a batch that need not be cut"
             )
-        if self.recipe.batch_norm == "refuse" and normalises_by_batch(self.recipe.members.of_model):
+        if self.recipe.batch_norm == "refuse" and normalises_by_batch(
+            self.recipe.members.batch_norms
+        ):
             raise InexactStepError(
                 f"the model has BatchNorm, and this batch has to be cut into {micro_batches}: each "
                 'would be normalised by itself. With batch_norm="refuse" that is not done; choose '

@@ -100,7 +100,7 @@ class Recipe:
 
     def start(self) -> Start:
         """Take what a window may move."""
-        layers = moving_layers(self.members.of_model) if self.batch_norm == "micro" else []
+        layers = moving_layers(self.members.batch_norms) if self.batch_norm == "micro" else []
         return window_start(
             self.members.modules,
             self.generators,
@@ -290,7 +290,7 @@ class _Run:
         return (
             self.recipe.batch_norm == "micro"
             and isinstance(objective, Compared | Whole)
-            and normalises_by_batch(self.recipe.members.of_model)
+            and normalises_by_batch(self.recipe.members.batch_norms)
         )
 
 
