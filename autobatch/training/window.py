@@ -140,10 +140,12 @@ class Recipe:
             else:
                 run = _Run(self, pool, ledger, wide, more_follow, mark)
                 run.shares(parts, denominator, witness)
-        sums = [p.grad for p in parameters if p.grad is not None]
-        if wide is not None:
-            sums += wide.sums
-        _rescale(sums, denominator, ledger.terms)
+        terms = ledger.terms
+        if terms is not None and (isinstance(terms, Tensor) or terms not in (0.0, denominator)):
+            # Elsewhere than on the CPU nobody looks: where there are none, no step is taken.
+            sums = [p.grad for p in parameters if p.grad is not None]
+            sums += wide.sums if wide is not None else []
+            rescale(sums, denominator / terms)
         if wide is not None:
             wide.give_back()
         norm = self.update.finish_gradient()
@@ -173,16 +175,6 @@ class Recipe:
         if micro_batches == 1 or start.statistics is None:
             return nullcontext()
         return pooled_statistics(start.statistics)
-
-
-def _rescale(sums: Sequence[Tensor], denominator: float, terms: Tensor | float | None) -> None:
-    """Divide by the terms that only the loss could count, in place of the examples.
-
-    On a device other than the CPU they are not looked at: where there are none, no step is taken.
-    """
-    if terms is None or (not isinstance(terms, Tensor) and terms in (0.0, denominator)):
-        return
-    rescale(sums, denominator / terms)
 
 
 @dataclass(frozen=True, slots=True)
