@@ -152,7 +152,7 @@ PARTS: dict[str, list[Fields]] = {
             "run": "net, Adam",
             "measured": 5000,
             "xMem": 4000,
-            "with_context_%": 2.0,
+            "error_%": 2.0,
         }
     ],
 }

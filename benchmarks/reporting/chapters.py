@@ -182,7 +182,7 @@ def _engine(rows: Sequence[Fields]) -> dict[str, Draw]:
 def _published(results: Results) -> dict[str, Draw]:
     pairs: dict[str, list[tuple[float, float]]] = {}
     for row in results.rows("prediction", "the peak of"):
-        measured, error = (cells.number(row.get(key)) for key in ("measured", "with_context_%"))
+        measured, error = (cells.number(row.get(key)) for key in ("measured", "error_%"))
         xmem = cells.number(row.get("xMem"))
         if measured and error is not None:
             pairs.setdefault("autobatch", []).append((measured, measured * (1 + error / 100)))
