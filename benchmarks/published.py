@@ -62,10 +62,10 @@ def compare(findings: Findings) -> None:
         programs.setdefault(str(program), (program, []))[1].append(run)
     if findings.quick:
         programs = dict(list(programs.items())[-1:])
-    names = {_name_of(run) for run in first}
+    marks = {_mark_of(run) for run in first}
     for _, (program, runs) in findings.in_time(programs):
         for run, trace in zip(runs, program.traces([r["batch"] for r in runs]), strict=True):
-            _add_peak(run, trace, totals[run["gpu"]], findings, first=_name_of(run) in names)
+            _add_peak(run, trace, totals[run["gpu"]], findings, first=_mark_of(run) in marks)
             for limit in run["capped"]:
                 _add_limited(run, limit, trace, totals[run["gpu"]], findings)
     _sum_up(findings)
@@ -83,6 +83,11 @@ def _program_of(run: Mapping[str, Any]) -> _Program:
 
 def _name_of(run: Mapping[str, Any]) -> str:
     return f"{run['torchvision']}, {run['optimizer']}, {run['batch']}, {run['gpu']}"
+
+
+def _mark_of(run: Mapping[str, Any]) -> tuple[str, int]:
+    """Runs of one name differ in when they let go of gradients, which not every file tells."""
+    return _name_of(run), run["measured_peak_bytes"]
 
 
 def _replayed(run: Mapping[str, Any], trace: Trace, limit_bytes: int) -> Replay:
