@@ -26,6 +26,7 @@ _LIMITED_ALL: Final = "prediction: whether a run fits under a limit"
 _FIRST: Final = "the first 13"
 _NOT_RECORDED: Final = 1  # Of zero_grad: what the programs did by themselves.
 _PIXELS: Final = 86
+_CLOSE: Final = 0.05  # A limit to what is needed: far from it, anybody would be right.
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def _mark_of(run: Mapping[str, Any]) -> tuple[str, int]:
     return _name_of(run), run["measured_peak_bytes"]
 
 
-def _replayed(run: Mapping[str, Any], trace: Trace, limit_bytes: int) -> Replay:
+def _replayed(run: Mapping[str, Any], trace: Trace, limit_bytes: int | None) -> Replay:
     workspace = find_gpu(run["gpu"]).workspace_bytes
     return replay(trace.events(run["batch"], workspace_bytes=workspace), limit_bytes=limit_bytes)
 
@@ -122,6 +123,22 @@ def _add_peak(
     findings.add(_PEAKS, row, absolute_errors=[abs(error) for error in errors.values()])
 
 
+def _needed_bytes(run: Mapping[str, Any], trace: Trace) -> int:
+    """Return the smallest limit under which the run is predicted to fit, to a thousandth.
+
+    What is torn is not torn alike under every limit, so that a smaller one may fit as well.
+    """
+    most = _replayed(run, trace, None).peak_reserved
+    too_small = trace.allocated_bytes(run["batch"]) // 2
+    while most - too_small > most // 1000:
+        middle = (most + too_small) // 2
+        if _replayed(run, trace, middle).fits:
+            most = middle
+        else:
+            too_small = middle
+    return most
+
+
 def _add_limited(
     run: Mapping[str, Any],
     limit: Mapping[str, Any],
@@ -130,6 +147,7 @@ def _add_limited(
     findings: Findings,
 ) -> None:
     limit_bytes = int(limit["fraction"] * total_bytes)
+    needed_bytes = _needed_bytes(run, trace)
     predicted = _replayed(run, trace, limit_bytes)
     measured = limit["peak_bytes"]
     known = measured is not None and predicted.fits
@@ -137,6 +155,7 @@ def _add_limited(
         "run": _name_of(run),
         "limit": limit_bytes // _MIB,
         "that of": limit["by"],
+        "of what is needed": round(limit_bytes / needed_bytes, 3),
         "ran": limit["ran"],
         "predicted": predicted.fits,
         "right": predicted.fits == limit["ran"],
@@ -162,9 +181,15 @@ def _sum_up(findings: Findings) -> None:
     limited: list[Any] = findings.rows(_LIMITED)
     for became, ran in (("ran", True), ("ran out of memory", False)):
         rows = [row for row in limited if row["ran"] is ran]
+        close = [row for row in rows if abs(row["of what is needed"] - 1) <= _CLOSE]
         if rows:
-            right = sum(row["right"] for row in rows)
-            row = {"published": became, "runs": len(rows), "predicted so": right}
+            row = {
+                "published": became,
+                "runs": len(rows),
+                "predicted so": sum(row["right"] for row in rows),
+                "limit within 5 % of what is needed": len(close),
+                "of these predicted so": sum(row["right"] for row in close),
+            }
             findings.add(_LIMITED_ALL, row)
     errors = [abs(row["error_%"]) for row in limited if row["error_%"] is not None]
     _add_errors(

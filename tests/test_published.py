@@ -97,6 +97,10 @@ class Constant:
         assert (batch, workspace_bytes) == (4, find_gpu("RTX 3060").workspace_bytes)
         return [(1, self.bytes), (1, 0)]
 
+    def allocated_bytes(self, batch: int) -> int:
+        assert batch == 4
+        return self.bytes
+
 
 def trace(mebibytes: int) -> Trace:
     return cast("Trace", Constant(mebibytes))
@@ -107,7 +111,7 @@ def test_a_peak_is_held_against_what_was_measured_and_a_limit_against_what_becam
     for mebibytes, first in ((110, True), (95, False), (50, False)):
         published._add_peak(RUN, trace(mebibytes), 2**30, findings, first=first)
     ran_out = {**LIMIT, "ran": False, "peak_bytes": None}
-    for mebibytes, limit in ((98, LIMIT), (90, LIMIT), (600, LIMIT), (600, ran_out), (98, ran_out)):
+    for mebibytes, limit in ((98, LIMIT), (90, LIMIT), (600, LIMIT), (520, ran_out), (98, ran_out)):
         published._add_limited(RUN, limit, trace(mebibytes), 2**30, findings)
     published._sum_up(findings)
 
@@ -124,10 +128,13 @@ def test_a_peak_is_held_against_what_was_measured_and_a_limit_against_what_becam
     limited: list[Any] = findings.rows(published._LIMITED)
     assert [row["right"] for row in limited] == [True, True, False, True, False]
     assert [row["error_%"] for row in limited] == [-2.0, -10.0, None, None, None]
+    of_need = [row["of what is needed"] for row in limited]
+    expected = [512 / needed for needed in (98, 90, 600, 520, 98)]
+    assert of_need == pytest.approx(expected, rel=2e-3)
     answers: list[Any] = findings.rows(published._LIMITED_ALL)
-    assert [(row["published"], row["runs"], row["predicted so"]) for row in answers] == [
-        ("ran", 3, 2),
-        ("ran out of memory", 2, 1),
+    assert [tuple(row.values())[1:] for row in answers] == [
+        ("ran", 3, 2, 0, 0),
+        ("ran out of memory", 2, 1, 1, 1),
     ]
 
 
