@@ -123,6 +123,21 @@ def test_every_drawing_is_in_the_colours_of_the_page(tmp_path: Path) -> None:
 
 
 @needs_matplotlib
+def test_a_prediction_far_off_is_in_the_picture() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    pairs = {"autobatch": [(100.0, 130.0), (200.0, 200.0)], "xMem": [(100.0, 98.0)]}
+    pictures.agreement(pairs, "MiB")(axes)
+    ours, others = axes.get_lines()[-2:]
+    assert list(ours.get_xdata()) == [100, 200]
+    assert list(ours.get_ydata()) == pytest.approx([30, 0])
+    low, high = axes.get_ylim()
+    assert low < -30 < 30 < high
+    assert ours.get_zorder() > others.get_zorder()
+
+
+@needs_matplotlib
 def test_the_limit_is_drawn_in_and_failed_sizes_are_crosses() -> None:
     from matplotlib.figure import Figure
 

@@ -119,7 +119,7 @@ _MEMORY: Final = (
     "Peak memory over the size of the micro-batch, and the limit; a cross is a size that failed."
 )
 _SPEED: Final = "Examples per second over size; a line through a point is minimum to maximum."
-_PREDICTED: Final = "Predicted over measured; on the line they are equal, dotted is a tenth away."
+_PREDICTED: Final = "How far predictions are off what was measured; dotted is a tenth."
 
 
 def _foreseen(cases: Sequence[Fields]) -> dict[str, Draw]:

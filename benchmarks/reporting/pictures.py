@@ -30,6 +30,7 @@ _SIZES: Final = (6.5, 5.0, 3.5, 2.5)  # What the next one covers still shows.
 _LOOKS: Final = tuple(zip(_COLOURS, _MARKERS, _SIZES, strict=True))
 _ACROSS: Final = 3
 _OURS: Final = "autobatch"
+_REACH: Final = 15.0  # Percent to each side, at least.
 
 Draw = Callable[["Axes"], None]
 
@@ -260,26 +261,33 @@ def _finite(row: Fields, name: str) -> float | None:
 
 
 def agreement(pairs: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Draw:
-    """Predicted over measured, with the line where they are equal and a tenth to each side."""
+    """How far predictions are off, in percent over what was measured, and a tenth to each side.
+
+    Args:
+        pairs: By name, what was measured and what was predicted; the first lie on top.
+        unit: Of both.
+    """
 
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import LogLocator
 
-        ends = [value for points in pairs.values() for point in points for value in point]
-        low, high = min(ends) / 1.3, max(ends) * 1.3
-        axes.plot([low, high], [low, high], color=_INK, lw=1)
-        for share in (0.9, 1.1):
-            axes.plot([low, high], [share * low, share * high], color=_FAINT, lw=0.8, ls=":")
+        for share, width, style in ((0, 1, "-"), (-10, 0.8, ":"), (10, 0.8, ":")):
+            axes.axhline(share, color=_FAINT if share else _INK, lw=width, ls=style)
         named = zip(pairs.items(), _COLOURS, _MARKERS, strict=False)
-        for (name, points), colour, marker in named:
-            axes.plot(*_split(points), marker, ms=5, color=colour, alpha=0.85, label=name)
-        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            axis.set_minor_formatter(lambda *_: "")
+        farthest = 0.0
+        for place, ((name, points), colour, marker) in enumerate(named):
+            measured = [was for was, _ in points]
+            off = [100 * (told / was - 1) for was, told in points]
+            farthest = max(farthest, *map(abs, off))
+            axes.plot(measured, off, marker, ms=4, color=colour, zorder=4 - place, label=name)
+        reach = max(_REACH, 1.2 * farthest)
+        axes.set(xscale="log", ylim=(-reach, reach))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.set_xlabel(f"measured, {unit}")
-        axes.set_ylabel(f"predicted, {unit}")
-        axes.legend(fontsize=8, loc="upper left")
+        axes.set_ylabel("predicted over measured, %")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}" if value else "0")
+        axes.legend(fontsize=8, loc="upper left", ncols=2)
 
     return draw
