@@ -130,8 +130,8 @@ def test_a_prediction_far_off_is_in_the_picture() -> None:
     pairs = {"autobatch": [(100.0, 130.0), (200.0, 200.0)], "xMem": [(100.0, 98.0)]}
     pictures.agreement(pairs, "MiB")(axes)
     ours, others = axes.get_lines()[-2:]
-    assert list(ours.get_xdata()) == [100, 200]
-    assert list(ours.get_ydata()) == pytest.approx([30, 0])
+    x, y = (np.asarray(values).tolist() for values in (ours.get_xdata(), ours.get_ydata()))
+    assert (x, y) == ([100, 200], pytest.approx([30, 0]))
     low, high = axes.get_ylim()
     assert low < -30 < 30 < high
     assert ours.get_zorder() > others.get_zorder()
