@@ -106,7 +106,3 @@ class Feed:
         """Let the current stream wait for the copy."""
         torch.cuda.current_stream(self._device).wait_event(copied)
         return unwrapped(nest)
-
-
-def _is_here(nest: Nest) -> bool:
-    return type(nest) is Tensor and nest.is_cpu
