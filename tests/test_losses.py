@@ -313,9 +313,18 @@ def test_shapes_that_torch_would_broadcast_are_refused(loss: nn.Module | None) -
         resolve_loss(loss).summed(torch.rand(4, 1), torch.rand(4), 4)
 
 
-def test_targets_without_examples_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"along dimension 0, got shape \[\]"):
-        resolve_loss(None).denominator(torch.tensor(1.0), 4)
+@pytest.mark.parametrize("target", [torch.tensor(1.0), torch.tensor(1)])
+def test_targets_without_examples_are_refused(target: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"along dimension 0, got shape \[\]; a list .* DataLoader"
+    ):
+        resolve_loss(None).denominator(target, 4)
+
+
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss()])
+def test_a_number_for_a_target_is_told_as_one_of_a_list_of_examples(loss: nn.Module | None) -> None:
+    with pytest.raises(TypeError, match=r"got int; pass .*DataLoader\(data, batch_size"):
+        resolve_loss(loss).denominator(1, 4)
 
 
 def test_floating_class_indices_are_refused() -> None:

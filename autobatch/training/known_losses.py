@@ -17,6 +17,10 @@ from autobatch.training.summed import Loss, Summed, widened
 from autobatch.training.wide import in_widest
 
 _Settings = Mapping[str, object]  # The keyword arguments of one of torch's functionals.
+_OF_EXAMPLES: Final = (
+    "; a list is read as one of batches: if data is a list of examples, pass "
+    "DataLoader(data, batch_size=..., shuffle=True)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class _KnownLoss:
         target, settings = self._only_tensor("targets", targets), self.settings()
         if self.recipe.elementwise:
             _refuse_uncuttable(self.recipe, target, settings)
+        else:
+            _refuse_single(self.recipe, target)
         reduction = settings.get("reduction", "mean")
         if reduction == "sum":
             return 1.0
@@ -99,6 +105,7 @@ class _KnownLoss:
         raise TypeError(
             f"{self.recipe.name} takes one tensor of {role}, got {describe(nest)}; pass a loss "
             "(outputs, targets) that picks it, or a forward that returns one tensor of each"
+            + _way_out(nest)
         )
 
 
@@ -149,7 +156,22 @@ def _infer(targets: Nest) -> _KnownLoss:
     raise TypeError(
         "no loss can be inferred from these targets: cross-entropy needs one integer tensor, mean "
         f"squared error one floating tensor, got {describe(targets)}; pass loss="
+        + _way_out(targets)
     )
+
+
+def _way_out(targets: Nest) -> str:
+    """Say what to do about targets that are one example's."""
+    is_one = not targets.ndim if isinstance(targets, Tensor) else isinstance(targets, int | float)
+    return _OF_EXAMPLES if is_one else ""
+
+
+def _refuse_single(recipe: _Recipe, target: Tensor) -> None:
+    if not target.ndim:
+        raise ValueError(
+            f"{recipe.name} needs targets with the examples along dimension 0, got shape []"
+            + _way_out(target)
+        )
 
 
 def known_module(loss: nn.Module) -> Loss | None:
@@ -235,10 +257,7 @@ def _refuse_broadcast(recipe: _Recipe, output: Tensor, target: Tensor) -> None:
 
 
 def _refuse_uncuttable(recipe: _Recipe, target: Tensor, settings: _Settings) -> None:
-    if not target.ndim:
-        raise ValueError(
-            f"{recipe.name} needs targets with the examples along dimension 0, got shape []"
-        )
+    _refuse_single(recipe, target)
     for name in ("weight", "pos_weight"):
         weight = settings.get(name)
         if isinstance(weight, Tensor) and weight.ndim == target.ndim and weight.shape[0] > 1:
