@@ -21,6 +21,7 @@ from autobatch.state import attributes_of, training_mode
 from autobatch.training.batch_norm import normalises_by_batch
 from autobatch.training.checkpoint import CheckpointStore
 from autobatch.training.custom import Custom
+from autobatch.training.differences import changed, overruled, settings_of
 from autobatch.training.driver import Driver
 from autobatch.training.epochs import Epochs, keeps_workers
 from autobatch.training.evaluation import Evaluator, Inference, Metric
@@ -59,6 +60,7 @@ class Course:
         progress: What has been done.
         undo: Takes back what a scheduler's factory has done to the optimizer.
         saved: The checkpoint that training goes on from, or None.
+        differences: What of it is otherwise than was asked for now.
     """
 
     job: Job
@@ -73,6 +75,7 @@ class Course:
     progress: Progress
     undo: Restore
     saved: Fields | None = None
+    differences: tuple[str, ...] = ()
 
     @classmethod
     def resolve(
@@ -163,21 +166,38 @@ class Course:
             if first is None:
                 raise ValueError(_nothing(epochs))
             return first
+        optimizer, scheduler = self.job.recipe.optimizer, self.schedule.scheduler
+        given = settings_of(optimizer, scheduler)
         keeper.put_back(saved, self.job.recipe, self.schedule)
         self.saved = saved
+        self.differences = (
+            *overruled(given, settings_of(optimizer, scheduler)),
+            *changed(saved["facts"].get("given", {}), self._given()),
+        )
         self.progress = Progress.from_state_dict(saved["progress"])
         epochs.place = Place(**saved["place"])
         observer(
             Resumed(
                 checkpoint=str(keeper.path),
                 steps=self.progress.steps,
-                epoch=epochs.place.epoch,
+                epoch=min(epochs.place.epoch, epochs.last),
+                differences=self.differences,
             )
         )
         if self.is_done():
             keeper.put_random_back(saved["random"])
             return None
         return epochs.open(saved["random"], keeper.put_random_back)
+
+    def _given(self) -> dict[str, object]:
+        """What steps depend on and no state keeps."""
+        update = self.job.recipe.update
+        return {
+            "precision": self.job.options.precision,
+            "clip_grad_norm": update.clip_grad_norm,
+            "clip_grad_value": update.clip_grad_value,
+            "the number of examples in data": self.job.source.examples,
+        }
 
     def _try_evaluation(self) -> None:
         """Evaluate two examples: what is wrong with that is better known now than in an hour."""
@@ -282,9 +302,7 @@ class Course:
         if self.saved is not None and self.keeper is not None:
             steps = int(self.saved["driver"]["steps"])
             resumed = (f"went on from a checkpoint in {self.keeper.store.directory}, step {steps}",)
-            before, now = self.saved["facts"].get("precision"), self.job.options.precision
-            if before not in (None, now):
-                resumed += (f"its steps were taken in {before}, and those since then in {now}",)
+            resumed += self.differences
             if keeps_workers(self.job.source.batches) and self.saved["place"]["epoch"] > 1:
                 resumed += (_WORKERS,)
         return TrainingResult(
@@ -316,7 +334,7 @@ class Course:
             "window": window,
             "tolerable": found.fastest,
             "device": job.device.name,
-            "precision": job.options.precision,
+            "given": self._given(),
             "search": _plain(found),
         }
         if self.saved is not None:

@@ -130,6 +130,8 @@ class Display:
         self._first = event.epoch
         done = count(event.steps, "step")
         self.log(f"going on from {event.checkpoint}: {done} done, epoch {event.epoch}")
+        for difference in event.differences:
+            self.log(difference, style="yellow")
 
     @_show.register
     def _(self, event: SearchStarted) -> None:

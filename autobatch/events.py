@@ -115,12 +115,14 @@ class Resumed:
     Attributes:
         checkpoint: Its path.
         steps: Optimizer steps that it has taken.
-        epoch: In which it goes on, counted from 1.
+        epoch: In which it goes on, counted from 1; the last one, where nothing is left to do.
+        differences: What goes on, or went, otherwise than is asked for now.
     """
 
     checkpoint: str
     steps: int
     epoch: int
+    differences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

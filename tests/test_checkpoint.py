@@ -266,6 +266,16 @@ def test_a_file_in_place_of_the_directory_is_refused_at_once(tmp_path: Path) -> 
             CheckpointStore(path)
 
 
+@pytest.mark.parametrize("name", [".", "below", "below/that"])
+def test_where_nothing_can_be_written_is_refused_at_once(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(ValueError, match=f"cannot be written to .*: {tmp_path} takes none"):
+        CheckpointStore(tmp_path / name)
+    CheckpointStore(tmp_path.parent)
+
+
 def test_a_negative_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 0, got -1"):
         CheckpointStore(tmp_path).save({}, step=-1)

@@ -149,7 +149,19 @@ def test_saving_needs_a_file_in_a_folder_before_anything_is_trained(
     for name in ("nowhere/model.pt", str(tmp_path)):
         code, _, err = run("train", *TINY, "--save", name)
         assert code == ExitCode.BAD_ARGUMENTS
-        assert f"--save must name a file in a folder that exists, got {name}" in err
+        assert "--save must name a file in a folder that exists and can be written to, got" in err
+        assert name in err
+
+
+def test_weights_that_cannot_be_written_are_refused_before_anything_is_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there.pt").touch()
+    for name, closed in (("new.pt", tmp_path), ("there.pt", tmp_path / "there.pt")):
+        monkeypatch.setattr(os, "access", lambda path, _, closed=closed: path != closed)
+        code, _, err = run("train", *TINY, "--save", str(tmp_path / name))
+        assert code == ExitCode.BAD_ARGUMENTS
+        assert "can be written to" in " ".join(err.split())
 
 
 def test_finding_prints_the_tolerable_batch_alone_on_the_output(run: Run) -> None:

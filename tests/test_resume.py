@@ -16,7 +16,15 @@ import torch
 from reference import assert_exact, small_model
 from states import fingerprint
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from autobatch import (
@@ -29,7 +37,9 @@ from autobatch import (
     find_and_train,
 )
 from autobatch.events import Event, Resumed, TrainingStarted
+from autobatch.job import OptimizerFactory
 from autobatch.training.keeper import Keeper
+from autobatch.training.schedule import SchedulerFactory
 
 ROWS, DESIRED, EPOCHS, STEPS = 42, 16, 2, 6  # Three steps an epoch, the last one short.
 
@@ -467,19 +477,90 @@ def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
     assert any("went on from a checkpoint" in note and "step 4" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_precision_than_before_is_noted(precision: Any, tmp_path: Path) -> None:
-    def trained(precision: Any, epochs: int) -> TrainingResult:
+def plain_sgd(lr: float = 0.1, **settings: Any) -> OptimizerFactory:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, **settings)
+
+
+def cosine(steps: int, lowest: float = 0.0) -> SchedulerFactory:
+    return lambda optimizer: CosineAnnealingLR(optimizer, T_max=steps, eta_min=lowest)
+
+
+def in_turn(first: int) -> SchedulerFactory:
+    def make(optimizer: Optimizer) -> SequentialLR:
+        both = [LinearLR(optimizer, total_iters=first), StepLR(optimizer, step_size=2)]
+        return SequentialLR(optimizer, both, milestones=[2])
+
+    return make
+
+
+def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> list[str]:
+    """What a training is told that goes on with other arguments than it began with."""
+
+    def trained(epochs: int, **changes: Any) -> TrainingResult:
         torch.manual_seed(0)
+        own = {"data": (rows()[0].float(), rows()[1]), "optimizer": plain_sgd(), **changes}
         return find_and_train(
-            nn.Linear(5, 3), (rows()[0].float(), rows()[1]), DESIRED, epochs=epochs, seed=1,
-            precision=precision, checkpoint_dir=tmp_path, device="cpu", progress=False,
+            nn.Linear(5, 3), desired=DESIRED, epochs=epochs, seed=1, checkpoint_dir=tmp_path,
+            device="cpu", **{"progress": False, **own},
         )  # fmt: skip
 
-    trained("fp32", 1)
-    noted = [note for note in trained(precision, 2).notes if "bf16" in note]
-    same = precision == "fp32"
-    assert noted == ([] if same else ["its steps were taken in fp32, and those since then in bf16"])
+    trained(1, **before)
+    events: list[Event] = []
+    told = trained(2, **now, progress=events.append).notes
+    [resumed] = [event for event in events if isinstance(event, Resumed)]
+    assert set(resumed.differences) <= set(told), "told at the beginning, and not at the end"
+    return list(resumed.differences)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "noted"),
+    [
+        ({}, {}, []),
+        ({}, {"optimizer": plain_sgd(0.5)}, ["lr goes on as 0.1, and not as 0.5"]),
+        (
+            {"optimizer": plain_sgd(momentum=0.9)},
+            {"optimizer": plain_sgd(momentum=0.8, weight_decay=0.5)},
+            [
+                "momentum goes on as 0.9, and not as 0.8",
+                "weight_decay goes on as 0, and not as 0.5",
+            ],
+        ),
+        ({"scheduler": cosine(8)}, {"scheduler": cosine(8)}, []),
+        (
+            {"scheduler": cosine(8)},
+            {"scheduler": cosine(40, 0.01), "optimizer": plain_sgd(0.5)},
+            [
+                "lr goes on as 0.1, and not as 0.5",
+                "CosineAnnealingLR's T_max goes on as 8, and not as 40",
+                "CosineAnnealingLR's eta_min goes on as 0.0, and not as 0.01",
+            ],
+        ),
+        ({"scheduler": in_turn(3)}, {"scheduler": in_turn(3)}, []),
+        (
+            {"scheduler": in_turn(3)},
+            {"scheduler": in_turn(4)},
+            ["LinearLR 0's total_iters goes on as 3, and not as 4"],
+        ),
+        ({}, {"precision": "bf16"}, ["precision was fp32 until there, and is bf16 since"]),
+        ({}, {"clip_grad_norm": 1.0}, ["clip_grad_norm was None until there, and is 1.0 since"]),
+        (
+            {},
+            {"data": (torch.randn(40, 5), torch.zeros(40, dtype=torch.long))},
+            [f"the number of examples in data was {len(rows()[0])} until there, and is 40 since"],
+        ),
+    ],
+)
+def test_what_goes_on_otherwise_than_it_is_asked_is_noted(
+    before: dict[str, Any], now: dict[str, Any], noted: list[str], tmp_path: Path
+) -> None:
+    """A checkpoint's optimizer and scheduler win, as with their own load_state_dict, and say so."""
+    assert to_be_noted(before, now, tmp_path) == noted
+
+
+def test_a_learning_rate_that_a_schedule_has_moved_is_no_difference(tmp_path: Path) -> None:
+    one_cycle: SchedulerFactory = lambda o: OneCycleLR(o, max_lr=0.2, total_steps=50)  # noqa: E731
+    same = {"scheduler": one_cycle, "optimizer": plain_sgd(momentum=0.9)}
+    assert to_be_noted(same, same, tmp_path) == []
 
 
 def test_the_seconds_of_a_stopped_training_count(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training and searching by names: what the command line and the demo do."""
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,10 +165,8 @@ class TrainingRun(Setting):
 
     def run(self, watch: Watch) -> TrainingReport:
         """Train, and measure before and after where there is something to measure with."""
-        if self.save is not None and (
-            self.save.is_dir() or not self.save.absolute().parent.is_dir()
-        ):
-            raise ValueError(f"save must name a file in a folder that exists, got {self.save}")
+        if self.save is not None:
+            _check_save(self.save)
         model, source = self.load(watch)
         before = _measure(model, source, self.device)
         if before is not None:
@@ -196,12 +195,24 @@ class TrainingRun(Setting):
         text, measured = str(result), {"test_accuracy": {"before": before, "after": after}}
         if after is not None:
             text += f"\ntest accuracy {before:.1%} before, {after:.1%} after"
+        if self.save is not None:
+            text += f"\nthe weights are in {self.save}"
         return TrainingReport(
             text=text,
             fields=names | training_fields(result) | measured,
             result=result,
             before=before,
             after=after,
+        )
+
+
+def _check_save(path: Path) -> None:
+    """Refuse a path that no weights can be written to, before there are any."""
+    folder = path.absolute().parent
+    target = path if path.exists() else folder
+    if path.is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
+        raise ValueError(
+            f"save must name a file in a folder that exists and can be written to, got {path}"
         )
 
 

@@ -45,6 +45,11 @@ class CheckpointStore:
         for place in (self.directory, *self.directory.parents):
             if place.exists() and not place.is_dir():
                 raise ValueError(f"checkpoints need a directory, and {place} is a file")
+        there = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not os.access(there, os.W_OK):  # After the first epoch it would be too late.
+            raise ValueError(
+                f"checkpoints cannot be written to {self.directory}: {there} takes none"
+            )
 
     def save(self, fields: Mapping[str, object], *, step: int) -> Path:
         """Write a checkpoint and return its path; of the older ones keep the newest.
