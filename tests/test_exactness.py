@@ -26,7 +26,7 @@ from autobatch import Accumulator, InexactStepError
 
 @dataclass(frozen=True)
 class Case:
-    """One of the six cases in which public engines take another step."""
+    """One of the cases in which public engines take another step, or none."""
 
     model: nn.Module
     loss: LossFunction
@@ -39,6 +39,11 @@ def samples(examples: int, seed: int = 1) -> Pair:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(examples, 5, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, 3, (examples,), generator=generator)
+
+
+def tags(examples: int) -> Pair:
+    x, y = samples(examples)
+    return x, torch.stack([y == 0, y != 1, y == 2], 1).double()
 
 
 def tokens(examples: int, seed: int = 2, length: int = 6) -> Pair:
@@ -59,6 +64,7 @@ def total(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="sum")
 
 
+_WEIGHTS = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
 CASES = {
     "samples in 4 + 3 + 3": Case(small_model(), nn.CrossEntropyLoss(), [samples(10)], 4, (4, 3, 3)),
     "tokens in 2 + 2 + 2 + 2": Case(
@@ -70,6 +76,13 @@ CASES = {
     ),
     "sum loss in 4 + 3 + 3": Case(
         small_model(), nn.CrossEntropyLoss(reduction="sum"), [samples(10)], 4, (4, 3, 3)
+    ),
+    "tags of several weights": Case(
+        small_model(),
+        nn.BCEWithLogitsLoss(weight=_WEIGHTS, pos_weight=2 * _WEIGHTS),
+        [tags(10)],
+        4,
+        (4, 3, 3),
     ),
     "short last logical batch": Case(
         small_model(), nn.CrossEntropyLoss(), [samples(10), samples(5, seed=3)], 4, (3, 2)

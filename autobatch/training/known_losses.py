@@ -92,10 +92,13 @@ class _KnownLoss:
             if recipe.elementwise:
                 _refuse_broadcast(recipe, output, target)
                 _refuse_uncuttable(recipe, target, settings)
-            for name, value in weights.items():  # The model may have been moved since it was made.
-                weight = widened(value.to(output.device))
-                settings[name] = weight.expand_as(target) if recipe.elementwise else weight
-            return functional(output, target, **settings), None
+            fitting = settings
+            if weights:  # The model may have been moved since they were made.
+                own = {n: widened(weight.to(output.device)) for n, weight in weights.items()}
+                if recipe.elementwise:
+                    own = {n: weight.expand_as(target) for n, weight in own.items()}
+                fitting = {**settings, **own}
+            return functional(output, target, **fitting), None
 
         return summed
 
