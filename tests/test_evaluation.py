@@ -24,6 +24,7 @@ from autobatch import (
     TrainingResult,
     WholeBatch,
     find_and_train,
+    find_batch_size,
 )
 from autobatch.events import Event, SearchStarted, TrialStarted
 
@@ -388,17 +389,61 @@ def test_each_module_has_its_own_mode_again() -> None:
     assert modes == [not isinstance(module, nn.BatchNorm1d) for module in model.modules()]
 
 
-def test_an_evaluation_is_in_evaluation_and_inference_mode() -> None:
+def test_an_evaluation_is_in_evaluation_mode_and_without_gradients() -> None:
     seen: list[tuple[bool, bool]] = []
 
     def metric(outputs: Tensor, _: Tensor) -> Tensor:
-        seen.append((model.training, outputs.is_inference()))
+        seen.append((model.training, outputs.requires_grad))
         return outputs.mean()
 
     model = small_model()
     train(model, rows(20), 8, eval_data=rows(20), metrics={"mean": metric})
-    assert set(seen) == {(False, True)}
+    assert set(seen) == {(False, False)}
     assert model.training
+
+
+class Placed(nn.Module):
+    """Adds positions that a function has made once, and keeps for all models of the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.positions = functools.lru_cache(lambda width: torch.arange(float(width)).sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        placed: Tensor = self.last(self.first(x) * self.positions(4))
+        return placed
+
+
+def test_what_a_function_keeps_from_an_evaluation_serves_training() -> None:
+    x, y = rows(20)
+    model, data = Placed(), (x.float(), y)
+    assert len(train(model, data, 8, eval_data=data).losses) == 3
+    again = Placed()
+    find_batch_size(again, data, mode="inference", ceiling=8, device="cpu", progress=False)
+    again(x.float()).sum().backward()
+
+
+class Slope(nn.Module):
+    """As force fields do, it takes a gradient itself, whatever mode it is called in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            [slope] = torch.autograd.grad(self.energy(x).sum(), x, create_graph=self.training)
+        return slope
+
+
+def test_a_model_that_takes_gradients_itself_is_evaluated() -> None:
+    x = rows(20)[0].float()
+    result = train(Slope(), (x, -x), 8, eval_data=(x, -x))
+    assert math.isfinite(result.evaluations[0].loss)
+    found = find_batch_size(Slope(), (x, -x), mode="inference", ceiling=8, progress=False)
+    assert found.size == 8
 
 
 # The size of its own.

@@ -113,7 +113,7 @@ def accuracy(model: nn.Module, test: object, *, batch: int = 64) -> float:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = total = 0
-    with _eval_mode(model), torch.inference_mode():
+    with _eval_mode(model), torch.no_grad():
         for inputs, labels in _pairs(test, batch):
             outputs = model(inputs.to(device))
             if not isinstance(outputs, Tensor) or labels.is_floating_point():

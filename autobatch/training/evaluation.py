@@ -52,7 +52,7 @@ class Inference:
         batch = repeated(self._sample, max(sizes))
 
         def run() -> None:
-            with torch.inference_mode():
+            with torch.no_grad():
                 self._run(batch)
 
         return run
@@ -154,7 +154,8 @@ class Evaluator:
     def _aside(self) -> Iterator[None]:
         """Evaluation mode inside; modes, buffers, attributes and RNG as they were afterwards.
 
-        What a module keeps for later, made in inference mode, would not be fit for training.
+        Inside, nothing is made in ``inference_mode``: what a function keeps for later, positions
+        say, would be fit for no backward pass in this process, and no gradient could be taken of.
         """
         put_random_back = random_state([self.source.owner])
         try:
@@ -172,7 +173,7 @@ class Evaluator:
                 totals.add(*numbers)
             return
         pairs = list(self._in_parts(batch, functools.partial(_encoded, self.recipe, objective)))
-        with self.limited(), torch.inference_mode():
+        with self.limited(), torch.no_grad():
             totals.add(*self._numbers_of_whole(objective, pairs, size_of(batch)))
 
     def _in_parts(self, batch: Nest, run: Callable[[Nest], Made]) -> Iterator[Made]:
@@ -186,7 +187,7 @@ class Evaluator:
     def _fitting(self, part: Nest, run: Callable[[Nest], Made]) -> list[Made]:
         """What ``run`` makes of a part, or of its halves if memory runs out."""
         try:
-            with self.limited(), torch.inference_mode():
+            with self.limited(), torch.no_grad():
                 return [run(part)]
         except Exception as error:
             if verdict_of(error) not in _TOO_MUCH:
