@@ -97,6 +97,7 @@ class Driver:
     agreed: int = 0
     split_windows: int = 0
     moved_buffers: set[str] = field(default_factory=set)
+    _ragged_agreed: bool = field(default=False, init=False)  # An unknown loss, in ragged pieces.
 
     def step(self, batch: Nest) -> StepResult:
         """Take one optimizer step for one logical batch, or leave it out."""
@@ -155,12 +156,13 @@ class Driver:
         with self.limited():
             start = recipe.start()
         failures: list[dict[str, int]] = []
+        ragged = len(pieces_of(batch)) > 1
         while True:
             parts, sizes = cut_to(batch, size, self.multiple_of)
             buffers = self._buffers(len(sizes))
             try:
                 ledger, message = self._attempt(
-                    parts, sizes, denominator, start, replays=len(failures)
+                    parts, sizes, denominator, start, replays=len(failures), ragged=ragged
                 )
             except BaseException:
                 start.put_back()
@@ -203,10 +205,11 @@ class Driver:
         start: Start,
         *,
         replays: int,
+        ragged: bool,
     ) -> tuple[Ledger | None, str]:
         """Run the window once; None, and what the failure said, if memory ran out."""
         self._refuse(len(parts))
-        check = self._check(len(parts))
+        check = self._check(len(parts), ragged=ragged)
         try:
             with self.limited():
                 witness = check.witness if check else None
@@ -222,7 +225,9 @@ class Driver:
             message = str(error)
         else:
             if check is not None:  # Outside the limit: no search has rehearsed it.
-                self.agreed += check.settled()
+                agreed = check.settled()
+                self.agreed += agreed
+                self._ragged_agreed |= agreed and ragged
             return ledger, ""
         # Only here has the error let go of the failed window's tensors.
         return None, message
@@ -246,16 +251,18 @@ class Driver:
                 '"micro", "frozen", or a batch that fits whole'
             )
 
-    def _check(self, micro_batches: int) -> LossCheck | None:
+    def _check(self, micro_batches: int, *, ragged: bool) -> LossCheck | None:
         """What holds an unknown loss to the law in this window, if it is to be held.
 
         In the first window that is cut, the 2nd, the 4th, the 8th and so on: a mean over tokens
-        looks like one over examples as long as all have as many.
+        looks like one over examples as long as all have as many. For the same reason in the first
+        one of ragged pieces.
         """
         objective = self.recipe.objective
         if not isinstance(objective, Compared) or not objective.loss.checked or micro_batches == 1:
             return None  # An inferred loss is a known one.
-        if self.split_windows + 1 < 1 << self.agreed:
+        unseen = ragged and not self._ragged_agreed
+        if self.split_windows + 1 < 1 << self.agreed and not unseen:
             return None
         return LossCheck(objective.loss, self.recipe.feed.move, micro_batches)
 

@@ -5,7 +5,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, cut, describe
+from autobatch.batches.nest import Nest, cut, describe, size_of
+from autobatch.errors import InexactStepError
 
 Forward = Callable[[nn.Module, Any], tuple[Nest, Nest]]  # The batch is the user's structure.
 
@@ -61,10 +62,21 @@ def own_rows(
         micro_batch: On the device.
         borrowed: Examples at its beginning that are a neighbour's: their rows are left out. Only a
             single example borrows.
+
+    Raises:
+        InexactStepError: If nothing tells which rows those are.
     """
     outputs, targets = (forward or standard_forward)(model, micro_batch)
     if not borrowed:
         return outputs, targets
+    rows = size_of((outputs, targets))
+    if rows != borrowed + 1:
+        raise InexactStepError(
+            f"a single example borrowed {borrowed} from its neighbour, for BatchNorm can do "
+            f"nothing with one, and forward= returned {rows} rows for them: nothing tells whose "
+            "they are; choose sizes that leave no example alone, drop_last=True, or "
+            'batch_norm="frozen"'
+        )
     return cut(outputs, (borrowed, 1))[1], cut(targets, (borrowed, 1))[1]
 
 

@@ -55,6 +55,11 @@ class UnrecognisedLoss:
         """Whether there is a denominator: yes."""
         return True
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it has returned a mean, whose terms nobody counts."""
+        return self._kind == "a mean"
+
     def denominator(self, targets: Nest, examples: int) -> float:  # noqa: ARG002  # The protocol's.
         """Return the example count, which is not the last word on ``(sum, terms)``."""
         return float(examples)

@@ -128,6 +128,8 @@ class Compared(Objective):
             outputs, targets = (self.forward or standard_forward)(model, micro_batch)
         known = self.forward is None and not self.loss.checked  # It does not ask how many.
         examples = 0 if known else size_of(host) - borrowed  # There, what is shared is marked.
+        if self.forward is not None and self.loss.checked:
+            examples = _rows(outputs, targets, examples)
         if witness is not None:
             witness(outputs, targets)
         loss_sum, terms = self.loss.summed(outputs, targets, examples)
@@ -152,3 +154,15 @@ class Compared(Objective):
             return summed(model(nest[0]), nest[1], 0)
 
         return share
+
+
+def _rows(outputs: Nest, targets: Nest, examples: int) -> int:
+    """What a mean is over, of what a ``forward`` returns: its rows.
+
+    Those need not be the examples: ``outputs[mask]`` has one for each valid token. Where nothing
+    has rows, they are.
+    """
+    try:
+        return size_of((outputs, targets))
+    except ValueError:
+        return examples

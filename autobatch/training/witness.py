@@ -10,6 +10,7 @@ from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, t
 from autobatch.batches.pieces import pieces_of, put_together
 from autobatch.errors import InexactStepError
 from autobatch.training.loss_check import check_splits
+from autobatch.training.losses import UnrecognisedLoss
 from autobatch.training.objective import Move
 from autobatch.training.summed import Loss
 
@@ -41,9 +42,11 @@ class LossCheck:
         if len(self.outputs) < 2 and row_bytes <= LARGEST_ROW_BYTES:
             rows = max(rows, 1)
         if rows:
-            with _disable_current_modes():
-                self.outputs.append(_on_host(part(outputs, 0, min(rows, examples))))
-                self.targets.append(_on_host(part(targets, 0, min(rows, examples))))
+            with _disable_current_modes():  # Cut as one: there may be no targets.
+                kept = _on_host(part((outputs, targets), 0, min(rows, examples)))
+            assert isinstance(kept, tuple), "a part of a pair is a pair"
+            self.outputs.append(kept[0])
+            self.targets.append(kept[1])
 
     def settled(self) -> bool:
         """Return whether the loss was shown to be exact; False if it could not be judged.
@@ -65,7 +68,14 @@ class LossCheck:
             together = put_together(list(zip(outputs, targets, strict=True)))
         except ValueError:
             return check_splits(self.loss, outputs, targets)  # Which says what is wrong.
-        pair = max(pieces_of(together), key=size_of)
+        pieces = pieces_of(together)
+        if len(pieces) > 1 and isinstance(self.loss, UnrecognisedLoss) and self.loss.is_mean:
+            raise InexactStepError(
+                f"the rows that this loss takes the mean of differ in shape between batches, as "
+                f"{' and '.join(map(describe, pieces[:2]))}: it may be over examples or over what "
+                "they hold, such as tokens, and nothing tells which; return (sum, terms)"
+            )
+        pair = max(pieces, key=size_of)
         assert isinstance(pair, tuple), "outputs and targets were put together as pairs"
         return check_splits(self.loss, [pair[0]], [pair[1]])
 

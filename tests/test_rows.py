@@ -1,0 +1,157 @@
+"""A mean over rows that are no examples: what ``forward=`` returns may have one for each token."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_exact, assert_same_parameters, sgd
+from torch import Tensor, nn
+
+from autobatch import Accumulator, InexactStepError, find_and_train
+
+Batch = dict[str, Tensor]
+
+
+def tokens(lengths: Sequence[int], width: int = 6, seed: int = 0) -> Batch:
+    """Examples of some tokens each, and a mask of them."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = len(lengths)
+    return {
+        "x": torch.randn(examples, width, 5, generator=generator, dtype=torch.float64),
+        "y": torch.randint(0, 3, (examples, width), generator=generator),
+        "mask": torch.arange(width) < torch.tensor(lengths)[:, None],
+    }
+
+
+def masked(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """As for masked words, tags, names: the rows are the tokens that count."""
+    return model(batch["x"])[batch["mask"]], batch["y"][batch["mask"]]
+
+
+def whole(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return model(batch["x"]), batch["y"]
+
+
+def mean(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss of one's own: nobody knows what it is a mean over."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+def sum_and_terms(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    return mean(outputs, targets) * targets.numel(), targets.numel()
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(5, 3).double()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=2, max_size=9),
+    micro_batch=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+)
+def test_a_mean_over_what_forward_returns_weighs_as_many_as_there_are(
+    lengths: list[int], micro_batch: int, seed: int
+) -> None:
+    ours, undivided, batch = model_of(seed), model_of(seed), tokens(lengths, seed=seed)
+    accumulator = Accumulator(ours, sgd(ours), mean, forward=masked, micro_batch=micro_batch)
+    step = accumulator.step(batch)
+    loss = mean(*masked(undivided, batch))
+    loss.backward()
+    sgd(undivided).step()
+    assert_exact([step.loss], [loss.item()])
+    assert_same_parameters(ours, undivided)
+    assert step.terms == sum(lengths)
+    assert step.examples == len(lengths)
+
+
+def test_weighted_by_examples_it_would_be_another_step() -> None:
+    """The control: what a mean over examples would give is something else here."""
+    batch, model = tokens([1, 1, 6, 6]), model_of()
+    parts = [{name: t[rows] for name, t in batch.items()} for rows in (slice(2), slice(2, 4))]
+    by_examples = sum(mean(*masked(model, part)).item() for part in parts) / 2
+    assert abs(by_examples - mean(*masked(model, batch)).item()) > 1e-2
+
+
+def test_an_evaluation_weighs_them_too() -> None:
+    batch, model = tokens([1, 2, 6, 6, 6, 5, 2, 1]), model_of()
+    result = find_and_train(
+        model, [tokens([2, 2])], 2, loss=mean, forward=masked, epochs=1, device="cpu",
+        eval_data=[{n: t[:3] for n, t in batch.items()}, {n: t[3:] for n, t in batch.items()}],
+        progress=False,
+    )  # fmt: skip
+    assert_exact([result.evaluations[0].loss], [mean(*masked(model, batch)).item()])
+
+
+def ragged() -> list[Batch]:
+    """Batches that cannot be joined: each is as wide as its longest."""
+    return [tokens([width] * 4, width=width, seed=width) for width in (3, 9)]
+
+
+def train(batches: list[Batch], loss: Any, forward: Any, desired: int = 8) -> nn.Module:
+    model = model_of()
+    find_and_train(
+        model, batches, desired, loss=loss, forward=forward, optimizer=sgd(model), device="cpu",
+        progress=False,
+    )  # fmt: skip
+    return model
+
+
+def test_a_mean_over_rows_of_several_widths_is_refused() -> None:
+    with pytest.raises(InexactStepError, match=r"differ in shape .* return \(sum, terms\)"):
+        train(ragged(), mean, whole)
+
+
+def test_also_where_batches_could_be_joined_until_then() -> None:
+    alike = [tokens([3] * 4, width=3, seed=n) for n in range(10)]
+    with pytest.raises(InexactStepError, match="differ in shape"):
+        train([*alike, *ragged()], mean, whole)
+
+
+@pytest.mark.parametrize(("loss", "forward"), [(sum_and_terms, whole), (mean, masked)])
+def test_what_is_counted_serves_all_widths(loss: Any, forward: Any) -> None:
+    ours, undivided = train(ragged(), loss, forward), model_of()
+    outputs = torch.cat([undivided(batch["x"]).flatten(0, 1) for batch in ragged()])
+    F.cross_entropy(outputs, torch.cat([batch["y"].flatten() for batch in ragged()])).backward()
+    sgd(undivided).step()
+    assert_same_parameters(ours, undivided)
+
+
+def test_rows_of_a_neighbour_that_cannot_be_told_are_refused() -> None:
+    """BatchNorm can do nothing with one example, which so borrows one, and leaves out its row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(30), nn.Linear(30, 18)).double()
+
+    def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return model(batch["x"]).unflatten(1, (6, 3))[batch["mask"]], batch["y"][batch["mask"]]
+
+    accumulator = Accumulator(model, sgd(model), mean, forward=forward, micro_batch=2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InexactStepError, match="returned 5 rows for them"):
+        accumulator.step(tokens([3, 3, 3, 2, 3]))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("absent", [(), None, []])
+def test_a_loss_may_need_no_targets(absent: Any) -> None:
+    ours, undivided, x = model_of(), model_of(), tokens([6] * 12)["x"]
+
+    def energy(outputs: Tensor, _: object) -> Tensor:
+        return outputs.square().mean()
+
+    def forward(model: nn.Module, batch: tuple[Tensor]) -> tuple[Tensor, Any]:
+        return model(batch[0]), absent
+
+    step = Accumulator(ours, sgd(ours), energy, forward=forward, micro_batch=5).step((x,))
+    loss = energy(undivided(x), None)
+    loss.backward()
+    sgd(undivided).step()
+    assert_exact([step.loss], [loss.item()])
+    assert_same_parameters(ours, undivided)
