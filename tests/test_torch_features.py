@@ -556,6 +556,58 @@ def test_spectral_norm_moves_its_buffers_once_a_micro_batch_and_that_is_noted() 
     assert any("parametrizations.weight.0._u" in note for note in result.notes)
 
 
+class Teacher(nn.Module):
+    """A student, and the average of its weights, moved by the forward pass: as MoCo and BYOL do."""
+
+    def __init__(self, *, gated: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher = nn.Linear(5, 3), nn.Linear(5, 3).requires_grad_(False)
+        self.calls, self.gated = 0, gated
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            self.last = x.mean(0)
+        if self.training or not self.gated:
+            with torch.no_grad():
+                pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+                for average, value in pairs:
+                    average.lerp_(value, 0.1)
+        difference: Tensor = self.student(x) - self.teacher(x)
+        return difference
+
+
+def test_what_a_forward_pass_moves_is_noted_be_it_no_buffer() -> None:
+    model = Teacher(gated=True).double()
+    accumulator = Accumulator(model, sgd(model.student), micro_batch=4)
+    accumulator.step(pairs()[0])
+    assert accumulator.moved_buffers == {"teacher.weight", "teacher.bias", "calls", "last"}
+    result = find_and_train(
+        model, pairs(examples=64), desired=64, optimizer=sgd(model.student), device="cpu",
+        memory_limit="4KiB", progress=False,
+    )  # fmt: skip
+    assert result.plan.accumulation_steps > 1
+    assert any("teacher.weight" in note and "once a step" in note for note in result.notes)
+
+
+def test_a_model_whose_parameters_move_in_evaluation_too_is_refused_in_pieces() -> None:
+    model = Teacher(gated=False).double()
+    with pytest.raises(
+        InexactStepError, match=r"moves its parameters teacher.weight, teacher.bias"
+    ):
+        Accumulator(model, sgd(model.student), micro_batch=4).step(pairs()[0])
+    assert Accumulator(model, sgd(model.student)).step(pairs()[0]).replays == 0
+
+
+def test_an_embedding_that_is_kept_short_moves_nothing_further() -> None:
+    model = nn.Sequential(nn.Embedding(7, 5, max_norm=0.5), nn.Flatten(), nn.Linear(15, 3))
+    accumulator = Accumulator(model, sgd(model), micro_batch=4)
+    accumulator.step((torch.randint(0, 7, (10, 3)), torch.randint(0, 3, (10,))))
+    assert accumulator.moved_buffers == set()
+
+
 def update(average: AveragedModel, model: nn.Module, _: StepResult) -> None:
     average.update_parameters(model)
 

@@ -23,6 +23,7 @@ from autobatch.plan import BatchPlan
 from autobatch.results import StepResult, Verdict
 from autobatch.training.batch_norm import moving_layers, normalises_by_batch
 from autobatch.training.ledger import Entries, Ledger
+from autobatch.training.moving import Marks, marks_of, moved
 from autobatch.training.objective import Compared
 from autobatch.training.options import NonFinite
 from autobatch.training.replay import MicroBatchSize, Start
@@ -80,7 +81,8 @@ class Driver:
         left_out: Steps in a row that were not, for not being finite.
         agreed: How often an unknown loss was held to the law, and kept it.
         split_windows: Windows that were cut, and ran.
-        moved_buffers: Names of buffers, BatchNorm's apart, that those moved.
+        moved_buffers: Names of what their forward passes moved: buffers, BatchNorm's apart,
+            parameters, numbers.
     """
 
     recipe: Recipe
@@ -159,7 +161,7 @@ class Driver:
         ragged = len(pieces_of(batch)) > 1
         while True:
             parts, sizes = cut_to(batch, size, self.multiple_of)
-            buffers = self._buffers(len(sizes))
+            marks = self._marks(len(sizes))
             try:
                 ledger, message = self._attempt(
                     parts, sizes, denominator, start, replays=len(failures), ragged=ragged
@@ -170,8 +172,7 @@ class Driver:
             if ledger is not None:
                 self.size.ran()
                 if len(sizes) > 1:
-                    moved = self._buffers(len(sizes)) - buffers
-                    self.moved_buffers |= {name for name, *_ in moved}
+                    self.moved_buffers |= moved(marks, self._marks(len(sizes)))
                     self.split_windows += 1
                 return _Window(
                     ledger=ledger,
@@ -351,22 +352,13 @@ class Driver:
             reason=fault,
         )
 
-    def _buffers(self, micro_batches: int) -> set[tuple[str, int, int]]:
-        """Before and after the first window that is cut: buffers that it moves differ in these.
-
-        BatchNorm's are pooled, and not among them.
-        """
+    def _marks(self, micro_batches: int) -> Marks:
+        """Before and after the first window that is cut; of BatchNorm's buffers none: pooled."""
         if self.split_windows or micro_batches == 1:
-            return set()
+            return {}
         model = self.recipe.model
-        pooled = {
-            id(tensor) for layer in moving_layers(model.modules()) for tensor in layer.buffers()
-        }
-        return {
-            (name, id(buffer), buffer._version)
-            for name, buffer in model.named_buffers()
-            if id(buffer) not in pooled
-        }
+        layers = moving_layers(model.modules())
+        return marks_of(model, [buffer for layer in layers for buffer in layer.buffers()])
 
     def _memory(self, failed: int) -> dict[str, int]:
         """What the device holds after a failure, when it has let go of the window."""

@@ -89,6 +89,8 @@ def _outputs(
     try:
         with undisturbed(model):
             made = [list(tensors(outputs_of(batch))) for batch in (*batches, batches[-1])]
+    except InexactStepError:
+        raise
     except Exception as error:  # A model may refuse a single example, and be no worse for it.
         if verdict_of(error) is Verdict.OUT_OF_MEMORY:
             raise

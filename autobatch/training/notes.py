@@ -35,7 +35,7 @@ def notes(
         asked: The desired batch, which the data may not fill.
         normalises: Whether a layer normalises with the statistics of the batch that it sees.
         recipe: What a step was made of.
-        moved: Names of buffers that a forward pass moves, BatchNorm's apart.
+        moved: Names of what of the model a forward pass moves, BatchNorm's buffers apart.
         agreed: How often an unknown loss was held to the law, and kept it.
         found: The search.
     """
@@ -107,8 +107,8 @@ def _of_cutting(
         yield "BatchNorm was frozen: it normalises by its running statistics, which do not move"
     if moved:
         yield (
-            "these buffers are moved by the forward pass, so once a micro-batch instead of once a "
-            f"step: {', '.join(moved)}"
+            "the forward pass moves these of the model's buffers, parameters or attributes, once a "
+            f"micro-batch instead of once a step: {', '.join(moved)}"
         )
     if isinstance(recipe.objective, Compared) and recipe.objective.loss.checked:
         seen = (

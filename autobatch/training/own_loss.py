@@ -19,6 +19,7 @@ from autobatch.batches.pieces import pieces_of
 from autobatch.devices.metered import eagerly
 from autobatch.errors import InexactStepError
 from autobatch.randomness import generators_in
+from autobatch.training.moving import parameters_at_rest
 from autobatch.training.replay import window_start
 from autobatch.training.wide import in_widest
 
@@ -317,14 +318,18 @@ def _same_weights(possible: Sequence[Counting], batch: Nest) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before."""
+    """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before.
+
+    Raises:
+        InexactStepError: If parameters have moved inside.
+    """
     start = window_start(
         list(model.modules()), generators_in(model)
     )  # The mode is an attribute as others are.
     try:
         model.eval()
         # Compiled for one example and for two, it would be compiled again for what it trains on.
-        with torch.no_grad(), eagerly():
+        with torch.no_grad(), eagerly(), parameters_at_rest(model):
             yield
     finally:
         start.put_back()

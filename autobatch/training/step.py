@@ -148,9 +148,10 @@ class Accumulator:
 
     @property
     def moved_buffers(self) -> frozenset[str]:
-        """Names of buffers that a forward pass moves, BatchNorm's apart.
+        """Names of what of the model a forward pass moves, BatchNorm's buffers apart.
 
-        Cut, they move once a micro-batch instead of once a step.
+        That is buffers, parameters (an averaged teacher's), and attributes that are numbers or
+        tensors without a graph. Cut, they move once a micro-batch instead of once a step.
         """
         return frozenset(self._driver.moved_buffers)
 
