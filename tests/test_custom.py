@@ -139,3 +139,59 @@ def test_two_ways_to_say_the_loss_are_refused() -> None:
         Accumulator(model, sgd(model), nn.CrossEntropyLoss(), batch_loss=summed)
     with pytest.raises(TypeError, match="batch_loss must return"):
         Accumulator(model, sgd(model), batch_loss=lambda m, b: m(b[0]).sum()).step(rows())
+
+
+class Detector(nn.Module):
+    """As torchvision's: losses in training mode, and in evaluation mode what was detected."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        super().__init__()
+        self.inner = small_model()
+        self.norm, self.drop = nn.BatchNorm1d(5).double().eval(), nn.Dropout(0.0)
+        self.broken = broken
+
+    def forward(self, x: Tensor, y: Tensor) -> object:
+        scores = self.inner(self.drop(self.norm(x)))
+        if not self.training:
+            return [{"scores": row} for row in scores]
+        if self.broken:
+            raise ArithmeticError("no gradient flows here")
+        return {"classes": F.cross_entropy(scores, y), "size": scores.square().mean()}
+
+
+def of_detector(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    return sum(model(*batch).values()) * len(batch[0]), len(batch[0])
+
+
+def boxes(examples: int = 11) -> Batch:
+    x, y = rows(examples)
+    return x, y.clamp(min=0)
+
+
+def test_a_model_that_returns_losses_in_training_alone_is_asked_there() -> None:
+    ours, whole = Detector(), Detector()
+    step = Accumulator(ours, sgd(ours), batch_loss=of_detector, micro_batch=4).step(boxes())
+    assert ours.training
+    loss, terms = of_detector(whole, boxes())
+    (loss / terms).backward()
+    sgd(whole).step()
+    assert_exact(step.loss, float(loss.detach()) / terms)
+    assert_same_parameters(ours, whole)
+
+
+def test_there_too_what_does_not_add_up_is_refused() -> None:
+    def mean_of_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        return of_detector(model, batch)[0] / len(batch[0]), len(batch[0])
+
+    model = Detector()
+    before = fingerprint(model)
+    with pytest.raises(InexactStepError, match="does not add up"):
+        Accumulator(model, sgd(model), batch_loss=mean_of_losses, micro_batch=4).step(boxes())
+    assert fingerprint(model) == before
+
+
+def test_what_fails_in_both_modes_says_that_it_was_a_check() -> None:
+    model = Detector(broken=True)
+    with pytest.raises(ArithmeticError, match="no gradient flows") as caught:
+        Accumulator(model, sgd(model), batch_loss=of_detector, micro_batch=4).step(boxes())
+    assert any("two examples, alone and together" in note for note in caught.value.__notes__)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from reference import assert_exact
 from states import fingerprint, identities
 from torch import Tensor, nn
 
+from autobatch import Accumulator
 from autobatch.batches.marks import Pieces
 from autobatch.batches.nest import Nest, cut, map_tensors, size_of, take
 from autobatch.commands.vision import import_torchvision
@@ -316,6 +318,29 @@ def test_a_class_for_each_example(name: str, labels: list[int]) -> None:
     model = Classifier()
     batch = {"x": torch.randn(4, 4, dtype=torch.float64), name: torch.tensor(labels)}
     assert_exact(window(model, batch, [1, 3]), undivided(model, batch))
+
+
+class InTrainingAlone(Tagger):
+    """Returns no loss in evaluation mode, as detectors and many a model of one's own do."""
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Any:
+        outputs = super().forward(tokens, labels)
+        return outputs if self.training else SimpleNamespace(scores=outputs.scores)
+
+
+def test_a_loss_that_is_returned_in_training_alone_is_found() -> None:
+    batch = text(1, [(0, 5), (0, 1), (2, 2), (0, 4)])
+    ours, whole = InTrainingAlone(over_labels), Tagger(over_labels)
+    accumulator = Accumulator(ours, torch.optim.SGD(ours.parameters(), lr=1.0), micro_batch=2)
+    step = accumulator.step(batch)
+    loss = whole(**batch).loss
+    loss.backward()
+    torch.optim.SGD(whole.parameters(), lr=1.0).step()
+    assert_exact(step.loss, loss.item())
+    assert_exact(list(ours.parameters()), list(whole.parameters()))
+    again = Accumulator(ours, torch.optim.SGD(ours.parameters(), lr=1.0), micro_batch=2)
+    again.load_state_dict(accumulator.state_dict())
+    assert again.step(batch).micro_batch_sizes == (2, 2)
 
 
 def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:

@@ -1,7 +1,7 @@
 """The objective that is a function of the user's: ``(model, batch) -> (sum, terms)``."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe, part, size_of, take
 from autobatch.batches.pieces import largest_piece
+from autobatch.devices.failures import verdict_of
 from autobatch.errors import InexactStepError
+from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.losses import read_pair
 from autobatch.training.objective import Move, Witness
@@ -20,6 +22,7 @@ BatchLoss = Callable[[nn.Module, Any], object]  # The batch is the user's own st
 
 _TOLERANCE: Final = 1e-3  # Of float32 sums; a mean, or a loss that couples, is off by far more.
 _COARSE: Final = 5e-2  # Of 16 bits.
+_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +54,8 @@ class Custom:
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Hold the function to the law with the first and the last example.
 
-        The model is in evaluation mode for this, and everything is put back.
+        The model is in evaluation mode for this, or if that fails in training mode without what is
+        random or sees the batch. Everything is put back.
 
         Raises:
             InexactStepError: If the sums or the terms do not add up.
@@ -63,9 +67,7 @@ class Custom:
         if self._windows < 1 << self._agreed or size_of(piece) < 2:
             return
         pair = take(piece, [0, size_of(piece) - 1])
-        with undisturbed(model), torch.enable_grad():  # It may take gradients of its own.
-            parts = [part(pair, 0, 1), part(pair, 1, 2), pair, pair]
-            one, other, both, again = (self._numbers(model, move(nest)) for nest in parts)
+        one, other, both, again = self._asked(model, pair, move)
         tolerance = max(_tolerance(parameter) for parameter in model.parameters())
         for name, first, second, whole, repeated in zip(
             ("sum", "number of terms"), one, other, both, again, strict=True
@@ -103,6 +105,26 @@ class Custom:
                 "micro-batch, and the number of terms that its mean would be over"
             )
         return read_pair(result)
+
+    def _asked(self, model: nn.Module, pair: Nest, move: Move) -> Sequence[tuple[float, float]]:
+        """Sum and terms of either of two examples, of both, and of both once more."""
+        parts = [part(pair, 0, 1), part(pair, 1, 2), pair, pair]
+
+        def ask(*, training: bool) -> Sequence[tuple[float, float]]:
+            # It may take gradients of its own.
+            with undisturbed(model, training=training), torch.enable_grad():
+                return [self._numbers(model, move(nest)) for nest in parts]
+
+        try:
+            return ask(training=False)
+        except Exception as error:
+            if isinstance(error, InexactStepError) or verdict_of(error) in _TOO_MUCH:
+                raise
+        try:  # A detector returns its losses in training mode alone.
+            return ask(training=True)
+        except Exception as error:
+            error.add_note("batch_loss was asked for two examples, alone and together: a check")
+            raise
 
     def _numbers(self, model: nn.Module, nest: Nest) -> tuple[float, float]:
         loss_sum, terms = self.share(model, nest, host=nest, borrowed=0, witness=None)

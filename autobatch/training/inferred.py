@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, part
 from autobatch.batches.pieces import pieces_of
+from autobatch.devices.failures import verdict_of
+from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import targets_of
 from autobatch.training.objective import Compared, Move, Witness
@@ -54,7 +55,7 @@ class Inferred:
     def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
         """Ask the model, with one example, and find out what its mean counts."""
         if not self._asked:
-            self._own = OwnLoss() if _returns_a_loss(model, batch, move) else None
+            self._own = _own_loss(model, batch, move)
             self._asked = True
         if self._own is None:
             self.otherwise.settle(model, batch, move, cut=cut)
@@ -87,13 +88,24 @@ class Inferred:
         return self._own.summed(outputs, host)
 
 
-def _returns_a_loss(model: nn.Module, batch: Nest, move: Move) -> bool:
-    """Whether the model, called with the whole mapping, returns a scalar loss."""
+def _own_loss(model: nn.Module, batch: Nest, move: Move) -> OwnLoss | None:
+    """The loss that the model, called with the whole mapping, returns; None if it returns none."""
     first = pieces_of(batch)[0]
     if not isinstance(first, Mapping) or not _takes(model, first):
-        return False
-    with undisturbed(model), torch.no_grad():
-        return own_loss_of(call_with_labels(model, move(part(first, 0, 1)))) is not None
+        return None
+
+    def returns_one(*, training: bool) -> bool:
+        with undisturbed(model, training=training):
+            return own_loss_of(call_with_labels(model, move(part(first, 0, 1)))) is not None
+
+    if returns_one(training=False):
+        return OwnLoss()
+    try:
+        return OwnLoss(training=True) if returns_one(training=True) else None
+    except Exception as error:  # It takes labels, and cannot be trained with them.
+        if verdict_of(error) is Verdict.OUT_OF_MEMORY:
+            raise
+        return None
 
 
 def _takes(model: nn.Module, batch: Mapping[str, Nest]) -> bool:

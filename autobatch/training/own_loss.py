@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import pieces_of
@@ -91,21 +93,26 @@ class OwnLoss:
     """The model's own loss as a sum, once it is known what it is a mean over.
 
     ``settle`` comes first in every window that is cut: it may change what the others count.
+
+    Attributes:
+        training: Whether the model returns it in training mode alone.
     """
 
+    training: bool = False
     _refuted: list[Counting] = field(default_factory=list, init=False)
     _windows: int = field(default=0, init=False)
     _agreed: int = field(default=0, init=False)  # How often the law was tried, and held.
 
     def apart(self) -> "OwnLoss":
         """Return another that knows the same."""
-        other = OwnLoss()
+        other = OwnLoss()  # What it learns next is its own.
         other.load_state_dict(self.state_dict())
         return other
 
     def state_dict(self) -> dict[str, object]:
         """Return what was learnt, as plain values."""
         return {
+            "training": self.training,
             "refuted": [counting.name for counting in self._refuted],
             "windows": self._windows,
             "agreed": self._agreed,
@@ -114,6 +121,7 @@ class OwnLoss:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Know it again."""
         known = {counting.name: counting for counting in _ALL}
+        self.training = bool(state["training"])
         self._refuted = [known[name] for name in state["refuted"]]
         self._windows, self._agreed = int(state["windows"]), int(state["agreed"])
 
@@ -142,7 +150,7 @@ class OwnLoss:
         if size_of(batch_on_host) < 2 or (agree and self._windows < 1 << self._agreed):
             return
         pieces = pieces_of(batch_on_host)
-        with undisturbed(model):
+        with undisturbed(model, training=self.training):
             pairs = (pair for piece in pieces for pair in _pairs(possible, piece))
             for pair in itertools.islice(pairs, 1):
                 self._agreed += self._try(model, pair, moved)
@@ -317,8 +325,13 @@ def _same_weights(possible: Sequence[Counting], batch: Nest) -> bool:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before.
+
+    Args:
+        model: In any mode.
+        training: For what only trains, such as a detector that returns its losses in training mode
+            alone: all is in that mode, but for layers that normalise by the batch or drop out.
 
     Raises:
         InexactStepError: If parameters have moved inside.
@@ -328,6 +341,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     )  # The mode is an attribute as others are.
     try:
         model.eval()
+        for module in model.modules() if training else ():
+            module.training = not isinstance(module, _NormBase | _DropoutNd)
         # Compiled for one example and for two, it would be compiled again for what it trains on.
         with torch.no_grad(), eagerly(), parameters_at_rest(model):
             yield
