@@ -92,6 +92,18 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
             yield x + torch.rand(()), y
 
 
+class Buffered(IterableDataset[tuple[Tensor, Tensor]]):
+    """Shuffles as streams do: an example leaves a buffer at random when the next one comes."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for example in zip(*rows(), strict=True):
+            waiting.append(example)
+            if len(waiting) == 10:
+                yield waiting.pop(int(torch.randint(10, ())))
+        yield from waiting
+
+
 class Shuffled:
     """Batches in an order that is drawn anew each time, from a generator of its own."""
 
@@ -190,7 +202,13 @@ def adam() -> Call:
 
 
 def with_data(make: Callable[[], object]) -> Callable[[], Call]:
-    return lambda: {**basic(), "data": make()}
+    """Steps draw random numbers too, in between."""
+
+    def call() -> Call:
+        model = nn.Sequential(nn.Dropout(0.3), small_model())
+        return basic(model=model, optimizer=sgd(model), data=make())
+
+    return call
 
 
 def with_options(**makes: object) -> Callable[[], Call]:
@@ -251,6 +269,8 @@ KINDS: dict[str, Callable[[], Call]] = {
         )
     ),
     "an IterableDataset": with_data(Stream),
+    "a shuffle buffer": with_data(lambda: DataLoader(Buffered(), 5)),
+    "a loader that augments more than a step takes": with_data(lambda: DataLoader(Noisy(), 11)),
     "batches with their own order": with_data(Shuffled),
     "a list of batches": with_data(lambda: [rows(20), rows(15, 1), rows(7, 2)]),
     "a schedule by steps": with_options(scheduler=lambda o: CosineAnnealingLR(o, 6)),

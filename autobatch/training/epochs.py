@@ -1,8 +1,11 @@
 """The logical batches of each epoch, from wherever a training stands."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from autobatch.batches.nest import Nest
@@ -11,6 +14,7 @@ from autobatch.errors import CheckpointError
 from autobatch.training.progress import Place
 
 Random = dict[str, object]
+PutBack = Callable[[Random], object]
 
 
 def keeps_workers(batches: object) -> bool:
@@ -44,7 +48,7 @@ class Epochs:
     _stream: Iterator[Nest] | None = field(default=None, init=False)
 
     def open(
-        self, stopped: Random | None = None, put_back: Callable[[Random], object] = lambda _: None
+        self, stopped: Random | None = None, put_back: PutBack = lambda _: None
     ) -> Nest | None:
         """Read the next logical batch, which training begins with; None if the epoch has none.
 
@@ -55,10 +59,11 @@ class Epochs:
         Raises:
             CheckpointError: If the data holds fewer batches than training has seen.
         """
+        reads = self.place.reads
         if stopped is not None:
             self._start_workers()
             put_back(self.place.random or stopped)
-        self._stream = self._begun()
+        self._stream = self._begun(reads, put_back)
         for window in range(self.place.windows):
             if next(self._stream, None) is None:
                 raise CheckpointError(
@@ -92,7 +97,58 @@ class Epochs:
         if self.place.epoch > 1 and keeps_workers(loader):
             iter(loader)
 
-    def _begun(self) -> Iterator[Nest]:
-        if self.note is not None:
-            self.place.random = self.note()
-        return logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)
+    def _begun(
+        self, reads: Mapping[int, Random] | None = None, put_back: PutBack = lambda _: None
+    ) -> Iterator[Nest]:
+        if self.note is None:
+            return logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)
+        self.place.random, self.place.reads = self.note(), {}
+        batches = logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)
+        return self._noted(batches, self.note, reads or {}, put_back)
+
+    def _noted(
+        self,
+        batches: Iterator[Nest],
+        note: Callable[[], Random],
+        reads: Mapping[int, Random],
+        put_back: PutBack,
+    ) -> Iterator[Nest]:
+        """Yield the batches, and note what those that draw random numbers when read begin with.
+
+        Who reads them again draws nothing in between, as steps did.
+
+        Args:
+            batches: Of a whole epoch.
+            note: Returns where all random generators are.
+            reads: What was noted when they were first read, by number.
+            put_back: Sets the generators.
+        """
+        for window in itertools.count():
+            before = note()
+            if window in reads:
+                put_back({**before, **reads[window]})
+                before = note()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            after = note()
+            drawn = {name: was for name, was in before.items() if not _same(was, after[name])}
+            if drawn:
+                self.place.reads[window] = drawn
+            yield batch
+            del batch  # Before the next one is read.
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two states are equal; a list may hold tensors."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list) and any(map(_holds, one)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
+
+
+def _holds(item: object) -> bool:
+    return isinstance(item, Tensor | list | dict)

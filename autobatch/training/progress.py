@@ -102,16 +102,19 @@ class Place:
         epoch: Counted from 1.
         windows: Logical batches of it that are done.
         random: All random generators as they were before the epoch began; None if that is now.
+        reads: Those that moved while a logical batch of it was read, as they were before, by its
+            number: shuffle buffers and augmentations draw then, between the steps' own numbers.
     """
 
     epoch: int = 1
     windows: int = 0
     random: dict[str, object] | None = None
+    reads: dict[int, dict[str, object]] = field(default_factory=dict)
 
     def next_epoch(self) -> None:
         """Go to where no batch of the next epoch has been read."""
-        self.epoch, self.windows, self.random = self.epoch + 1, 0, None
+        self.epoch, self.windows, self.random, self.reads = self.epoch + 1, 0, None, {}
 
     def state_dict(self) -> dict[str, object]:
         """Return what a Place is made of."""
-        return {"epoch": self.epoch, "windows": self.windows, "random": self.random}
+        return {entry.name: getattr(self, entry.name) for entry in fields(Place)}
