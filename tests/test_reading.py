@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from autobatch import Accumulator
 from autobatch.batches.containers import children_of
 from autobatch.batches.marks import Examples, Pieces, Shared
 from autobatch.batches.nest import Nest, cut, describe, join, size_of, take
@@ -158,6 +159,37 @@ def test_as_many_images_as_channels_beside_a_tensor_of_labels_are_taken_for_inpu
     assert kinds(as_batch(([image()] * 3, rows(3)))) == ["list", "Tensor"]
     assert kinds(as_batch(([image()] * 3, rows(3).tolist()))) == ["Examples", "Examples"]
     assert kinds(as_batch((Examples([image()] * 3), rows(3)))) == ["Examples", "Tensor"]
+
+
+def test_a_last_batch_of_as_many_is_read_as_those_before() -> None:
+    batches = [([image()] * n, rows(n)) for n in (4, 4, 3)]
+    for source in (batches, iter(batches)):
+        opened = open_source(source, batch_size=4)
+        read = list(opened.epoch())
+        assert [kinds(batch) for batch in read] == [["Examples", "Tensor"]] * 3
+        assert opened.examples in (11, None)
+    of_two_inputs = ([rows(4, 2), rows(4, 3)], rows(4))
+    assert kinds(list(open_source([*batches, of_two_inputs], batch_size=4).epoch())[-1]) == [
+        "list",
+        "Tensor",
+    ]
+
+
+def test_an_accumulator_reads_them_all_alike() -> None:
+    class Mean(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = torch.nn.Linear(3, 2)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            scores: Tensor = self.last(torch.stack([one.mean((1, 2)) for one in images]))
+            return scores
+
+    model = Mean()
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batch=2)
+    for examples, sizes in ((4, (2, 2)), (3, (2, 1))):
+        step = accumulator.step(([image()] * examples, torch.zeros(examples, dtype=torch.long)))
+        assert step.micro_batch_sizes == sizes
 
 
 @pytest.mark.parametrize(

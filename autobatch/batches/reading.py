@@ -1,6 +1,6 @@
 """The entrance of a batch: arrays become tensors, and lists of examples are marked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from itertools import chain
 from typing import TypeGuard
 
@@ -35,31 +35,57 @@ def as_batch(nest: Nest) -> Nest:
     To be read once, as the loader or the caller made it: what is cut from a batch may look like
     another kind. A plain tuple of tensors is returned at once, and so are ``Pieces``.
     """
-    if plain_size(nest) is not None or isinstance(nest, Pieces):
-        return nest
-    nest = from_numpy(nest)
-    members = children_of(nest)
-    if members is None or isinstance(nest, MARKS) or not _hold_examples(members, nest):
-        return nest
-    return rebuilt(nest, [Examples(m) if _is_plain_list(m) else m for m in members])
+    return Reading()(nest)
+
+
+class Reading:
+    """Reads the batches of an epoch, all in the way of those before.
+
+    A last batch of three images beside three labels looks like another kind.
+    """
+
+    def __init__(self) -> None:
+        self._held = False  # Whether lists held examples in one before.
+
+    def __call__(self, nest: Nest) -> Nest:
+        """Return it as ``as_batch`` does."""
+        if plain_size(nest) is not None or isinstance(nest, Pieces):
+            return nest
+        nest = from_numpy(nest)
+        members = children_of(nest)
+        if members is None or isinstance(nest, MARKS):
+            return nest
+        if not _may_hold_examples(members) or not (self._held or _hold_examples(members, nest)):
+            return nest
+        self._held = True
+        return rebuilt(nest, [Examples(m) if _is_plain_list(m) else m for m in members])
+
+
+def _may_hold_examples(members: Sequence[Nest]) -> bool:
+    """Whether all of them that say something are as long: lists, one at least, and tensors."""
+    told, lists = _told(members)
+    if not lists or not all(_is_plain_list(m) or isinstance(m, Tensor) for m in told):
+        return False
+    lengths = {len(member) for member in told if isinstance(member, Sized)}
+    items = chain.from_iterable(lists)
+    # What is shared is not one example's.
+    return len(lengths) == 1 and 0 not in lengths and not any(isinstance(i, Shared) for i in items)
 
 
 def _hold_examples(members: Sequence[Nest], nest: Nest) -> bool:
-    """Whether the lists among the members of ``nest`` hold one item an example."""
-    told = [member for member in members if not _is_whole(member)]
-    lists = list(filter(_is_plain_list, told))
-    if not lists:
-        return False
-    arrays = [member for member in told if isinstance(member, Tensor)]
-    lengths = set(map(len, [*lists, *arrays]))
-    if len(lists) + len(arrays) != len(told) or len(lengths) != 1 or 0 in lengths:
-        return False
-    items = list(chain.from_iterable(lists))
-    if any(isinstance(item, Shared) for item in items):
-        return False  # What is shared is not one example's.
+    """Whether the lists among the members of ``nest``, which may, hold one item an example."""
+    told, lists = _told(members)
+    items = chain.from_iterable(lists)
     if any(isinstance(item, Mapping) or is_dataclass(item) for item in items):
         return True
-    return not (arrays or all(map(_has_dimension, lists))) or not _has_size(nest)
+    is_listed = len(lists) == len(told) and not all(map(_has_dimension, lists))
+    return is_listed or not _has_size(nest)
+
+
+def _told(members: Sequence[Nest]) -> tuple[list[Nest], list[list[object] | tuple[object, ...]]]:
+    """The members that say how the batch is to be read, and the lists among them."""
+    told = [member for member in members if not _is_whole(member)]
+    return told, list(filter(_is_plain_list, told))
 
 
 def _is_plain_list(nest: Nest) -> TypeGuard[list[object] | tuple[object, ...]]:

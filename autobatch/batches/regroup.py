@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from autobatch.batches.nest import Nest, from_numpy, map_tensors, part, size_of, take
 from autobatch.batches.pieces import put_together
-from autobatch.batches.reading import as_batch
+from autobatch.batches.reading import Reading
 
 
 class MapStyle(Protocol):
@@ -60,7 +60,7 @@ class Source:
 
     def epoch(self) -> Iterator[Nest]:
         """Begin an epoch: batches of tensors, their lists of examples marked."""
-        batches = map(as_batch, self.batches)
+        batches = map(Reading(), self.batches)
         return _Fresh(batches) if self.fresh else batches
 
 
@@ -95,7 +95,7 @@ def open_source(data: Data, *, batch_size: int) -> Source:
         raise TypeError(f"{_WHAT_DATA_IS}, got {type(data).__name__}")
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError(f"data is empty: {data!r} holds no batch")
-    examples = sum(size_of(as_batch(batch)) for batch in data) if isinstance(data, list) else None
+    examples = sum(map(size_of, map(Reading(), data))) if isinstance(data, list) else None
     if examples == 0:
         raise ValueError("data is empty: it holds no example")
     return Source(

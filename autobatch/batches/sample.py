@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from autobatch.batches.nest import Nest, size_of, take
 from autobatch.batches.pieces import largest_piece
-from autobatch.batches.reading import as_batch
+from autobatch.batches.reading import Reading
 from autobatch.batches.regroup import Source
 
 
@@ -42,5 +42,5 @@ def _begin(source: Source) -> Iterator[Nest]:
         # iter() would start, or reset, the workers that the user's own iteration goes on with.
         # This is the method that iter() calls without persistent_workers.
         own: Iterator[Any] = loader._get_iterator()
-        return map(as_batch, own)
+        return map(Reading(), own)
     return source.epoch()

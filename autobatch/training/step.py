@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest
-from autobatch.batches.reading import as_batch
+from autobatch.batches.reading import Reading
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.plan import check_size
 from autobatch.refusals import check_model, check_one_process, check_optimizer
@@ -118,6 +118,7 @@ class Accumulator:
         )
         present = next(model.parameters()).device
         device = open_device(choose_device(present, present))
+        self._read = Reading()
         self._driver = Driver(
             recipe=options.recipe(model, optimizer, device),
             size=MicroBatchSize(micro_batch),
@@ -172,7 +173,7 @@ class Accumulator:
             NonFiniteLossError: If the loss is nan or infinite. Nothing has moved.
             StepInterruptedError: If memory ran out in the optimizer's step.
         """
-        return self._driver.step(as_batch(batch))
+        return self._driver.step(self._read(batch))
 
     def state_dict(self) -> dict[str, object]:
         """Return what this object itself knows: sizes, counts, the scaler's and scheduler's state.
