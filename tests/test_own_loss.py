@@ -343,6 +343,32 @@ def test_a_loss_that_is_returned_in_training_alone_is_found() -> None:
     assert again.step(batch).micro_batch_sizes == (2, 2)
 
 
+class Wrapped(nn.Module):
+    """Hands on whatever it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3).double()
+
+    def forward(self, **named: Tensor) -> Tensor:
+        def scores(x: Tensor) -> Tensor:
+            found: Tensor = self.inner(x)
+            return found
+
+        return scores(**named)
+
+
+def test_a_model_that_hands_keywords_on_need_not_take_labels() -> None:
+    torch.manual_seed(0)
+    model, x = Wrapped(), torch.randn(4, 4, dtype=torch.float64)
+    batch = {"x": x, "labels": torch.tensor([0, 1, 2, 1])}
+    expected = F.cross_entropy(model(x=x), batch["labels"]).item()
+    step = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batch=3).step(
+        batch
+    )
+    assert_exact(step.loss, expected)
+
+
 def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:
     batch = text(1, [(0, 5), (0, 1), (2, 2), (0, 4)])  # Shifted, two in the middle have none.
     model, own = Tagger(over_shifted), OwnLoss()

@@ -98,8 +98,11 @@ def _own_loss(model: nn.Module, batch: Nest, move: Move) -> OwnLoss | None:
         with undisturbed(model, training=training):
             return own_loss_of(call_with_labels(model, move(part(first, 0, 1)))) is not None
 
-    if returns_one(training=False):
-        return OwnLoss()
+    try:
+        if returns_one(training=False):
+            return OwnLoss()
+    except TypeError:  # It hands all keywords on to one that does not take labels.
+        return None
     try:
         return OwnLoss(training=True) if returns_one(training=True) else None
     except Exception as error:  # It takes labels, and cannot be trained with them.
