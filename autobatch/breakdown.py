@@ -13,7 +13,7 @@ _NAMES: Final = {
     "optimizer_state_bytes": "optimizer state",
     "named_bytes": "what state names",
     "activation_bytes": "activations and temporaries",
-    "cached_bytes": "cached, not used",
+    "cached_bytes": "cached but unused",
     "outside_bytes": "outside the allocator",
     "other_process_bytes": "other processes",
     "headroom_bytes": "headroom",

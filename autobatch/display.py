@@ -338,7 +338,7 @@ def _row(trial: Trial, limit_bytes: int) -> Text:
 
 
 def _tolerable(search: SearchResult) -> str:
-    upper = "" if search.upper.size is None else f" ({search.upper})"
+    upper = "" if search.upper.size is None else f" ({search.upper.under(search.limit_bytes)})"
     reason = f"{_REASONS[search.limited_by]}{memory_unused(search)}"
     return f"tolerable batch {search.size}, {reason}{upper}"
 

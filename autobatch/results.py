@@ -117,6 +117,14 @@ class Upper:
             return f"{self.reason} at {self.size}"
         return f"{self.size} would need at least {format_bytes(self.bytes)}"
 
+    def under(self, limit_bytes: int) -> str:
+        """Return the same in words; where rounding would hide it, by how much a limit is short."""
+        needed = 0 if self.bytes is None else self.bytes
+        if needed <= limit_bytes or format_bytes(needed) != format_bytes(limit_bytes):
+            return str(self)
+        short = format_bytes(needed - limit_bytes)
+        return f"{self.size} would need at least {short} more than there is"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
@@ -211,8 +219,9 @@ class SearchResult:
         failed, repeats = sum(not t.fits for t in trials), len(self.trials) - len(trials)
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
         limit = f"{self.limited_by}{memory_unused(self)}"
+        upper = self.upper.under(self.limit_bytes)
         return (
-            f"tolerable batch {self.size} (limited by {limit}, {self.upper}{peak} of "
+            f"tolerable batch {self.size} (limited by {limit}, {upper}{peak} of "
             f"{format_bytes(self.limit_bytes)}; {count(len(trials), 'trial')}, "
             f"{failed} failed{f', {repeats} repeated' * bool(repeats)})"
             + "".join(f"\nnote: {note}" for note in self.notes)
@@ -239,13 +248,17 @@ def memory_unused(search: SearchResult) -> str:
     return f" and not by memory: {format_bytes(search.breakdown.free_bytes)} unused"
 
 
+def _share(part: float) -> str:
+    return f"{part:.1%}" if part >= 0.0005 or not part else "<0.1%"
+
+
 def trial_row(trial: Trial, limit_bytes: int) -> str:
     """Return the trial as a row below ``TRIAL_HEADER``."""
     verdict = "fits" if trial.failure is None else _VERDICTS[trial.failure]
     peak = share = "-"
     if trial.peak_bytes is not None:
         peak = format_bytes(trial.peak_bytes)
-        share = f"{trial.peak_bytes / max(limit_bytes, 1):.1%}"
+        share = _share(trial.peak_bytes / max(limit_bytes, 1))
     row = f"{trial.size:>7}   {verdict:<14}   {peak:>10}   {share:>8}   {trial.seconds:>7.1f}"
     return row + "  again" * trial.repeated
 

@@ -570,4 +570,4 @@ def test_predict_wants_one_way_of_naming_the_card(
     card: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", "torchvision:resnet18", *card]) == 2
-    assert "--gpu or --memory" in capsys.readouterr().err
+    assert "pass one of --gpu" in capsys.readouterr().err

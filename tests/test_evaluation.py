@@ -618,7 +618,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a metric for each example": (
         {"eval_data": rows(8), "metrics": {"right": vector}},
         ValueError,
-        "the metric must be scalar",
+        "the metric 'right' must be scalar",
     ),
     "a metric that fails": (
         {"eval_data": rows(8), "metrics": {"mine": broken}},

@@ -497,7 +497,11 @@ def test_what_differs_in_another_way_than_in_length_is_not_called_ragged() -> No
         ((torch.ones(2), torch.ones(())), (torch.ones(2), torch.ones(2)), "dimension 0 agrees"),
         ((torch.ones(2), torch.ones(2)), (torch.ones(2), torch.ones(())), "dimension 0 agrees"),
         ((torch.ones(2), torch.ones(2)), (torch.ones(2), 5), "dimension 0 agrees"),
-        ((torch.ones(2), torch.tensor(1)), (torch.ones(2), torch.tensor(2)), "in their scalars"),
+        (
+            (torch.ones(2), torch.tensor(1)),
+            (torch.ones(2), torch.tensor(2)),
+            "got 1 and 2; a list .* DataLoader",
+        ),
         ((torch.ones(2), 5), (torch.ones(2), 6), "must agree in 5"),
         ((torch.ones(2), "a"), (torch.ones(2), "b"), "must agree in 'a'"),
         ((torch.ones(2),), (torch.ones(2), torch.ones(2)), "must have one structure"),

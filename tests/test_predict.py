@@ -214,6 +214,24 @@ def test_a_data_set_bounds_what_is_tolerable_and_a_sample_does_not() -> None:
     assert (few.tolerable, few.largest, few.limited_by, few.size) == (7, 7, "ceiling", 7)
     assert few.notes[0] == f"the ceiling is 7; {said}"
     assert few.plan == BatchPlan(desired=14, tolerable=7)
+    more = wide(TensorDataset(*WIDE), desired=4096)
+    assert more.plan == wide(WIDE, desired=4096).plan, "no step of 20 is what is desired"
+
+
+@pytest.mark.usefixtures("asked")
+def test_of_several_cards_each_has_its_notes_and_what_all_note_comes_last() -> None:
+    net, cards = nn.Linear(2**20, 2), ["T4", "RTX 3060", "RTX 4090"]
+    found = predict(net, TensorDataset(*WIDE), gpu=cards, optimizer=sgd, precision="bf16")
+    lines = found.lines.splitlines()
+    assert [line for line in lines if not line.startswith((" ", "note"))] == [
+        each.line for each in (found, *found.others)
+    ]
+    slow = next(place for place, line in enumerate(lines) if "no bfloat16" in line)
+    assert lines[slow].startswith("  note: T4")
+    assert slow < lines.index(found.others[0].line)
+    [common] = [place for place, line in enumerate(lines) if "traced as on the CPU" in line]
+    assert common > lines.index(found.others[-1].line)
+    assert set(found.notes) <= {line.removeprefix("  ").removeprefix("note: ") for line in lines}
 
 
 class Curious(nn.Module):

@@ -29,6 +29,7 @@ from autobatch.results import (
     Trial,
     Upper,
     Verdict,
+    trial_row,
 )
 
 PASSED = Trial(size=86, fits=True, peak_bytes=240 * 2**20, seconds=1.26)
@@ -231,3 +232,22 @@ def test_what_does_not_fit_for_unknown_reasons_still_names_ways_out() -> None:
     held = "a batch of 3 does not fit where 97.0 MiB more are held already than allowed"
     assert str(DoesNotFitError(3, -97 * 2**20)).startswith(held)
     assert (error.breakdown_bytes, error.remedies) == ({}, ())
+
+
+@pytest.mark.parametrize(
+    ("needed", "said"),
+    [
+        (13 << 20, "128 would need at least 13.0 MiB"),
+        ((12 << 20) + 1300, "128 would need at least 1.3 KiB more than there is"),
+        (12 << 20, "128 would need at least 12.0 MiB"),
+    ],
+)
+def test_what_rounding_would_hide_is_said_as_a_difference(needed: int, said: str) -> None:
+    upper = Upper(reason="extrapolated", size=128, bytes=needed)
+    assert upper.under(12 << 20) == said
+    assert said in str(replace(SEARCH, upper=upper, limit_bytes=12 << 20))
+
+
+def test_a_little_of_a_limit_is_not_nothing() -> None:
+    shares = [trial_row(replace(PASSED, peak_bytes=n), 10**6).split()[4] for n in (0, 1, 600)]
+    assert shares == ["0.0%", "<0.1%", "0.1%"]

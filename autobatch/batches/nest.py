@@ -11,7 +11,7 @@ length; and a list that is marked as ``Examples`` holds one item an example, of 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from autobatch.batches.containers import PLAIN, children_of, is_named_tuple, reb
 from autobatch.batches.containers import Nest as Nest  # With all that can be done with one.
 from autobatch.batches.containers import tensors as tensors
 from autobatch.batches.marks import MARKS, Examples, Pieces, Shared
+
+WAY_OUT_OF_A_LIST: Final = (
+    "; a list is read as one of batches: if data is a list of examples, pass "
+    "DataLoader(data, batch_size=..., shuffle=True)"
+)
 
 
 class RaggedError(ValueError):
@@ -249,7 +254,10 @@ def _join(nests: Sequence[Nest], sizes: Sequence[int]) -> Nest:
     families = [children_of(nest) for nest in nests]
     if families[0] is None:
         if any(nest is not first and nest != first for nest in nests):
-            raise ValueError(f"batches that are joined must agree in {first!r}, got {nests!r}")
+            other = next(nest for nest in nests if nest is not first and nest != first)
+            raise ValueError(
+                f"batches that are joined must agree in {first!r}, got {other!r}{WAY_OUT_OF_A_LIST}"
+            )
         return first
     if any(f is None or len(f) != len(families[0]) for f in families) or _keys_differ(nests):
         raise _structures_differ(nests)
@@ -314,7 +322,11 @@ def _join_tensors(nests: Sequence[Nest]) -> Tensor:
     first = parts[0]
     if len(parts) == len(nests) and not any(tensor.ndim for tensor in parts):
         if not all(torch.equal(tensor, first) for tensor in parts):
-            raise ValueError(f"batches that are joined must agree in their scalars, got {parts}")
+            other = next(tensor for tensor in parts if not torch.equal(tensor, first))
+            raise ValueError(
+                "batches that are joined must agree in their scalars, got "
+                f"{first.tolist()} and {other.tolist()}{WAY_OUT_OF_A_LIST}"
+            )
         return first
     for nest in nests:
         if not isinstance(nest, Tensor) or (nest.ndim, nest.dtype) != (first.ndim, first.dtype):

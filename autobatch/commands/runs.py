@@ -249,7 +249,8 @@ class PredictionRun(Setting):
         """Predict, for each GPU."""
         if bool(self.gpus) == (self.memory is not None):
             raise ValueError(
-                f"pass --gpu or --memory, one of the two, got {list(self.gpus)} and {self.memory}"
+                'pass one of --gpu "RTX 4090" (--gpu all is the catalogue) and --memory 24GiB, got '
+                + ("both" if self.gpus else "neither")
             )
         if self.plot is not None:
             check_plot(self.plot)
@@ -271,7 +272,7 @@ class PredictionRun(Setting):
             "data": self.data,
             "predictions": [prediction_fields(each) for each in every],
         }
-        text = str(prediction) if len(every) == 1 else "\n".join(each.line for each in every)
+        text = str(prediction) if len(every) == 1 else prediction.lines
         if self.plot is not None:
             text += f"\n\n{_drawn(prediction, self.plot, 'the peak over the batch')}"
         return Report(text=text, fields=fields)

@@ -63,6 +63,7 @@ class Prediction:
             the headroom that a search keeps: the safe end.
         largest: The largest that fits with the smallest context and no headroom: beyond it memory
             runs out.
+        by_memory: What memory alone tolerates, however little data there is.
         limited_by: ``"memory"``, ``"data"`` or ``"ceiling"``: why nothing larger is tolerable.
             Where it is not memory, both of the above end there, and the notes say what memory
             allows.
@@ -83,6 +84,7 @@ class Prediction:
     mode: Mode | Literal["own"]
     tolerable: int
     largest: int
+    by_memory: int
     limited_by: LimitedBy
     desired: int | None
     size: int
@@ -102,10 +104,14 @@ class Prediction:
 
     @property
     def plan(self) -> BatchPlan | None:
-        """How the desired batch is cut; None where none is desired, or none tolerable."""
+        """How the desired batch is cut; None where none is desired, or none tolerable.
+
+        By memory, not by how little data there is: of that no desired batch can be made anyway.
+        """
         if self.desired is None or not self.tolerable:
             return None
-        return BatchPlan(desired=self.desired, tolerable=self.tolerable)
+        tolerable = self.by_memory if self.limited_by == "data" else self.tolerable
+        return BatchPlan(desired=self.desired, tolerable=tolerable)
 
     def peak_bytes(self, batch: int) -> int:
         """Return the peak of allocated bytes at any batch, fitting or not."""
@@ -156,6 +162,16 @@ class Prediction:
         name = ", ".join(filter(None, [self.gpu.name, self.precision, kind]))
         plan = "" if self.plan is None else f"; {self.plan}"
         return f"{name}: tolerable batch {_interval(self.tolerable, self.largest)}{plan}"
+
+    @property
+    def lines(self) -> str:
+        """The answers for all GPUs, each in a line with its notes; what all note comes last."""
+        every = [self, *self.others]
+        common = [note for note in self.notes if all(note in each.notes for each in every)]
+        found = []
+        for each in every:
+            found += [each.line, *(f"  note: {n}" for n in each.notes if n not in common)]
+        return "\n".join(found + [f"note: {note}" for note in common])
 
     def __str__(self) -> str:
         return "\n".join([self._report(), *map(str, self.others)])
@@ -330,6 +346,7 @@ def _on(gpu: Gpu, traced: TracedStep, asked: _Asked) -> Prediction:
         mode=asked.mode,
         tolerable=tolerable,
         largest=asked.bound(most)[0],
+        by_memory=safe,
         limited_by=limited_by,
         desired=asked.desired,
         size=size,

@@ -223,7 +223,7 @@ class Evaluator:
         if self.metrics is None:
             return _accuracy(outputs, targets, _ignored(self.recipe.objective))
         return {
-            name: read_mean(metric(outputs, targets), examples)
+            name: read_mean(metric(outputs, targets), examples, name)
             for name, metric in self.metrics.items()
         }
 

@@ -40,6 +40,20 @@ def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
     return model(*inputs), targets
 
 
+def forward_by(forward: Forward | None) -> Forward:
+    """Return the user's ``forward``, held to its word, or the standard one."""
+    if forward is None:
+        return standard_forward
+
+    def pair(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
+        made: object = forward(model, batch)
+        if not isinstance(made, tuple | list) or len(made) != 2:
+            raise TypeError(f"forward must return (outputs, targets), got {describe(made)}")
+        return made[0], made[1]
+
+    return pair
+
+
 def outputs_of(model: nn.Module, batch: Nest) -> Nest:
     """Return the outputs for a batch that may lack targets: then all of it is inputs."""
     if isinstance(batch, Tensor):
@@ -66,7 +80,7 @@ def own_rows(
     Raises:
         InexactStepError: If nothing tells which rows those are.
     """
-    outputs, targets = (forward or standard_forward)(model, micro_batch)
+    outputs, targets = forward_by(forward)(model, micro_batch)
     if not borrowed:
         return outputs, targets
     rows = size_of((outputs, targets))

@@ -12,15 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autobatch.batches.nest import Nest, describe
+from autobatch.batches.nest import WAY_OUT_OF_A_LIST, Nest, describe
 from autobatch.training.summed import Loss, Summed, widened
 from autobatch.training.wide import in_widest
 
 _Settings = Mapping[str, object]  # The keyword arguments of one of torch's functionals.
-_OF_EXAMPLES: Final = (
-    "; a list is read as one of batches: if data is a list of examples, pass "
-    "DataLoader(data, batch_size=..., shuffle=True)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +162,7 @@ def _infer(targets: Nest) -> _KnownLoss:
 def _way_out(targets: Nest) -> str:
     """Say what to do about targets that are one example's."""
     is_one = not targets.ndim if isinstance(targets, Tensor) else isinstance(targets, int | float)
-    return _OF_EXAMPLES if is_one else ""
+    return WAY_OUT_OF_A_LIST if is_one else ""
 
 
 def _refuse_single(recipe: _Recipe, target: Tensor) -> None:
@@ -255,7 +251,7 @@ def _refuse_broadcast(recipe: _Recipe, output: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"{recipe.name} needs outputs and targets of one shape, got {list(output.shape)} and "
             f"{list(target.shape)}: broadcast, examples would be compared with one another; "
-            "reshape one of the two"
+            "reshape one of the two, or for classes pass integer targets"
         )
 
 

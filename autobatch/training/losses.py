@@ -96,21 +96,21 @@ class UnrecognisedLoss:
         self._kind = kind
 
 
-def read_pair(pair: tuple[object, ...]) -> tuple[Tensor, Tensor | float]:
+def read_pair(pair: tuple[object, ...], of: str = "the loss") -> tuple[Tensor, Tensor | float]:
     """Return ``(sum, terms)`` as a loss may give it: scalars, terms without graph.
 
     Raises:
         TypeError, ValueError: If it is no such pair.
     """
     if len(pair) != 2:
-        raise TypeError(f"the loss must return a mean or (sum, terms), got {describe(pair)}")
+        raise TypeError(f"{of} must return a mean or (sum, terms), got {describe(pair)}")
     summed, terms = _scalar("the sum", pair[0]), pair[1]
     if isinstance(terms, numbers.Real):
         return summed, float(terms)
     return summed, _scalar("the terms", terms).detach()
 
 
-def read_mean(value: object, examples: int) -> tuple[Tensor, float]:
+def read_mean(value: object, examples: int, name: str) -> tuple[Tensor, float]:
     """Return sum and terms of a metric that gives a mean over examples, or ``(sum, terms)``.
 
     Raises:
@@ -120,14 +120,14 @@ def read_mean(value: object, examples: int) -> tuple[Tensor, float]:
         total, terms = value if len(value) == 2 else (None, None)
         if isinstance(total, numbers.Real):
             total = torch.tensor(float(total), dtype=torch.float64)
-        summed, count = read_pair((total, terms))
+        summed, count = read_pair((total, terms), f"the metric {name!r}")
         return in_widest(summed), float(count)
     mean = (
         torch.tensor(float(value), dtype=torch.float64)
         if isinstance(value, numbers.Real)
         else value
     )
-    return in_widest(_scalar("the metric", mean)) * examples, float(examples)
+    return in_widest(_scalar(f"the metric {name!r}", mean)) * examples, float(examples)
 
 
 def _scalar(name: str, value: object) -> Tensor:
