@@ -40,7 +40,7 @@ from autobatch.commands.reports import (
     plan_fields,
 )
 from autobatch.display import Display, print_table
-from autobatch.errors import DoesNotFitError
+from autobatch.errors import ISOLATED, TRACED, DoesNotFitError
 from autobatch.events import Event
 from autobatch.plan import BatchPlan
 
@@ -384,7 +384,8 @@ def _explained(error: BaseException, journal: Journal) -> str:
     """Say what ended the command, and what was done until then."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted {journal}" + f"; {error}" * bool(str(error))
-    done = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    notes = getattr(error, "__notes__", ())
+    done = "".join(f"\n{note}" for note in notes if not note.startswith((TRACED, ISOLATED)))
     if journal.training is not None:
         done += f"\nit happened {journal}"
     if _is_ours(error):

@@ -16,10 +16,15 @@
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from autobatch.breakdown import Breakdown
 from autobatch.remedies import Remedy, what_would_help
 from autobatch.units import format_bytes
+
+# What notes begin with that hold the traceback of another process: long, and for who debugs.
+TRACED: Final = "In the process that traced it:"
+ISOLATED: Final = "Raised in the isolated process:"
 
 
 class AutobatchError(Exception):

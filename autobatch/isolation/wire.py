@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from autobatch.errors import AutobatchError
+from autobatch.errors import ISOLATED, AutobatchError
 from autobatch.events import Event
 from autobatch.pickling import cloudpickle
 
@@ -67,7 +67,7 @@ class Raised:
                 error = pickle.loads(self.pickled)
         if not isinstance(error, BaseException):
             error = AutobatchError(f"in the isolated process: {self.text}")
-        error.add_note(f"Raised in the isolated process:\n{self.trace}")
+        error.add_note(f"{ISOLATED}\n{self.trace}")
         return error
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.commands.vision import import_torchvision
+from autobatch.errors import TRACED
 from autobatch.pickling import cloudpickle
 from autobatch.prediction import fakecuda
 from autobatch.prediction.orders import Answer, Order
@@ -95,21 +96,24 @@ def _sendable(work: Callable[[], Answer]) -> bytes:
         return pickle.dumps(work())
     except Exception as error:  # noqa: BLE001  # It is raised again where it belongs.
         failure = error
-        failure.add_note(f"In the process that traced it:\n{traceback.format_exc()}")
+        failure.add_note(f"{TRACED}\n{traceback.format_exc()}")
     try:
         content = cloudpickle().dumps(failure)
         pickle.loads(content)  # Some errors can be written, and not read.
         return bytes(content)
     except Exception:  # noqa: BLE001
-        return pickle.dumps(RuntimeError(f"{type(failure).__name__}: {failure}"))
+        told = RuntimeError(f"{type(failure).__name__}: {failure}")
+        told.__notes__ = failure.__notes__
+        return pickle.dumps(told)
 
 
 def main(result: Path) -> None:
     """Read orders, trace, and write the answer, whole or not at all."""
     warnings.simplefilter("ignore")  # The user's code has warned, or will warn, where it runs.
-    sys.path[:], has_torchvision, orders = pickle.load(sys.stdin.buffer)
-    if has_torchvision:
+    sys.path[:], settings, orders = pickle.load(sys.stdin.buffer)
+    if settings.has_torchvision:
         import_torchvision()  # Beside a CPU build of torch it cannot be imported plainly.
+    settings.apply()
     gc.freeze()  # What has been imported stays: it need not be looked through again and again.
     content = _sendable(lambda: answer(orders))
     unfinished = result.with_suffix(".unfinished")

@@ -7,9 +7,9 @@ gone the step is traced as on the CPU, which is told.
 * ``c10::impl::device_guard_impl_registry``, ``torch._C._ensureCUDADeviceGuardSet``: a CPU build
   has no device guard for CUDA, and autograd aborts without one. torch puts a guard that does
   nothing where the registered one sees no device, and that of Lazy sees none.
-* ``torch.autograd._engine_run_backward``, ``torch._C._current_graph_task_id``,
-  ``torch.ops.prim.device``: where gradients meet, the engine asks for the stream of the tensors'
-  device. While it runs, it is told that they are on ``meta``.
+* ``torch.autograd._engine_run_backward``, ``torch.ops.prim.device``: where gradients meet, the
+  engine asks for the stream of the tensors' device. It is told that they are on ``meta``; what else
+  asks while it runs is told where they are.
 * ``torch.cuda.amp.common.amp_definitely_not_available``, ``torch.cuda.is_bf16_supported``: autocast
   turns itself off without a GPU.
 * ``torch.optim.optimizer._foreach_supported_types``: optimizers work on all tensors at once on
@@ -28,12 +28,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
@@ -41,6 +43,7 @@ from torch._subclasses.fake_tensor import (
 from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autobatch.errors import AutobatchError
 from autobatch.prediction.remembered import Remembered
 
 _MOST_TRUE: Final = (
@@ -55,6 +58,20 @@ _COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
 _HALF: Final = (torch.float16, torch.bfloat16)
 _aten: Final[Any] = torch.ops.aten
 _autograd: Final[Any] = torch.autograd
+RECURRENT: Final = (
+    "recurrent layers were traced as single cells: what cuDNN's own kernels keep is not known"
+)
+_PACKAGE: Final = Path(__file__).parent.parent
+_NO_CUDA: Final = "Torch not compiled with CUDA enabled"
+_RECURRENT: Final = (_aten._thnn_fused_lstm_cell.default, _aten._thnn_fused_gru_cell.default)
+_ASKS: Final = (_aten.isnan.default, _aten.isinf.default)
+_HANDS_ON: Final = (
+    *(_aten.any.default, _aten.any.dim, _aten.sum.default, _aten.max.default),
+    *(_aten.logical_or.default, _aten.bitwise_or.Tensor, _aten.view.default),
+    *(_aten.gt.Scalar, _aten.ne.Scalar),  # What is counted is more than 0, or is not 0.
+)
+_ENGINE_CODE: Final = _autograd.graph._engine_run_backward.__code__
+_WRAPPERS: Final = ("torch._compile", "torch._dynamo.eval_frame")  # Of every __torch_dispatch__.
 _attention: Final = nn.functional.scaled_dot_product_attention
 
 
@@ -101,17 +118,51 @@ class OnFakeCuda(TorchDispatchMode):
                 return func(*args, **kwargs)
         if not func._schema.returns:  # In place, and some, as SGD's fused step, have no fake form.
             return None
-        try:
-            out = self._run(func, args, kwargs)
-        except DataDependentOutputException:
-            return self._guess(func, args)
-        self.seen(func, args, out)
+        out = self._made(func, args, kwargs)
+        if isinstance(out, Tensor | list | tuple):
+            self._mark(func, args, out)
+            self.seen(func, args, out)
         return out
 
+    def _made(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What an operation on fake tensors returns; a number is guessed."""
+        try:
+            return _OWN_FORMS.get(func, functools.partial(self._run, func))(args, kwargs)
+        except DataDependentOutputException:
+            return self._guess(func, args)
+        except DynamicOutputShapeException:
+            raise AutobatchError(
+                f"{func} makes a tensor whose shape depends on values, at {_asker()}, and without "
+                "a GPU no values are known: what is predicted must have shapes of its own (a mask "
+                "may weigh what it would pick)"
+            ) from None
+        except (AssertionError, NotImplementedError) as error:
+            if _NO_CUDA not in str(error):
+                raise
+            raise AutobatchError(
+                f"{func}, at {_asker()}, cannot be traced without a GPU: torch "
+                f"{torch.__version__} has no form of it for tensors without values"
+            ) from None
+
+    def _mark(self, func: Any, args: Sequence[Any], out: object) -> None:
+        """Remember what asks whether something is not a number (it is not), and what is a guess."""
+        if func in _RECURRENT:
+            self.guessed[RECURRENT] = 1
+        asks = func in _ASKS or (func in _HANDS_ON and any(_is_doubt(value) for value in args))
+        if asks and isinstance(out, Tensor):
+            out._autobatch_doubt = True  # type: ignore[attr-defined]
+
     def _engine_asks(self) -> bool:
-        """Whether the engine itself wants to know: what it runs again for a checkpoint does not."""
-        recomputes = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-        return self.backward and not recomputes and self.device.type == "cuda"
+        """Whether the engine itself wants to know, and no code that it runs, as for a checkpoint.
+
+        Then what called here is the frame that has started the engine, or a thread of its own.
+        """
+        if not self.backward or self.device.type != "cuda":
+            return False
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
+            frame = frame.f_back
+        return frame is None or frame.f_code is _ENGINE_CODE
 
     def _makes_fake(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an operation on no fake tensor makes one."""
@@ -123,11 +174,15 @@ class OnFakeCuda(TorchDispatchMode):
     def _guess(self, func: Any, args: Sequence[Any]) -> bool | int | float:
         """A condition holds, unless it can only be that of a loop; a number is one.
 
-        To a GradScaler that asks whether a gradient overflows it is zero.
+        What asks for nan or infinity finds none. To a GradScaler that asks whether a gradient
+        overflows it is zero.
         """
         if func is not _aten._local_scalar_dense.default:
             raise NotImplementedError(f"{func} depends on values")
         dtype = args[0].dtype
+        if _is_doubt(args[0]):
+            self.guessed[f"all is a number at {_asker()}"] += 1
+            return 0 if dtype is not torch.bool else False
         if dtype is torch.bool:
             self._conditions += 1
             self.guessed[f"a condition holds at {_asker()}"] += 1
@@ -139,13 +194,51 @@ class OnFakeCuda(TorchDispatchMode):
         return value
 
 
+def _gru_cell(args: Sequence[Any], _: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The new state, and what the backward pass needs (aten/src/ATen/native/cuda/RNN.cu)."""
+    state = args[2]
+    return state.new_empty(state.shape), state.new_empty(state.shape[0], 5 * state.shape[1])
+
+
+def _gru_cell_backward(
+    args: Sequence[Any], _: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of both gates, of the state, and of both biases."""
+    gradient, _, has_bias = args
+    rows, width = gradient.shape
+
+    def of_gates() -> Tensor:
+        made: Tensor = gradient.new_empty(rows, 3 * width)
+        return made
+
+    def of_bias() -> Tensor | None:
+        return gradient.new_empty(3 * width) if has_bias else None
+
+    return of_gates(), of_gates(), gradient.new_empty(gradient.shape), of_bias(), of_bias()
+
+
+_OWN_FORMS: Final[
+    dict[Any, Callable[..., Any]]
+] = {  # Of operations that torch has no fake form of.
+    _aten._thnn_fused_gru_cell.default: _gru_cell,
+    _aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
+}
+
+
+def _is_doubt(value: object) -> bool:
+    return getattr(value, "_autobatch_doubt", False) is True
+
+
 def _asker() -> str:
-    """The line of code that needs a value: the innermost that is neither torch's nor ours here."""
+    """The line of code that needs a value: the innermost that is neither torch's nor ours."""
     for frame, line in traceback.walk_stack(None):
         module = str(frame.f_globals.get("__name__"))
-        if module.partition(".")[0] != "torch" and not module.startswith(__package__):
+        ours = Path(frame.f_code.co_filename).is_relative_to(_PACKAGE)
+        if module == "__main__" and ours:  # This process itself; nobody of the user's has asked.
+            break
+        if module.partition(".")[0] != "torch" and not ours:
             return f"{Path(frame.f_code.co_filename).name}:{line}"
-    return "an unknown line"
+    return "a line of torch's"
 
 
 def _scaler_asks() -> bool:
@@ -216,13 +309,16 @@ def _patched(patches: Iterable[_Patch]) -> Iterator[None]:
 
 def works() -> bool:
     """Try every hook on three layers; False where this build of torch is another."""
-    mode = OnFakeCuda(torch.device("cuda:0"))
+    mode, dtype = OnFakeCuda(torch.device("cuda:0")), torch.get_default_dtype()
     try:
+        torch.set_default_dtype(torch.float32)
         install()
         with fake_cuda(mode, flash=True):
             return _three_layers_train(mode.device)
     except Exception:  # noqa: BLE001  # Whatever it is, the hooks cannot be relied on.
         return False
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _three_layers_train(device: torch.device) -> bool:
@@ -305,10 +401,10 @@ def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kernel(query: Tensor, mask: Tensor | None, grouped: bool, flash: bool) -> str:
-    half = query.dtype in _HALF
-    if flash and half and mask is None and query.shape[-1] <= 256:
+    half, kernels = query.dtype in _HALF, torch.backends.cuda
+    if flash and kernels.flash_sdp_enabled() and half and mask is None and query.shape[-1] <= 256:
         return "flash"
-    known = half or query.dtype is torch.float32
+    known = kernels.mem_efficient_sdp_enabled() and (half or query.dtype is torch.float32)
     if not known or grouped or (query.dtype is torch.bfloat16 and not flash):
         return "math"
     return "efficient"

@@ -32,6 +32,7 @@ _HELD_BACK_FRACTION: Final = 0.016
 _FILLERS: Final = re.compile("nvidia|geforce|tesla|rtx|generation|gpu")
 
 _VARIANTS: Final = {"ti", "super"}  # Another card than the one without the word.
+_NEARLY_SIZE: Final = re.compile(r"\s*-?\d+(?:\.\d+)?\s*[kmgt](?:i?b)?\s*", re.IGNORECASE)
 _SIZE: Final = re.compile(r"\s*\d+(?:\.\d+)?\s*[kmgt]i?b\s*", re.IGNORECASE)
 
 # Where a capacity was read, as it stands there: in logs that many public repositories hold. Both
@@ -106,8 +107,12 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         ValueError: If no card has that name, or several do.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'a GPU is a name such as "RTX 4090" or a Gpu, got {name!r}')
     if _SIZE.fullmatch(name):
         return custom_gpu(name)
+    if _NEARLY_SIZE.fullmatch(name):
+        raise ValueError(f"a card's memory is written with its unit, such as 24GiB, got {name!r}")
     asked = _words(name)
     meant = [gpu for gpu in CATALOGUE if _VARIANTS & _words(gpu.name) <= asked]
     found = [gpu for gpu in meant if asked and asked <= _words(f"{gpu.name} {gpu.also}")]

@@ -14,17 +14,51 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.errors import AutobatchError
-from autobatch.pickling import cloudpickle
+from autobatch.pickling import packer
 from autobatch.prediction.trace import Program, Trace
 
 _TAIL: Final = 2000  # Characters of what the child said last.
 _CHILD: Final = "autobatch.prediction.child"
+
+
+class Settings(NamedTuple):
+    """What of this process a step depends on, wherever it is traced.
+
+    Attributes:
+        has_torchvision: Whether it is imported.
+        dtype: That tensors get by default.
+        flash: Whether attention may take flash kernels,
+        efficient: and memory-efficient ones.
+    """
+
+    has_torchvision: bool
+    dtype: torch.dtype
+    flash: bool
+    efficient: bool
+
+    @classmethod
+    def here(cls) -> "Settings":
+        """Return those of this process."""
+        kernels = torch.backends.cuda
+        return cls(
+            has_torchvision="torchvision" in sys.modules,
+            dtype=torch.get_default_dtype(),
+            flash=kernels.flash_sdp_enabled(),
+            efficient=kernels.mem_efficient_sdp_enabled(),
+        )
+
+    def apply(self) -> None:
+        """Set torch's in this process."""
+        torch.set_default_dtype(self.dtype)
+        torch.backends.cuda.enable_flash_sdp(self.flash)
+        torch.backends.cuda.enable_mem_efficient_sdp(self.efficient)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +129,7 @@ def traced(orders: Sequence[Order]) -> Answer:
         result = Path(folder) / "result"
         done = subprocess.run(
             [sys.executable, "-P", "-m", _CHILD, str(result)],
-            input=pickle.dumps((sys.path, "torchvision" in sys.modules, list(orders))),
+            input=pickle.dumps((sys.path, Settings.here(), list(orders))),
             stdout=subprocess.DEVNULL,  # What the user's code prints has been, or will be, printed.
             stderr=subprocess.PIPE,
             env={
@@ -118,10 +152,10 @@ def traced(orders: Sequence[Order]) -> Answer:
 
 def _dump(program: object, persistent_id: Callable[[object], object]) -> bytes:
     stream = io.BytesIO()
-    packer = cloudpickle().Pickler(stream)
-    packer.persistent_id = persistent_id
+    packing = packer(stream)
+    packing.persistent_id = persistent_id
     try:
-        packer.dump(program)
+        packing.dump(program)
     except Exception as error:
         raise TypeError(
             f"model, optimizer, loss or step cannot be sent to another process: {error}"

@@ -340,6 +340,8 @@ def _on(gpu: Gpu, traced: TracedStep, asked: _Asked) -> Prediction:
     live = trace.live_bytes(events, ran.peak_at)
     del live[ACTIVATIONS]  # They are what is left, with what blocks have beyond their tensors.
     beyond = [] if limited_by == "memory" else [_beyond(tolerable, limited_by, safe, most)]
+    if step.patience.has_ended:
+        beyond = [f"larger batches than {tolerable} may fit: tracing them takes too long"]
     return Prediction(
         gpu=gpu,
         precision=asked.precision,

@@ -1,8 +1,10 @@
 """A step at any batch, from traces of a few: what it needs, and what else it could be."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import torch
@@ -13,6 +15,7 @@ from autobatch.batches.sample import read_sample
 from autobatch.job import Job
 from autobatch.prediction.allocator import Replay, replay
 from autobatch.prediction.checkpointing import why_not
+from autobatch.prediction.fakecuda import RECURRENT
 from autobatch.prediction.gpus import Gpu
 from autobatch.prediction.orders import Order, holdings, packed, traced
 from autobatch.prediction.program import ForwardPass, OwnStep, TrainingStep, Updates
@@ -22,11 +25,39 @@ from autobatch.training.options import StepOptions
 
 _SMALL: Final = (6, 9)  # Batches that are traced: not 1, which broadcasts.
 _PROOF: Final = 33
+_PATIENCE_SECONDS: Final = 30.0
 _MANY: Final = 150  # Tensors of a model from where a second process saves what its start takes.
 LARGEST: Final = 2**20  # As where a search knows no ceiling.
 
 Mode = Literal["train", "inference"]
 CHECKPOINTING: Final = "activation checkpointing"
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long candidates may be traced, one by one: a loop over the batch takes as long as that.
+
+    Attributes:
+        seconds: That are left.
+        has_ended: Whether a candidate was left out for want of them.
+    """
+
+    seconds: float
+    has_ended: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be traced."""
+        return self.seconds <= 0
+
+    @contextmanager
+    def spent(self) -> Iterator[None]:
+        """Count the time that is spent inside."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds -= time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +69,14 @@ class Step:
         traces: By batch, those that are known.
         every: The trace of every batch, if there is one.
         notes: What could not be known.
+        patience: For candidates that have to be traced.
     """
 
     order: Order
     traces: dict[int, Trace]
     every: Trace | None
     notes: tuple[str, ...]
+    patience: Patience = field(default_factory=lambda: Patience(_PATIENCE_SECONDS))
 
     def at(self, batch: int) -> Trace:
         """Return the trace at ``batch``: traced where it does not follow from others."""
@@ -51,7 +84,8 @@ class Step:
             return self.every
         if batch not in self.traces:
             order = replace(self.order, batches=(batch,), optional=False)
-            self.traces[batch] = traced([order]).traces[0][0]
+            with self.patience.spent():
+                self.traces[batch] = traced([order]).traces[0][0]
         return self.traces[batch]
 
     def replayed(self, batch: int, gpu: Gpu, limit_bytes: int, *, expandable: bool) -> Replay:
@@ -60,26 +94,36 @@ class Step:
         return replay(events, limit_bytes=limit_bytes, expandable=expandable)
 
     def largest(self, gpu: Gpu, limit_bytes: int, *, expandable: bool = False) -> int:
-        """Return the largest batch that fits, or 0."""
+        """Return the largest batch that fits, or 0; of those that there was time for to trace."""
 
-        def fits(batch: int) -> bool:
+        def fits(batch: int) -> bool | None:
+            if self.every is None and batch not in self.traces and self.patience.is_over:
+                self.patience.has_ended = True
+                return None
             return self.replayed(batch, gpu, limit_bytes, expandable=expandable).fits
 
-        guess, every = 1, self.every
+        guess, every = max(self.traces, default=1), self.every
         if every is not None:  # What is allocated is the least that is needed.
             workspace = gpu.workspace_bytes
             guess = _boundary(
                 lambda b: every.allocated_bytes(b, workspace_bytes=workspace) <= limit_bytes, 1
             )
-        return _boundary(fits, max(guess, 1))
+            return _boundary(fits, max(guess, 1))
+        return _boundary(fits, guess, stride=guess)  # Nothing says how near it is.
 
 
-def _boundary(fits: Callable[[int], bool], guess: int) -> int:
-    """Return the largest size that fits, or 0; few questions if it is near ``guess``."""
-    good, bad, stride = 0, LARGEST + 1, max(guess // 32, 1)
+def _boundary(fits: Callable[[int], bool | None], guess: int, stride: int | None = None) -> int:
+    """Return the largest size that fits, or 0; few questions if it is near ``guess``.
+
+    Where None is the answer, nothing further is asked.
+    """
+    good, bad, stride = 0, LARGEST + 1, stride or max(guess // 32, 1)
     size = guess
     while good < size < bad:
-        if fits(size):
+        answer = fits(size)
+        if answer is None:
+            break
+        if answer:
             good = size
             size = min(size + stride, bad - 1)
         else:
@@ -113,6 +157,13 @@ def trace_step(job: Job, options: StepOptions, *, flash: bool, mode: Mode) -> Tr
     return _traced(step, _changes(step), tensors, flash=flash, notes=_untried(step))
 
 
+_WHERE: Final = (
+    "it has to make tensors of that many examples where its model is, "
+    "device=next(model.parameters()).device, and to hold that model itself, not as a global of a "
+    "module that is imported"
+)
+
+
 def trace_own(step: Callable[[int], object], *, flash: bool) -> TracedStep:
     """Trace a step of the user's own, with the modules and optimizers that it holds.
 
@@ -121,14 +172,15 @@ def trace_own(step: Callable[[int], object], *, flash: bool) -> TracedStep:
     """
     modules, optimizers = holdings(step)
     program = OwnStep(step=step, modules=modules, optimizers=optimizers)
-    traced_step = _traced(program, {}, _on_device(modules, optimizers), flash=flash)
+    try:
+        traced_step = _traced(program, {}, _on_device(modules, optimizers), flash=flash)
+    except Exception as error:
+        if "on the same device" in str(error):
+            error.add_note(_WHERE)
+        raise
     every = traced_step.base.every
     if every is not None and not any(change.slope for change in every.changes):
-        raise ValueError(
-            "nothing that step makes on the GPU grows with its batch: it has to make tensors of "
-            "that many examples where its model is, device=next(model.parameters()).device, and to "
-            "hold that model itself, not as a global of a module that is imported"
-        )
+        raise ValueError(f"nothing that step makes on the GPU grows with its batch: {_WHERE}")
     return traced_step
 
 
@@ -153,13 +205,13 @@ def _traced(
     }
     in_two = len(tensors) > _MANY
     first, *others = _in_processes([base, *orders.values()], in_two=in_two)
+    found = _fit(base, *first)
     fits, told = {}, list(notes)
     for (name, order), (traces, on_cuda) in zip(orders.items(), others, strict=True):
-        if traces:
+        if traces and found.every is not None:  # Each of its candidates would cost a trace.
             fits[name] = _fit(order, traces, on_cuda)
-        else:
+        elif not traces:
             told.append(f"{name} was not tried: the step fails with it")
-    found = _fit(base, *first)
     return TracedStep(base=replace(found, notes=(*found.notes, *told)), changed=fits)
 
 
@@ -222,7 +274,10 @@ def _changes(step: TrainingStep | ForwardPass) -> dict[str, Program]:
 
 def _untried(step: TrainingStep | ForwardPass) -> list[str]:
     reason = why_not(step.model) if isinstance(step, TrainingStep) else ""
-    return [f"{CHECKPOINTING} was not tried: {reason}"] if reason else []
+    notes = [f"{CHECKPOINTING} was not tried: {reason}"] if reason else []
+    if any(type(module).__name__ == "OptimizedModule" for module in step.model.modules()):
+        notes.append("what torch.compile makes of the model was not traced: it keeps other memory")
+    return notes
 
 
 def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> Step:
@@ -230,7 +285,10 @@ def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> Step:
     notes = [
         f"the step needs a value that is not known; guessed: {guess}" + f", {n} times" * (n > 1)
         for guess, n in sorted(traces[0].guessed.items())
+        if guess != RECURRENT
     ]
+    if RECURRENT in traces[0].guessed:
+        notes.append(RECURRENT)
     if every is None:
         notes.append("batches take different ways: each candidate was traced")
     if not on_cuda:

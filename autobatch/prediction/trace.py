@@ -195,6 +195,8 @@ class Recorder(OnFakeCuda):
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Say what the memory of ``tensors`` holds."""
         for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                continue
             name = self._live.get(tensor.untyped_storage()._cdata)
             if name is not None:
                 self._kinds[name] = kind
@@ -226,7 +228,9 @@ class Recorder(OnFakeCuda):
     def _note(self, out: object, place: Place) -> None:
         if isinstance(out, Tensor):
             home = home_of(out)
-            if home is not None and home.type == self.device.type:
+            # A sparse one is made of others, which have been noted.
+            is_own = home is not None and home.type == self.device.type
+            if is_own and out.layout is torch.strided:
                 self._note_storage(out.untyped_storage(), place)
         elif isinstance(out, list | tuple):
             for part in out:
