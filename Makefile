@@ -38,10 +38,10 @@ format: $(VENV)/dev-installed ## Format the code
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 
-gpu: ## On a machine with a GPU: its tests, then benchmarks, in MINUTES together, installing nothing (PYTHON=, PARTS=, OUT=)
+gpu: ## Tests and benchmarks on a GPU (MINUTES=, PARTS=, OUT=, PYTHON=)
 	$(PYTHON) -m benchmarks gpu $(PARTS) --minutes $(MINUTES) --out $(OUT)
 
-bench: $(VENV)/bench-installed ## Measure this machine; results go to benchmarks/results/<device>/ (MINUTES=, PARTS=, OUT=)
+bench: $(VENV)/bench-installed ## Measure this machine (MINUTES=, PARTS=, OUT=)
 	@$(BIN)/python -m benchmarks $(PARTS) --minutes $(MINUTES) --out $(OUT)
 
 clean: ## Remove what was installed and cached

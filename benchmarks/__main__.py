@@ -38,7 +38,10 @@ _MOST_MINUTES: Final = 24 * 60
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    reader = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    others = "also: python -m benchmarks report, compare, readme, gpu, each with its own --help"
+    reader = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, epilog=others
+    )
     reader.add_argument(
         "parts",
         nargs="*",

@@ -289,3 +289,14 @@ def test_a_size_that_is_none_is_no_name(name: str) -> None:
 def test_what_is_no_name_at_all_is_refused() -> None:
     with pytest.raises(TypeError, match="got None"):
         find_gpu(None)  # type: ignore[arg-type]
+
+
+def test_a_change_that_allows_less_without_allocating_more_is_explained() -> None:
+    """The README's own: blocks are torn by what is small and stays."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(246016, 10))
+    data = torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)
+    found = predict(model, data, gpu="RTX 4090", precision="bf16")
+    allowed = {what_if.change: what_if.tolerable for what_if in found.what_ifs}
+    assert allowed["fused AdamW"] < 0.9 * found.tolerable < allowed["SGD with momentum"]
+    told = [note.split(" allocates no more")[0] for note in found.notes if "no more" in note]
+    assert told == ["fused AdamW"]

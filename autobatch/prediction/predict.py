@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 GpuName = str | Gpu
 
 _SAMPLE: Final = 16  # Examples of a Dataset that a trace repeats.
+_LESS: Final = 0.98  # Of what the step as it is tolerates: fewer are worth a word.
 _POINTS: Final = 40  # Of a curve that is drawn.
 _MODES: Final = get_args(Mode)
 
@@ -339,6 +340,7 @@ def _on(gpu: Gpu, traced: TracedStep, asked: _Asked) -> Prediction:
     assert ran.peak_at is not None, "a step allocates"
     live = trace.live_bytes(events, ran.peak_at)
     del live[ACTIVATIONS]  # They are what is left, with what blocks have beyond their tensors.
+    what_ifs = _what_ifs(gpu, traced, limit_bytes)
     beyond = [] if limited_by == "memory" else [_beyond(tolerable, limited_by, safe, most)]
     if step.patience.has_ended:
         beyond = [f"larger batches than {tolerable} may fit: tracing them takes too long"]
@@ -363,8 +365,13 @@ def _on(gpu: Gpu, traced: TracedStep, asked: _Asked) -> Prediction:
             outside_bytes=gpu.context_bytes[1],
         ),
         at_peak=trace.place_of(events[ran.peak_at][0]),
-        what_ifs=_what_ifs(gpu, traced, limit_bytes),
-        notes=(*beyond, *step.notes, *_of_the_gpu(gpu, asked.precision)),
+        what_ifs=what_ifs,
+        notes=(
+            *beyond,
+            *step.notes,
+            *_torn(gpu, traced, what_ifs, safe),
+            *_of_the_gpu(gpu, asked.precision),
+        ),
         _step=step,
     )
 
@@ -388,6 +395,27 @@ def _what_ifs(gpu: Gpu, traced: TracedStep, limit_bytes: int) -> tuple[WhatIf, .
         if name != "bf16" or gpu.bf16
     ]
     return (WhatIf(change="expandable segments", tolerable=expandable), *changed)
+
+
+def _torn(gpu: Gpu, traced: TracedStep, what_ifs: Sequence[WhatIf], safe: int) -> list[str]:
+    """Say which changes allow fewer examples though they allocate no more: it reads as an error."""
+
+    def allocated(step: Step) -> int:
+        events = step.at(safe).events(safe, workspace_bytes=gpu.workspace_bytes)
+        return replay(events).peak_allocated
+
+    less = [each.change for each in what_ifs if each.tolerable < _LESS * safe]
+    followed = [name for name in less if name in traced.changed and traced.changed[name].every]
+    worse = [
+        name
+        for name in followed
+        if allocated(traced.changed[name]) <= allocated(traced.base) / _LESS
+    ]
+    return [
+        f"{change} allocates no more, but leaves small blocks in large ones, which then serve no "
+        "large tensor; expandable segments would help"
+        for change in worse
+    ]
 
 
 def _of_the_gpu(gpu: Gpu, precision: PrecisionName | None) -> list[str]:

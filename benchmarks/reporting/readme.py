@@ -11,6 +11,8 @@ from benchmarks.reporting.markdown import escaped, table_lines
 from benchmarks.reporting.results import Results, read
 
 BEGIN: Final = "<!-- benchmarks: written by python -m benchmarks readme -->"
+_LIMITS: Final = ", each model under six times its weights and 512 MiB"
+_PLANS: Final = "micro-batches x size, where timed the examples per second, and of the best size's"
 END: Final = "<!-- /benchmarks -->"
 
 
@@ -53,8 +55,9 @@ def _device(results: Results, root: Path) -> Iterator[str]:
 
 def _tables(results: Results) -> Iterator[tuple[str, Table]]:
     cases = pictures.chosen(list(results.rows("holdings")))
-    yield "Largest training batch", holdings.held(cases)
-    yield "Its accumulation", holdings.accumulations(cases)
+    is_limited = results.imitated is None and results.device.startswith("CPU")
+    yield "Largest training batch" + _LIMITS * is_limited, holdings.held(cases)
+    yield f"Its accumulation at the fastest size: {_PLANS}", holdings.accumulations(cases)
     yield "A search on real models, median [minimum, maximum] of them", _search(results)
     yield "On top of the plain loop, us per micro-batch", _engine(results)
     yield "An accumulated step in float64, and memory that runs out in training", _exact(results)
