@@ -551,3 +551,12 @@ def test_what_kept_a_size_out_is_said_to_be_what_it_was(verdict: Verdict) -> Non
     expected = {Verdict.FATAL: "crash", Verdict.TOO_LARGE: "kernel", Verdict.TOO_SLOW: "time"}
     assert (found.size, found.limited_by) == (4, expected[verdict])
     assert f"limited by {expected[verdict]}" in str(found)
+
+
+def test_an_error_of_the_model_says_where_it_was_seen() -> None:
+    def fails(size: int, _: int) -> None:
+        raise IndexError(f"Target {size} is out of bounds.")
+
+    with pytest.raises(IndexError, match="out of bounds") as caught:
+        Machine(happens=fails).largest()
+    assert caught.value.__notes__ == ["seen in the search's first step, on 2 examples of the data"]

@@ -11,12 +11,13 @@ from autobatch.advice import advice
 from autobatch.breakdown import Breakdown
 from autobatch.devices.base import MemoryDevice, moved
 from autobatch.devices.failures import verdict_of
-from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
+from autobatch.errors import AutobatchError, DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
 from autobatch.probing.options import SearchOptions
 from autobatch.probing.search import Outcome, Search
 from autobatch.probing.trial import Rehearsal, Stage
 from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
+from autobatch.units import count
 
 _ROUNDING_BYTES: Final = 2 << 20  # A caching allocator's segments are multiples of this.
 _MOST_MOVES: Final = 3  # Of others' memory; after so many the search ends with what it has.
@@ -238,7 +239,7 @@ class Finder:
         failed: list[Trial] = []
         stage = replace(self._stage(self.limit_bytes()), timeout_seconds=math.inf)
         for sizes in reversed(smallest):
-            with _told_if_lost(0, sizes[0]):
+            with _told_if_lost(0, sizes[0]), _told_where(sizes[0]):
                 trial = stage.try_sizes(sizes, smaller_fits=False, larger_ran_out=bool(failed))
             if trial.fits:
                 return trial, failed
@@ -294,3 +295,15 @@ def _spilt(trial: Trial) -> Trial:
             "size, twice: the driver seems to keep some of it in the host's memory"
         ),
     )
+
+
+@contextmanager
+def _told_where(size: int) -> Iterator[None]:
+    """Say of an error of the model's or the loss's own that it came of a rehearsal."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, AutobatchError):
+            examples = count(size, "example")
+            error.add_note(f"seen in the search's first step, on {examples} of the data")
+        raise
