@@ -52,7 +52,7 @@ def what_would_help(
     """
     gradients, state = breakdown.gradient_bytes, breakdown.optimizer_state_bytes
     activations = breakdown.activation_bytes
-    known = [
+    of_step = [
         _remedy(
             "SGD without momentum as the optimizer", state, "frees at least {} of optimizer state"
         ),
@@ -72,6 +72,10 @@ def what_would_help(
             activations,
             "lowers activations and temporaries, which take at least {}",
         ),
+    ]
+    # Where all of a step's own would not make up for what is missing, none of it is advice.
+    known = of_step if breakdown.missing_bytes <= gradients + state + activations else []
+    known += [
         _remedy("ending other processes", breakdown.other_process_bytes, "frees up to {}"),
         _remedy("headroom=0", breakdown.headroom_bytes, "frees {}"),
         _remedy(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +44,16 @@ def test_only_what_helps_is_named() -> None:
         "a larger memory_limit or device: 3.0 MiB are not enough",
     ]
     assert len(what_would_help(Breakdown(parameter_bytes=MIB))) == 1
+
+
+def test_what_would_not_make_up_for_it_all_together_is_no_advice() -> None:
+    """The parameters alone are too large: no optimizer helps."""
+    short = Breakdown(
+        parameter_bytes=100, gradient_bytes=10, optimizer_state_bytes=20, missing_bytes=30
+    )
+    assert len(what_would_help(short)) > 1
+    [only] = what_would_help(replace(short, missing_bytes=31))
+    assert only.action == "a larger memory_limit or device"
 
 
 def test_a_gpu_that_is_not_here_has_no_limit_to_raise() -> None:
