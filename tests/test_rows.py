@@ -155,3 +155,52 @@ def test_a_loss_may_need_no_targets(absent: Any) -> None:
     sgd(undivided).step()
     assert_exact([step.loss], [loss.item()])
     assert_same_parameters(ours, undivided)
+
+
+class Packed(nn.Module):
+    """Pads its outputs to the longest of the batch that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        longest = int(mask.sum(1).max())
+        scores: Tensor = self.inner(x[:, :longest]) * mask[:, :longest, None]
+        return scores
+
+
+def trimmed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    outputs = model(batch["x"], batch["mask"])
+    return outputs, batch["x"][:, : outputs.shape[1], :3]
+
+
+def packed(lengths: Sequence[int], loss: nn.Module) -> None:
+    model = Packed()
+    Accumulator(model, sgd(model), loss, forward=trimmed, micro_batch=2).step(tokens(lengths))
+
+
+def test_a_mean_over_elements_of_several_widths_is_refused() -> None:
+    with pytest.raises(InexactStepError, match=r"\[6, 3\] and \[2, 3\] an example"):
+        packed([6, 1, 2, 2], nn.MSELoss())
+    packed([6, 1, 6, 2], nn.MSELoss())
+    packed([6, 1, 2, 2], nn.MSELoss(reduction="sum"))
+
+
+def test_classes_of_several_widths_are_exact_where_padding_is_ignored() -> None:
+    def classes(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        outputs = model(batch["x"], batch["mask"])
+        targets = batch["y"].masked_fill(~batch["mask"], -100)[:, : outputs.shape[1]]
+        return outputs.transpose(1, 2), targets
+
+    ours, undivided, batch = Packed(), Packed(), tokens([6, 1, 2, 2])
+    accumulator = Accumulator(
+        ours, sgd(ours), nn.CrossEntropyLoss(), forward=classes, micro_batch=2
+    )
+    step = accumulator.step(batch)
+    loss = F.cross_entropy(*classes(undivided, batch))
+    loss.backward()
+    sgd(undivided).step()
+    assert_exact([step.loss], [loss.item()])
+    assert_same_parameters(ours, undivided)

@@ -92,6 +92,11 @@ class Compared(Objective):
         """Whether a loss of torch's compares what the standard forward gives."""
         return self.forward is None and not self.loss.checked
 
+    @property
+    def may_widen(self) -> bool:
+        """Whether a loss of torch's takes the mean of what a ``forward`` makes, however wide."""
+        return self.forward is not None and not self.loss.checked and self.loss.divides
+
     def apart(self) -> "Compared":
         """Return one that asks nothing of the model."""
         return Compared(loss=self.loss, forward=self.forward, mixing=None)

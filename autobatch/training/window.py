@@ -33,6 +33,7 @@ from autobatch.training.running_statistics import Statistics
 from autobatch.training.update import Update
 from autobatch.training.whole_batch import Whole, accumulate_whole
 from autobatch.training.wide import WideSums
+from autobatch.training.witness import Widths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,9 +222,13 @@ class _Run:
             if quick is not None:
                 return quick
 
+        compared = objective.chosen if isinstance(objective, Inferred) else objective
+        widths = Widths() if isinstance(compared, Compared) and compared.may_widen else None
+
         def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
             nest, host, borrowed = micro_batch
-            return objective.share(model, nest, host=host, borrowed=borrowed, witness=witness)
+            seen = witness if widths is None else widths.of(host, witness)
+            return objective.share(model, nest, host=host, borrowed=borrowed, witness=seen)
 
         return share
 

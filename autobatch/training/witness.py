@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
@@ -11,7 +12,7 @@ from autobatch.batches.pieces import pieces_of, put_together
 from autobatch.errors import InexactStepError
 from autobatch.training.loss_check import check_splits
 from autobatch.training.losses import UnrecognisedLoss
-from autobatch.training.objective import Move
+from autobatch.training.objective import Move, Witness
 from autobatch.training.summed import Loss
 
 CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
@@ -78,6 +79,42 @@ class LossCheck:
         pair = max(pieces, key=size_of)
         assert isinstance(pair, tuple), "outputs and targets were put together as pairs"
         return check_splits(self.loss, [pair[0]], [pair[1]])
+
+
+class Widths:
+    """Holds what ``forward=`` compares to one width, for each width of what it is given.
+
+    A model that pads its outputs to the longest of a micro-batch (``pad_packed_sequence``) pads
+    them to the longest of all where nothing is cut: a mean over their elements is another one then.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[torch.Size, ...], torch.Size] = {}
+
+    def of(self, host: Nest, witness: Witness | None) -> Witness:
+        """Return what looks at one micro-batch's targets, and then shows them to ``witness``."""
+
+        def looked(outputs: Nest, targets: Nest) -> None:
+            self._look(host, targets)
+            if witness is not None:
+                witness(outputs, targets)
+
+        return looked
+
+    def _look(self, host: Nest, targets: Nest) -> None:
+        # Integers are classes, of which some are ignored.
+        if not isinstance(targets, Tensor) or not targets.is_floating_point():
+            return
+        given = tuple(tensor.shape[1:] for tensor in tensors(host))
+        width = targets.shape[1:]
+        before = self._seen.setdefault(given, width)
+        if before != width:
+            raise InexactStepError(
+                "the targets that forward= returns differ in shape between micro-batches, "
+                f"{list(before)} and {list(width)} an example, and the loss is a mean over their "
+                "elements: undivided, all would have the widest; return one shape, or pass a loss "
+                "that returns (sum, terms) of what is valid"
+            )
 
 
 def refuse_partly_finite(finite: list[bool]) -> None:
