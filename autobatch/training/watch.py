@@ -147,9 +147,14 @@ class Watch:
 
 
 def _uncounted(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """Return torch's own forward pass in training, with momentum 1 and without counting."""
+    """Return torch's own forward pass in training, with momentum 1 and without counting.
+
+    What ``F.batch_norm`` sees to is seen to here, which costs less: a channel must have more than
+    one value, and a tensor of another class knows its own way.
+    """
     buffers, parameters = layer._buffers, layer._parameters  # A module asks all it has first.
     held = "weight" in parameters and "bias" in parameters  # Or they are computed.
+    eps = layer.eps
 
     def forward(input: Tensor) -> Tensor:  # Torch's name.
         layer._check_input_dim(input)
@@ -158,6 +163,9 @@ def _uncounted(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
             weight, bias = parameters["weight"], parameters["bias"]
         else:
             weight, bias = layer.weight, layer.bias
-        return F.batch_norm(input, mean, variance, weight, bias, True, 1.0, layer.eps)
+        if type(input) is not Tensor or input.numel() <= input.shape[1] or eps <= 0:
+            return F.batch_norm(input, mean, variance, weight, bias, True, 1.0, eps)
+        on = torch.backends.cudnn.enabled
+        return torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, eps, on)
 
     return forward
