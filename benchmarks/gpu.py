@@ -18,9 +18,9 @@ _TOO_LONG: Final = 124  # What timeout(1) returns.
 
 def main(arguments: Sequence[str]) -> int:
     """Run the GPU's tests, then the benchmarks in what is left; return 0 if both were well."""
-    others = "all else, PART and --out say, is handed to python -m benchmarks"
+    handed_on = "all else, PART and --out say, is handed to python -m benchmarks"
     reader = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu", description=__doc__, epilog=others
+        prog="python -m benchmarks gpu", description=__doc__, epilog=handed_on
     )
     reader.add_argument("--minutes", type=float, default=8.0, help="for both together")
     own, others = reader.parse_known_args(list(arguments))

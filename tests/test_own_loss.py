@@ -343,6 +343,31 @@ def test_a_loss_that_is_returned_in_training_alone_is_found() -> None:
     assert again.step(batch).micro_batch_sizes == (2, 2)
 
 
+class OverMask(Tagger):
+    """Takes the mean over a mask of its own; no label is hidden."""
+
+    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Output:  # type: ignore[override]
+        outputs = super().forward(tokens, labels)
+        marked = each(outputs.scores, labels) * mask
+        return Output(loss=marked.sum() / mask.sum(), scores=outputs.scores)
+
+
+def test_a_mean_over_a_mask_is_refused_as_soon_as_examples_differ_in_it() -> None:
+    """In a window in which the law is not tried otherwise."""
+    model, own = OverMask(over_labels), OwnLoss()
+    full = torch.ones(4, 6, dtype=torch.long)
+    for seed in range(6):
+        own.settle(model, {**text(seed, [(0, 6)] * 4), "mask": full}, moved)
+    before = own.state_dict()
+    ragged = full.tril(2)
+    with pytest.raises(InexactStepError, match="no mean over"):
+        own.settle(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, moved)
+    again = OwnLoss()
+    again.load_state_dict(before)
+    with pytest.raises(InexactStepError, match="no mean over"):
+        again.settle(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, moved)
+
+
 class Wrapped(nn.Module):
     """Hands on whatever it is called with."""
 

@@ -102,6 +102,7 @@ class OwnLoss:
     _refuted: list[Counting] = field(default_factory=list, init=False)
     _windows: int = field(default=0, init=False)
     _agreed: int = field(default=0, init=False)  # How often the law was tried, and held.
+    _uneven: set[str] = field(default_factory=set, init=False)  # What examples have differed in.
 
     def apart(self) -> "OwnLoss":
         """Return another that knows the same."""
@@ -116,6 +117,7 @@ class OwnLoss:
             "refuted": [counting.name for counting in self._refuted],
             "windows": self._windows,
             "agreed": self._agreed,
+            "uneven": sorted(self._uneven),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,12 +126,15 @@ class OwnLoss:
         self.training = bool(state["training"])
         self._refuted = [known[name] for name in state["refuted"]]
         self._windows, self._agreed = int(state["windows"]), int(state["agreed"])
+        self._uneven = set(state["uneven"])
 
     def settle(self, model: nn.Module, batch_on_host: Nest, moved: Callable[[Nest], Nest]) -> None:
         """Find out what the model's mean counts, as far as it matters for this logical batch.
 
         Free, a few counts apart, where all that it may be gives each example the same weight; but
-        in the first window, the 2nd, the 4th, the 8th and so on the law is tried all the same. A
+        in the first window, the 2nd, the 4th, the 8th and so on the law is tried all the same, and
+        in the first in which examples differ in how much of them is zero: the model may have a mask
+        of its own, and take the mean over that. A
         trial runs the model on at most two examples, in evaluation mode and without gradient; it
         leaves no trace.
 
@@ -147,8 +152,11 @@ class OwnLoss:
         if _VALID in possible and not _VALID.terms(batch_on_host).any():
             return  # Nothing to learn from: it is skipped.
         agree = _same_weights(possible, batch_on_host)
-        if size_of(batch_on_host) < 2 or (agree and self._windows < 1 << self._agreed):
+        uneven = _uneven(batch_on_host)
+        is_told = agree and self._windows < 1 << self._agreed and uneven <= self._uneven
+        if size_of(batch_on_host) < 2 or is_told:
             return
+        self._uneven |= uneven
         pieces = pieces_of(batch_on_host)
         with undisturbed(model, training=self.training):
             pairs = (pair for piece in pieces for pair in _pairs(possible, piece))
@@ -322,6 +330,18 @@ def _same_weights(possible: Sequence[Counting], batch: Nest) -> bool:
     counts = torch.stack([counting.terms(batch) for counting in possible])
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return bool((shares - shares[0]).abs().max() <= 1e-12)
+
+
+def _uneven(batch: Nest) -> set[str]:
+    """The names under which examples differ in how many of their integers are zero."""
+    return {
+        str(name)
+        for piece in pieces_of(batch)
+        if isinstance(piece, Mapping)
+        for name, value in piece.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point()
+        if len(set(value.reshape(len(value), -1).count_nonzero(1).tolist())) > 1
+    }
 
 
 @contextlib.contextmanager
