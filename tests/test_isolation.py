@@ -145,8 +145,10 @@ def test_a_script_without_a_main_guard_finds_the_same_size_in_isolation(tmp_path
     assert f"tried in {tmp_path} {told['size']}\n" in printed
     # Its own error has arrived as what it is, though its class takes other arguments.
     assert told["error"] == "quite odd"
-    assert told["notes"][0].startswith("Raised in the isolated process:\nTraceback")
-    assert "in forward" in told["notes"][0]
+    where, trace = told["notes"]
+    assert where == "seen in the search's first step, on 2 examples of the data"
+    assert trace.startswith("Raised in the isolated process:\nTraceback")
+    assert "in forward" in trace
 
 
 def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(

@@ -202,18 +202,18 @@ def test_what_does_not_fit_is_told_with_the_numbers_and_the_ways_out() -> None:
         parameter_bytes=3 * 2**29,
         gradient_bytes=3 * 2**29,
         optimizer_state_bytes=3 * 2**30,
-        missing_bytes=5 * 2**30,
+        missing_bytes=4 * 2**30,
     )
-    error = DoesNotFitError(1, 2**30, breakdown, "tried to allocate")
+    error = DoesNotFitError(1, 2**31, breakdown, "tried to allocate")
     assert str(error).splitlines() == [
-        "a batch of 1 does not fit in 1.0 GiB: it needs at least 5.0 GiB more; the last failure "
+        "a batch of 1 does not fit in 2.0 GiB: it needs at least 4.0 GiB more; the last failure "
         "said: tried to allocate",
         "  parameters             1.5 GiB",
         "  gradients              1.5 GiB",
         "  optimizer state        3.0 GiB",
         "  at least               6.0 GiB",
-        "  there is               1.0 GiB",
-        "  missing, at least      5.0 GiB",
+        "  there is               2.0 GiB",
+        "  missing, at least      4.0 GiB",
         "What would help:",
         "  freezing parameters before the optimizer is made: frees gradients and "
         "optimizer state, which take at least 4.5 GiB",
@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_told_with_the_numbers_and_the_ways_out() -> None:
         "  SGD with momentum as the optimizer: frees at least 1.5 GiB of optimizer state",
         "  a larger memory_limit or device: at least 6.0 GiB in all",
     ]
-    assert (error.size, error.limit_bytes, error.breakdown) == (1, 2**30, breakdown)
+    assert (error.size, error.limit_bytes, error.breakdown) == (1, 2**31, breakdown)
     assert error.breakdown_bytes["optimizer state"] == 3 * 2**30
     assert error.remedies == what_would_help(breakdown)
 
