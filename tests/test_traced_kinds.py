@@ -48,6 +48,17 @@ def test_a_gradient_of_a_gradient_is_traced() -> None:
     assert slope(twice) >= slope(once) + 2 * KIB
 
 
+def test_a_gradient_alone_is_the_same_step_at_all_batches() -> None:
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 1))
+
+    def step(batch: int) -> None:
+        device = next(net.parameters()).device
+        x = torch.ones(batch, 64, device=device, requires_grad=True)
+        torch.autograd.grad(net(x).sum(), x)
+
+    assert not any("different ways" in note for note in peak(step, gpu="T4").notes)
+
+
 class Moving(torch.autograd.Function):
     """Its backward pass moves a tensor to where it is."""
 
