@@ -283,6 +283,8 @@ def fake_cuda(mode: OnFakeCuda, *, flash: bool) -> Iterator[None]:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mode,
+        # A thread of its own lets go of what it has computed some time after it has handed it over.
+        torch.autograd.set_multithreading_enabled(False),
         _patched(_patches(mode, flash=flash)),
     ):
         yield
