@@ -1,13 +1,12 @@
 """Memory over size, as a picture."""
 
-import contextlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from autobatch.units import format_bytes
+from autobatch.writing import check_file, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,11 +77,7 @@ def check_plot(path: str | Path) -> None:
     new_figure()
     if _format(path) not in _FORMATS:
         raise ValueError(f"plot must name a file that ends in {_ENDINGS}, got {path}")
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(
-            f"plot must name a file in a folder that exists and can be written to, got {path}"
-        )
+    check_file(path, "plot")
 
 
 def memory_over_size(search: Searched) -> "Figure":
@@ -121,13 +116,8 @@ def save(figure: "Figure", path: str | Path) -> None:
     """
     path = Path(path)
     check_plot(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as unfinished:
         figure.savefig(unfinished, format=_format(path), dpi="figure", facecolor="white")
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
 
 
 def _format(path: Path) -> str:

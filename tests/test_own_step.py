@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import autobatch
 from autobatch import DoesNotFitError, peak
+from autobatch.prediction.answer import Prediction
 from autobatch.prediction.gpus import custom_gpu
 from autobatch.prediction.orders import holdings
-from autobatch.prediction.predict import Prediction
 
 MIB = 2**20
 CARD = custom_gpu("3GiB")

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from autobatch import BatchPlan, DoesNotFitError, SearchOptions, predict
 from autobatch.prediction import child, fakecuda
 from autobatch.prediction import step as module
+from autobatch.prediction.answer import Prediction
 from autobatch.prediction.gpus import Gpu, custom_gpu
 from autobatch.prediction.orders import Answer, Order
-from autobatch.prediction.predict import Prediction
 from autobatch.units import format_bytes
 
 CARD = custom_gpu("3GiB")

@@ -294,7 +294,7 @@ def _keys_differ(nests: Sequence[Nest]) -> bool:
 
 def _join_shared(nests: Sequence[Nest]) -> Nest:
     for nest in nests:
-        if not _is_same(nest, nests[0]):
+        if not is_same(nest, nests[0]):
             raise ValueError(
                 "batches that are joined must hold equal Shared values, got "
                 f"{describe(nests[0])} and {describe(nest)}, which differ; let the loader give "
@@ -303,18 +303,20 @@ def _join_shared(nests: Sequence[Nest]) -> Nest:
     return nests[0]
 
 
-def _is_same(one: Nest, other: Nest) -> bool:
+def is_same(one: Nest, other: Nest) -> bool:
     """Whether two nests are of the same classes and hold the same values."""
     if one is other or type(one) is not type(other):
         return one is other
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, list | tuple) and all(type(item) in PLAIN for item in one):
+        return bool(one == other)  # Long ones too, and they are quick to compare.
     children, others = children_of(one), children_of(other)
     if children is None or others is None:
         return bool(one == other)
     if isinstance(one, Mapping) and isinstance(other, Mapping) and list(one) != list(other):
         return False
-    return len(children) == len(others) and all(map(_is_same, children, others))
+    return len(children) == len(others) and all(map(is_same, children, others))
 
 
 def _join_tensors(nests: Sequence[Nest]) -> Tensor:

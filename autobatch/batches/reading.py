@@ -55,15 +55,16 @@ class Reading:
         members = children_of(nest)
         if members is None or isinstance(nest, MARKS):
             return nest
-        if not _may_hold_examples(members) or not (self._held or _hold_examples(members, nest)):
+        told = [member for member in members if not _is_whole(member)]
+        if not _may_hold_examples(told) or not (self._held or _hold_examples(told, nest)):
             return nest
         self._held = True
         return rebuilt(nest, [Examples(m) if _is_plain_list(m) else m for m in members])
 
 
-def _may_hold_examples(members: Sequence[Nest]) -> bool:
-    """Whether all of them that say something are as long: lists, one at least, and tensors."""
-    told, lists = _told(members)
+def _may_hold_examples(told: Sequence[Nest]) -> bool:
+    """Whether all that says something is as long: lists, one at least, and tensors."""
+    lists = list(filter(_is_plain_list, told))
     if not lists or not all(_is_plain_list(m) or isinstance(m, Tensor) for m in told):
         return False
     lengths = {len(member) for member in told if isinstance(member, Sized)}
@@ -72,20 +73,14 @@ def _may_hold_examples(members: Sequence[Nest]) -> bool:
     return len(lengths) == 1 and 0 not in lengths and not any(isinstance(i, Shared) for i in items)
 
 
-def _hold_examples(members: Sequence[Nest], nest: Nest) -> bool:
-    """Whether the lists among the members of ``nest``, which may, hold one item an example."""
-    told, lists = _told(members)
+def _hold_examples(told: Sequence[Nest], nest: Nest) -> bool:
+    """Whether the lists among what ``nest`` tells, which may, hold one item an example."""
+    lists = list(filter(_is_plain_list, told))
     items = chain.from_iterable(lists)
     if any(isinstance(item, Mapping) or is_dataclass(item) for item in items):
         return True
     is_listed = len(lists) == len(told) and not all(map(_has_dimension, lists))
     return is_listed or not _has_size(nest)
-
-
-def _told(members: Sequence[Nest]) -> tuple[list[Nest], list[list[object] | tuple[object, ...]]]:
-    """The members that say how the batch is to be read, and the lists among them."""
-    told = [member for member in members if not _is_whole(member)]
-    return told, list(filter(_is_plain_list, told))
 
 
 def _is_plain_list(nest: Nest) -> TypeGuard[list[object] | tuple[object, ...]]:

@@ -1,7 +1,6 @@
 """Training and searching by names: what the command line and the demo do."""
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +35,14 @@ from autobatch.devices.choose import choose_device
 from autobatch.events import SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
+from autobatch.prediction.answer import Prediction
 from autobatch.prediction.gpus import custom_gpu
-from autobatch.prediction.predict import Prediction, predict
+from autobatch.prediction.predict import predict
 from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
 from autobatch.units import count
+from autobatch.writing import check_file, whole_file
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # As many images as a trace repeats.
@@ -166,7 +167,7 @@ class TrainingRun(Setting):
     def run(self, watch: Watch) -> TrainingReport:
         """Train, and measure before and after where there is something to measure with."""
         if self.save is not None:
-            _check_save(self.save)
+            check_file(self.save, "save")
         model, source = self.load(watch)
         before = _measure(model, source, self.device)
         if before is not None:
@@ -190,7 +191,8 @@ class TrainingRun(Setting):
         )
         after = _measure(model, source, self.device)
         if self.save is not None:
-            torch.save(model.state_dict(), self.save)
+            with whole_file(self.save) as unfinished:
+                torch.save(model.state_dict(), unfinished)
         names = {"model": self.model, "data": self.data}
         text, measured = str(result), {"test_accuracy": {"before": before, "after": after}}
         if after is not None:
@@ -203,16 +205,6 @@ class TrainingRun(Setting):
             result=result,
             before=before,
             after=after,
-        )
-
-
-def _check_save(path: Path) -> None:
-    """Refuse a path that no weights can be written to, before there are any."""
-    folder = path.absolute().parent
-    target = path if path.exists() else folder
-    if path.is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
-        raise ValueError(
-            f"save must name a file in a folder that exists and can be written to, got {path}"
         )
 
 

@@ -44,6 +44,7 @@ from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.errors import AutobatchError
+from autobatch.prediction.kernels import FORMS, RECURRENT_CELLS, attention_of_cuda
 from autobatch.prediction.remembered import Remembered
 
 _MOST_TRUE: Final = (
@@ -55,7 +56,6 @@ _REGISTRY: Final = "_ZN3c104impl26device_guard_impl_registryE"
 _CUDA, _LAZY, _DEVICE_TYPES = 1, 17, 22  # Of c10/core/DeviceType.h.
 _META: Final = torch.device("meta")
 _COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
-_HALF: Final = (torch.float16, torch.bfloat16)
 _aten: Final[Any] = torch.ops.aten
 _autograd: Final[Any] = torch.autograd
 RECURRENT: Final = (
@@ -63,7 +63,6 @@ RECURRENT: Final = (
 )
 _PACKAGE: Final = Path(__file__).parent.parent
 _NO_CUDA: Final = "Torch not compiled with CUDA enabled"
-_RECURRENT: Final = (_aten._thnn_fused_lstm_cell.default, _aten._thnn_fused_gru_cell.default)
 _ASKS: Final = (_aten.isnan.default, _aten.isinf.default)
 _HANDS_ON: Final = (
     *(_aten.any.default, _aten.any.dim, _aten.sum.default, _aten.max.default),
@@ -72,7 +71,6 @@ _HANDS_ON: Final = (
 )
 _ENGINE_CODE: Final = _autograd.graph._engine_run_backward.__code__
 _WRAPPERS: Final = ("torch._compile", "torch._dynamo.eval_frame")  # Of every __torch_dispatch__.
-_attention: Final = nn.functional.scaled_dot_product_attention
 
 
 class OnFakeCuda(TorchDispatchMode):
@@ -127,7 +125,7 @@ class OnFakeCuda(TorchDispatchMode):
     def _made(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What an operation on fake tensors returns; a number is guessed."""
         try:
-            return _OWN_FORMS.get(func, functools.partial(self._run, func))(args, kwargs)
+            return FORMS.get(func, functools.partial(self._run, func))(args, kwargs)
         except DataDependentOutputException:
             return self._guess(func, args)
         except DynamicOutputShapeException:
@@ -146,7 +144,7 @@ class OnFakeCuda(TorchDispatchMode):
 
     def _mark(self, func: Any, args: Sequence[Any], out: object) -> None:
         """Remember what asks whether something is not a number (it is not), and what is a guess."""
-        if func in _RECURRENT:
+        if func in RECURRENT_CELLS:
             self.guessed[RECURRENT] = 1
         asks = func in _ASKS or (func in _HANDS_ON and any(_is_doubt(value) for value in args))
         if asks and isinstance(out, Tensor):
@@ -192,37 +190,6 @@ class OnFakeCuda(TorchDispatchMode):
             f"a value of {str(dtype).removeprefix('torch.')} is {value:g} at {_asker()}"
         ] += 1
         return value
-
-
-def _gru_cell(args: Sequence[Any], _: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The new state, and what the backward pass needs (aten/src/ATen/native/cuda/RNN.cu)."""
-    state = args[2]
-    return state.new_empty(state.shape), state.new_empty(state.shape[0], 5 * state.shape[1])
-
-
-def _gru_cell_backward(
-    args: Sequence[Any], _: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of both gates, of the state, and of both biases."""
-    gradient, _, has_bias = args
-    rows, width = gradient.shape
-
-    def of_gates() -> Tensor:
-        made: Tensor = gradient.new_empty(rows, 3 * width)
-        return made
-
-    def of_bias() -> Tensor | None:
-        return gradient.new_empty(3 * width) if has_bias else None
-
-    return of_gates(), of_gates(), gradient.new_empty(gradient.shape), of_bias(), of_bias()
-
-
-_OWN_FORMS: Final[
-    dict[Any, Callable[..., Any]]
-] = {  # Of operations that torch has no fake form of.
-    _aten._thnn_fused_gru_cell.default: _gru_cell,
-    _aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
-}
 
 
 def _is_doubt(value: object) -> bool:
@@ -350,7 +317,7 @@ def _patches(mode: OnFakeCuda, *, flash: bool) -> list[_Patch]:
         patches += [
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-            (nn.functional, "scaled_dot_product_attention", _attention_of_cuda(flash=flash)),
+            (nn.functional, "scaled_dot_product_attention", attention_of_cuda(flash=flash)),
         ]
     return patches
 
@@ -367,78 +334,3 @@ def _announced(mode: OnFakeCuda) -> Callable[..., Any]:
             mode.backward = before
 
     return announced
-
-
-def _attention_of_cuda(*, flash: bool) -> Callable[..., Tensor]:
-    """Attention by the kernel that CUDA would choose: aten/.../transformers/cuda/sdp_utils.cpp."""
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        q, k, v, mask = query, key, value, attn_mask
-        kind = query.device.type
-        if kind == "cuda" and torch.is_autocast_enabled(kind):
-            lower = functools.partial(_lowered, dtype=torch.get_autocast_dtype(kind))
-            q, k, v, mask = lower(q), lower(k), lower(v), None if mask is None else lower(mask)
-        kernel = "math" if kind != "cuda" or q.ndim != 4 else _kernel(q, mask, enable_gqa, flash)
-        if kernel == "flash":
-            return _flash(q, k, v, dropout_p, is_causal, scale)
-        if kernel == "efficient":
-            return _efficient(q, k, v, mask, dropout_p, is_causal, scale)
-        return _attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    return attention
-
-
-def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast hands to attention: it is in its list of operations in 16 bits."""
-    return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
-
-
-def _kernel(query: Tensor, mask: Tensor | None, grouped: bool, flash: bool) -> str:
-    half, kernels = query.dtype in _HALF, torch.backends.cuda
-    if flash and kernels.flash_sdp_enabled() and half and mask is None and query.shape[-1] <= 256:
-        return "flash"
-    known = kernels.mem_efficient_sdp_enabled() and (half or query.dtype is torch.float32)
-    if not known or grouped or (query.dtype is torch.bfloat16 and not flash):
-        return "math"
-    return "efficient"
-
-
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None
-) -> Tensor:
-    """Flash attention; it takes heads whose width is a multiple of 8, and so they are padded."""
-    width = q.shape[-1]
-    scale = width**-0.5 if scale is None else scale
-    if width % 8:
-        q, k, v = (nn.functional.pad(tensor, (0, 8 - width % 8)) for tensor in (q, k, v))
-    kernel = _aten._scaled_dot_product_flash_attention
-    out: Tensor = kernel(q, k, v, dropout, causal, scale=scale)[0]
-    return out[..., :width] if width % 8 else out
-
-
-def _efficient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-) -> Tensor:
-    if mask is not None:
-        if mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    kernel = _aten._scaled_dot_product_efficient_attention
-    out: Tensor = kernel(q, k, v, mask, learns, dropout, causal, scale=scale)[0]
-    return out

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from autobatch.errors import CheckpointError
+from autobatch.writing import check_folder
 
 _NAME: Final = re.compile(r"step-(\d{8,})\.pt")
 _TEMPORARY: Final = re.compile(r"step-\d{8,}\.pt\.tmp")
@@ -42,14 +43,7 @@ class CheckpointStore:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self._refused: set[Path] = set()
-        for place in (self.directory, *self.directory.parents):
-            if place.exists() and not place.is_dir():
-                raise ValueError(f"checkpoints need a directory, and {place} is a file")
-        there = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
-        if not os.access(there, os.W_OK):  # After the first epoch it would be too late.
-            raise ValueError(
-                f"checkpoints cannot be written to {self.directory}: {there} takes none"
-            )
+        check_folder(self.directory, "checkpoints")
 
     def save(self, fields: Mapping[str, object], *, step: int) -> Path:
         """Write a checkpoint and return its path; of the older ones keep the newest.

@@ -16,7 +16,7 @@ from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.losses import read_pair
 from autobatch.training.objective import Move, Witness
-from autobatch.training.own_loss import undisturbed
+from autobatch.training.undisturbed import undisturbed
 
 BatchLoss = Callable[[nn.Module, Any], object]  # The batch is the user's own structure.
 

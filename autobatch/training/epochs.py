@@ -4,11 +4,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from autobatch.batches.nest import Nest
+from autobatch.batches.nest import Nest, is_same
 from autobatch.batches.regroup import Source, logical_batches
 from autobatch.errors import CheckpointError
 from autobatch.training.progress import Place
@@ -132,23 +130,8 @@ class Epochs:
             if batch is None:
                 return
             after = note()
-            drawn = {name: was for name, was in before.items() if not _same(was, after[name])}
+            drawn = {name: was for name, was in before.items() if not is_same(was, after[name])}
             if drawn:
                 self.place.reads[window] = drawn
             yield batch
             del batch  # Before the next one is read.
-
-
-def _same(one: object, other: object) -> bool:
-    """Whether two states are equal; a list may hold tensors."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    if isinstance(one, list) and isinstance(other, list) and any(map(_holds, one)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one == other
-
-
-def _holds(item: object) -> bool:
-    return isinstance(item, Tensor | list | dict)

@@ -20,10 +20,10 @@ from autobatch.plan import useful_sizes
 from autobatch.randomness import random_state
 from autobatch.results import Evaluation, Verdict
 from autobatch.training.forward import outputs_of
-from autobatch.training.inferred import Inferred
+from autobatch.training.inferred import compared_by
 from autobatch.training.losses import read_mean
-from autobatch.training.objective import Compared, Objective
-from autobatch.training.own_loss import undisturbed
+from autobatch.training.objective import Objective
+from autobatch.training.undisturbed import undisturbed
 from autobatch.training.whole_batch import Whole, joined
 from autobatch.training.wide import in_widest
 from autobatch.training.window import Recipe
@@ -272,7 +272,7 @@ def _shown(recipe: Recipe, part: Nest) -> tuple[Tensor, float | None, list[tuple
             borrowed=0,
             witness=lambda outputs, targets: pairs.append((outputs, targets)),
         )
-    compared = _compared(objective)
+    compared = compared_by(objective)
     if compared is not None and not compared.loss.divides:
         return loss_sum, None, pairs
     return loss_sum, objective.denominator(part) if terms is None else float(terms), pairs
@@ -283,15 +283,9 @@ def _encoded(recipe: Recipe, objective: Whole, part: Nest) -> tuple[Nest, Nest]:
         return objective.encode(recipe.model, recipe.feed.move(part), 0)
 
 
-def _compared(objective: Objective) -> Compared | None:
-    """What compares outputs and targets here, if something does."""
-    chosen: object = objective.chosen if isinstance(objective, Inferred) else objective
-    return chosen if isinstance(chosen, Compared) else None
-
-
 def _ignored(objective: Objective) -> int:
     """The class that counts for nothing."""
-    compared = _compared(objective)
+    compared = compared_by(objective)
     settings: Callable[[], Mapping[str, object]] = getattr(
         compared and compared.loss, "settings", dict
     )

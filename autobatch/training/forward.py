@@ -40,18 +40,18 @@ def standard_forward(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
     return model(*inputs), targets
 
 
-def forward_by(forward: Forward | None) -> Forward:
-    """Return the user's ``forward``, held to its word, or the standard one."""
+def run_forward(forward: Forward | None, model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
+    """Return outputs and targets by the user's ``forward``, or by the standard one if it is None.
+
+    Raises:
+        TypeError: If the user's returns something else.
+    """
     if forward is None:
-        return standard_forward
-
-    def pair(model: nn.Module, batch: Nest) -> tuple[Nest, Nest]:
-        made: object = forward(model, batch)
-        if not isinstance(made, tuple | list) or len(made) != 2:
-            raise TypeError(f"forward must return (outputs, targets), got {describe(made)}")
-        return made[0], made[1]
-
-    return pair
+        return standard_forward(model, batch)
+    made: object = forward(model, batch)
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise TypeError(f"forward must return (outputs, targets), got {describe(made)}")
+    return made[0], made[1]
 
 
 def outputs_of(model: nn.Module, batch: Nest) -> Nest:
@@ -80,7 +80,7 @@ def own_rows(
     Raises:
         InexactStepError: If nothing tells which rows those are.
     """
-    outputs, targets = forward_by(forward)(model, micro_batch)
+    outputs, targets = run_forward(forward, model, micro_batch)
     if not borrowed:
         return outputs, targets
     rows = size_of((outputs, targets))

@@ -14,7 +14,8 @@ from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import targets_of
 from autobatch.training.objective import Compared, Move, Witness
-from autobatch.training.own_loss import OwnLoss, call_with_labels, own_loss_of, undisturbed
+from autobatch.training.own_loss import OwnLoss, call_with_labels, own_loss_of
+from autobatch.training.undisturbed import undisturbed
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +87,12 @@ class Inferred:
         if witness is not None:
             witness(outputs, targets_of(micro_batch))
         return self._own.summed(outputs, host)
+
+
+def compared_by(objective: object) -> Compared | None:
+    """Return what compares outputs and targets here, if something does."""
+    chosen = objective.chosen if isinstance(objective, Inferred) else objective
+    return chosen if isinstance(chosen, Compared) else None
 
 
 def _own_loss(model: nn.Module, batch: Nest, move: Move) -> OwnLoss | None:

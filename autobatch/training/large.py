@@ -19,7 +19,7 @@ from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import largest_piece
 from autobatch.devices.failures import verdict_of
 from autobatch.results import Verdict
-from autobatch.training.own_loss import undisturbed
+from autobatch.training.undisturbed import undisturbed
 from autobatch.training.whole_batch import Whole
 from autobatch.training.window import Recipe
 

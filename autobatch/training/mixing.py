@@ -17,7 +17,7 @@ from autobatch.batches.pieces import largest_piece
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import InexactStepError
 from autobatch.results import Verdict
-from autobatch.training.own_loss import undisturbed
+from autobatch.training.undisturbed import undisturbed
 
 # How far the same row may differ, as a fraction of the largest output: kernels differ by size.
 _TOLERANCES: Final = {torch.float64: 1e-6, torch.float32: 1e-3}

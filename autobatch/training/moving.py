@@ -28,15 +28,11 @@ def marks_of(model: nn.Module, besides: Collection[Tensor] = ()) -> Marks:
     """
     known = set(map(id, besides))
     found: dict[str, object] = {}
-    for place, module in model.named_modules():
-        held = {**vars(module), **module._parameters, **module._buffers}
-        for name, value in held.items():
-            if name in _STANDARD or id(value) in known or _is_kept_short(module, name):
-                continue
-            if isinstance(value, _NUMBERS):
-                found[f"{place}.{name}" if place else name] = repr(value)  # nan is no other nan.
-            elif isinstance(value, Tensor) and value.grad_fn is None:
-                found[f"{place}.{name}" if place else name] = _Mark(value)
+    for name, value in _held(model):
+        if isinstance(value, _NUMBERS):
+            found[name] = repr(value)  # nan is no other nan.
+        elif isinstance(value, Tensor) and value.grad_fn is None and id(value) not in known:
+            found[name] = _Mark(value)
     return found
 
 
@@ -53,20 +49,15 @@ def parameters_at_rest(model: nn.Module) -> Iterator[None]:
         InexactStepError: At the end, with their names. They stay moved: a copy of all parameters
             may not fit.
     """
-    before = [
-        (f"{place}.{name}" if place else name, parameter, _written(parameter))
-        for place, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not _is_kept_short(module, name)
-    ]
+    held = _held(model)
+    before = [(name, p, _written(p)) for name, p in held if isinstance(p, nn.Parameter)]
     yield
     found = [name for name, parameter, written in before if _written(parameter) != written]
     if found:
         raise InexactStepError(
             f"the model's forward pass moves its parameters {', '.join(found)}, in evaluation mode "
-            "too: cut, they would move once a micro-batch instead of once a step. Move them after "
-            "the step (on_step=, or in the optimizer's step), or choose a desired batch that fits "
-            "as one micro-batch"
+            "too, so that a check or an evaluation moves them, and a batch that is cut more than "
+            "once; move them after the step instead (on_step=, or in the optimizer's step)"
         )
 
 
@@ -88,5 +79,13 @@ def _written(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_kept_short(module: nn.Module, name: str) -> bool:
-    return name == "weight" and getattr(module, "max_norm", None) is not None
+def _held(model: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield what modules hold by name: parameters, buffers, attributes of their own.
+
+    But for weights that an embedding keeps short.
+    """
+    for place, module in model.named_modules():
+        shortened = getattr(module, "max_norm", None) is not None
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
+            if name not in _STANDARD and not (shortened and name == "weight"):
+                yield (f"{place}.{name}" if place else name), value

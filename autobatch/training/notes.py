@@ -7,9 +7,8 @@ from typing import Final
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult
 from autobatch.training.custom import Custom
-from autobatch.training.inferred import Inferred
+from autobatch.training.inferred import compared_by
 from autobatch.training.known_losses import InferredLoss
-from autobatch.training.objective import Compared
 from autobatch.training.progress import Progress
 from autobatch.training.window import Recipe
 
@@ -74,9 +73,8 @@ def notes(
 
 def _of_the_loss(recipe: Recipe) -> Iterator[str]:
     """Whether mean squared error was inferred, which a classifier hardly wants."""
-    objective = recipe.objective
-    compared = objective.chosen if isinstance(objective, Inferred) else objective
-    if not isinstance(compared, Compared) or not isinstance(compared.loss, InferredLoss):
+    compared = compared_by(recipe.objective)
+    if compared is None or not isinstance(compared.loss, InferredLoss):
         return
     if compared.loss.squares:
         yield (
@@ -110,7 +108,8 @@ def _of_cutting(
             "the forward pass moves these of the model's buffers, parameters or attributes, once a "
             f"micro-batch instead of once a step: {', '.join(moved)}"
         )
-    if isinstance(recipe.objective, Compared) and recipe.objective.loss.checked:
+    compared = compared_by(recipe.objective)
+    if compared is not None and compared.loss.checked:
         seen = (
             f"it was seen {agreed} times, in the windows 1, 2, 4, 8 and so on that were cut, to be "
             "a mean over examples (or its sum over its terms)"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from autobatch.batches.nest import Nest, size_of
 from autobatch.batches.pieces import pieces_of
 from autobatch.training.accumulate import Terms
-from autobatch.training.forward import Forward, forward_by, own_rows, targets_of
+from autobatch.training.forward import Forward, own_rows, run_forward, targets_of
 from autobatch.training.mixing import MixingCheck
 from autobatch.training.summed import Loss
 
@@ -105,8 +105,7 @@ class Compared(Objective):
         """Hold the model to treating each example by itself, where that matters."""
         if not cut or self.mixing is None:
             return
-        forward = forward_by(self.forward)
-        self.mixing.ask(model, lambda nest: forward(model, move(nest))[0], batch)
+        self.mixing.ask(model, lambda nest: run_forward(self.forward, model, move(nest))[0], batch)
 
     def denominator(self, batch: Nest) -> float:
         """Return what the loss divides by; the examples where a ``forward`` makes the targets."""
@@ -127,10 +126,7 @@ class Compared(Objective):
         witness: Witness | None,
     ) -> tuple[Tensor, Terms]:
         """Return the summed loss of the outputs."""
-        if borrowed:
-            outputs, targets = own_rows(self.forward, model, micro_batch, borrowed)
-        else:
-            outputs, targets = forward_by(self.forward)(model, micro_batch)
+        outputs, targets = own_rows(self.forward, model, micro_batch, borrowed)
         known = self.forward is None and not self.loss.checked  # It does not ask how many.
         examples = 0 if known else size_of(host) - borrowed  # There, what is shared is marked.
         if self.forward is not None and self.loss.checked:

@@ -4,7 +4,6 @@ What it is a mean over is found by trying: the law has to hold between two examp
 together. Neither signatures nor names of classes are asked.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +12,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import pieces_of
-from autobatch.devices.metered import eagerly
 from autobatch.errors import InexactStepError
-from autobatch.randomness import generators_in
-from autobatch.training.moving import parameters_at_rest
-from autobatch.training.replay import window_start
+from autobatch.training.undisturbed import undisturbed
 from autobatch.training.wide import in_widest
 
 _LABELS: Final = ("labels", "target")
@@ -106,7 +100,7 @@ class OwnLoss:
 
     def apart(self) -> "OwnLoss":
         """Return another that knows the same."""
-        other = OwnLoss()  # What it learns next is its own.
+        other = OwnLoss()
         other.load_state_dict(self.state_dict())
         return other
 
@@ -134,9 +128,8 @@ class OwnLoss:
         Free, a few counts apart, where all that it may be gives each example the same weight; but
         in the first window, the 2nd, the 4th, the 8th and so on the law is tried all the same, and
         in the first in which examples differ in how much of them is zero: the model may have a mask
-        of its own, and take the mean over that. A
-        trial runs the model on at most two examples, in evaluation mode and without gradient; it
-        leaves no trace.
+        of its own, and take the mean over that. A trial runs the model on at most two examples, in
+        evaluation mode and without gradient; it leaves no trace.
 
         Args:
             model: In any mode.
@@ -342,32 +335,6 @@ def _uneven(batch: Nest) -> set[str]:
         if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point()
         if len(set(value.reshape(len(value), -1).count_nonzero(1).tolist())) > 1
     }
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before.
-
-    Args:
-        model: In any mode.
-        training: For what only trains, such as a detector that returns its losses in training mode
-            alone: all is in that mode, but for layers that normalise by the batch or drop out.
-
-    Raises:
-        InexactStepError: If parameters have moved inside.
-    """
-    start = window_start(
-        list(model.modules()), generators_in(model)
-    )  # The mode is an attribute as others are.
-    try:
-        model.eval()
-        for module in model.modules() if training else ():
-            module.training = not isinstance(module, _NormBase | _DropoutNd)
-        # Compiled for one example and for two, it would be compiled again for what it trains on.
-        with torch.no_grad(), eagerly(), parameters_at_rest(model):
-            yield
-    finally:
-        start.put_back()
 
 
 def _loss(model: nn.Module, batch: Nest) -> Tensor:

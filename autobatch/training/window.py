@@ -22,7 +22,7 @@ from autobatch.training.batch_norm import (
     normalises_by_batch,
 )
 from autobatch.training.feed import Feed
-from autobatch.training.inferred import Inferred
+from autobatch.training.inferred import compared_by
 from autobatch.training.ledger import Ledger
 from autobatch.training.members import Members
 from autobatch.training.objective import Compared, Objective, Share, Witness
@@ -222,8 +222,8 @@ class _Run:
             if quick is not None:
                 return quick
 
-        compared = objective.chosen if isinstance(objective, Inferred) else objective
-        widths = Widths() if isinstance(compared, Compared) and compared.may_widen else None
+        compared = compared_by(objective)
+        widths = Widths() if compared is not None and compared.may_widen else None
 
         def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
             nest, host, borrowed = micro_batch
@@ -268,14 +268,13 @@ class _Run:
 
     def _fed(self, parts: Sequence[Nest]) -> Iterator[tuple[Nest, Nest, int]]:
         """The micro-batches, on the device and as they came, with what each of them borrows."""
-        recipe, objective = self.recipe, self.recipe.objective
-        compared = objective.chosen if isinstance(objective, Inferred) else objective
+        recipe, compared = self.recipe, compared_by(self.recipe.objective)
         borrowed = [0] * len(parts)
         if len(parts) > 1 and self._may_borrow(compared) and any(size_of(p) == 1 for p in parts):
             parts, borrowed = _with_neighbours(parts)
         moved = recipe.feed(
             parts,
-            targets_are_read=isinstance(compared, Compared) and compared.reads_targets,
+            targets_are_read=compared is not None and compared.reads_targets,
             more_follow=self.more_follow,
         )
         for place, (host, count) in enumerate(zip(parts, borrowed, strict=True)):
@@ -283,10 +282,10 @@ class _Run:
                 self.mark()
             yield next(moved), host, count
 
-    def _may_borrow(self, objective: Objective | None) -> bool:
+    def _may_borrow(self, compared: Compared | None) -> bool:
         return (
             self.recipe.batch_norm == "micro"
-            and isinstance(objective, Compared | Whole)
+            and (compared is not None or isinstance(self.recipe.objective, Whole))
             and normalises_by_batch(self.recipe.members.batch_norms)
         )
 
