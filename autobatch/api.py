@@ -12,7 +12,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.batches.regroup import Data, open_source
-from autobatch.course import Course
 from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.isolation.parent import try_isolated
@@ -39,11 +38,13 @@ from autobatch.searching import (
 )
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
+from autobatch.training.engine.nonfinite import NonFinite
 from autobatch.training.evaluation import Metric
 from autobatch.training.forward import Forward
-from autobatch.training.options import LossLike, NonFinite, StepOptions
+from autobatch.training.options import LossLike, StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
+from autobatch.training.trainer import Trainer, Training, finished_before
 from autobatch.units import Size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
@@ -184,7 +185,7 @@ def find_and_train(
         snapshot_on_oom=snapshot_on_oom,
     )
     with ExitStack() as stack:
-        course = Course.resolve(
+        training = Training.resolve(
             Job.resolve(
                 model,
                 data,
@@ -199,7 +200,6 @@ def find_and_train(
             epochs=epochs,
             max_steps=max_steps,
             drop_last=drop_last,
-            nonfinite=options.nonfinite,
             eval_data=eval_data,
             metrics=metrics,
             checkpoint_dir=checkpoint_dir,
@@ -207,7 +207,7 @@ def find_and_train(
             schedule=(scheduler, scheduler_interval),
         )
         seed_all(seed)
-        return _train(course, prefer, search, observer_of(progress, stack))
+        return _train(training, prefer, search, observer_of(progress, stack))
 
 
 def find_batch_size(
@@ -357,33 +357,38 @@ def check(
 
 
 def _train(
-    course: Course, prefer: Prefer, search: SearchOptions, observer: Observer
+    training: Training, prefer: Prefer, search: SearchOptions, observer: Observer
 ) -> TrainingResult:
     """Search, then train with what was found."""
-    job = course.job
+    job = training.job
     if search.forget_errors:
         forget_last_error(observer)
-    with course.undone_on_error():
-        first = course.open(observer)
-        if course.is_done():
-            return course.done_before()
-        window = course.window(first)
+    with training.undone_on_error():
+        start = training.start(observer)
+        if training.is_done(start):
+            return finished_before(training, start)
         find = functools.partial(
             find_useful,
-            window=window,
+            window=start.window,
             # The checkpoint's own size stays where it fits: it need not be timed again.
-            prefer=prefer if course.saved is None else "largest",
-            steps=course.steps_to_come(),
+            prefer=prefer if start.saved is None else "largest",
+            steps=training.steps_left(start),
             search=search,
-            reason="ceiling" if window == course.desired else "data",
+            reason="ceiling" if start.window == training.desired else "data",
         )
         if search.isolate:
-            sample = sample_to_send(job.source, search, first)
+            sample = sample_to_send(job.source, search, start.first)
             found = find_isolated(job.resolve_again, find, sample, search, observer)
         else:
             with job.undisturbed():
-                sample = sample_of(job.source, search, first)
+                sample = sample_of(job.source, search, start.first)
                 found = find(job, sample, observer)
-    del first, sample  # The largest that there is: the epochs hold it for as long as it is needed.
-    infer = functools.partial(size_for_inference, job)
-    return course.train(found, window, observer, infer, search.multiple_of)
+    del sample  # The largest that there is: the epochs hold it for as long as it is needed.
+    return Trainer(
+        training=training,
+        start=start,
+        found=found,
+        observer=observer,
+        find_inference_size=functools.partial(size_for_inference, job),
+        multiple_of=search.multiple_of,
+    ).fit()

@@ -18,8 +18,8 @@ from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import Trial
 from autobatch.state import attributes_of, preserved, state_tensors, training_mode
+from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.options import StepOptions
-from autobatch.training.window import Recipe
 from autobatch.units import Size, format_bytes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -30,14 +30,14 @@ class Job:
     """Everything that a search and a training need to know, checked.
 
     Attributes:
-        recipe: The step.
-        options: What it was made of.
+        step: What training and trials run.
+        options: What the step was made of.
         source: The data.
         loss_module: The loss where it is a module: it moves, and is put back, with the model.
         budget: What memory is allowed.
     """
 
-    recipe: Recipe
+    step: TrainStep
     options: StepOptions
     source: Source
     loss_module: nn.Module | None
@@ -78,7 +78,7 @@ class Job:
             counts_host=budget.memory_limit_bytes is None,
         )
         return cls(
-            recipe=options.recipe(model, own_optimizer, memory),
+            step=options.train_step(model, own_optimizer, memory),
             options=options,
             source=source,
             loss_module=loss,
@@ -90,9 +90,9 @@ class Job:
         """What makes this job anew in another process, given data and batch size there."""
         return partial(
             Job.resolve,
-            self.recipe.model,
+            self.step.model,
             options=self.options,
-            optimizer=self.recipe.optimizer,
+            optimizer=self.step.optimizer,
             device=self.device.torch_device,
             memory_limit=self.budget.memory_limit_bytes,
             headroom=self.budget.headroom_bytes,
@@ -101,12 +101,12 @@ class Job:
     @property
     def device(self) -> MemoryDevice:
         """Where the step runs."""
-        return self.recipe.device
+        return self.step.device
 
     @property
     def modules(self) -> list[nn.Module]:
         """The model, and the loss where it is a module."""
-        return [module for module in (self.recipe.model, self.loss_module) if module is not None]
+        return [module for module in (self.step.model, self.loss_module) if module is not None]
 
     @property
     def trains_limited(self) -> bool:
@@ -121,7 +121,7 @@ class Job:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Leave no trace of what happens inside, on the model, the data or the generators."""
-        optimizers, scaler = [self.recipe.optimizer], self.recipe.update.scaler
+        optimizers, scaler = [self.step.optimizer], self.step.update.scaler
         with ExitStack() as stack:
             if scaler is not None:
                 stack.callback(attributes_of(scaler))
@@ -129,17 +129,17 @@ class Job:
                 preserved(self.modules, optimizers, random_sources=[self.source.owner])
             )
             self.move()
-            stack.enter_context(training_mode(self.recipe.model))
+            stack.enter_context(training_mode(self.step.model))
             yield
 
     def move(self) -> None:
         """Bring model, loss and optimizer state to the device."""
         device = self.device.torch_device
-        if next(self.recipe.model.parameters()).device == device:
+        if next(self.step.model.parameters()).device == device:
             return
         for module in self.modules:
             module.to(device)
-        _move_state(self.recipe.optimizer, device)
+        _move_state(self.step.optimizer, device)
 
     def limit_bytes(self, *, trains: bool = True) -> int:
         """Return what a step may allocate now.
@@ -175,7 +175,7 @@ class Job:
         if not trains:
             needs["gradients"] = 0
         elif trial is None or not trial.fits:  # Then not all of the state may have been made.
-            full_bytes = _full_state_bytes(self.recipe.optimizer)
+            full_bytes = _full_state_bytes(self.step.optimizer)
             needs["optimizer state"] = max(needs["optimizer state"], full_bytes)
         return account_for(
             needs, device=self.device, budget=self.budget, limit_bytes=limit_bytes, trial=trial
@@ -186,7 +186,7 @@ class Job:
         parameters = [p for module in self.modules for p in module.parameters()]
         buffers = [buffer for module in self.modules for buffer in module.buffers()]
         home = self.device.torch_device
-        state = [t for t in state_tensors(self.recipe.optimizer) if t.device == home]
+        state = [t for t in state_tensors(self.step.optimizer) if t.device == home]
         return {
             "parameters": _bytes(parameters),
             "buffers": _bytes(buffers),

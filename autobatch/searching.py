@@ -24,7 +24,6 @@ from autobatch.randomness import random_state
 from autobatch.results import LimitedBy, SearchResult, Trial, Verdict
 from autobatch.training.evaluation import Inference, inference
 from autobatch.training.rehearsal import Rehearsal
-from autobatch.training.whole_batch import Whole
 
 Mode = Literal["train", "inference"]
 Prefer = Literal["largest", "fastest"]
@@ -113,9 +112,9 @@ def find_useful(
         steps: How many will be taken, where that is known.
     """
     examples, said = sample
-    rehearsal, multiple_of = Rehearsal(job.recipe, examples, window), search.multiple_of
-    is_whole = isinstance(job.recipe.objective, Whole)
-    if is_whole:  # All outputs are alive if it is cut, whatever the size: no convex curve.
+    rehearsal, multiple_of = Rehearsal(job.step, examples, window), search.multiple_of
+    full_batch = job.step.objective.needs_full_batch
+    if full_batch:  # All outputs are alive if it is cut, whatever the size: no convex curve.
         search = replace(search, confirm="failed")
     candidates = search.not_below_floor(useful_sizes(window, multiple_of))
     found = _finder(job, rehearsal, search, observer, said, history).largest(
@@ -125,7 +124,7 @@ def find_useful(
         ),
         reason=reason,
         spared_bytes=rehearsal.spared_bytes,
-        ceiling_first=is_whole,
+        ceiling_first=full_batch,
     )
     if prefer == "fastest":
         sizes = sizes_to_time(candidates, found.size)
@@ -209,10 +208,10 @@ def _probe(
     """A search over a job that is undisturbed, in training or in inference."""
     examples, said = sample
     if mode == "train":
-        return _finder(job, Rehearsal(job.recipe, examples), search, observer, said, history)
-    job.recipe.model.eval()
+        return _finder(job, Rehearsal(job.step, examples), search, observer, said, history)
+    job.step.model.eval()
     forward = job.options.batch_loss or job.options.forward
-    run = inference(job.recipe, forward, examples)
+    run = inference(job.step.gradient, forward, examples)
     return _finder(job, run, search, observer, said, history)
 
 
@@ -264,7 +263,7 @@ def _rehearsed(job: Job, plan: BatchPlan) -> tuple[int, ...]:
     where the plan has one: BatchNorm may refuse it, and had better do so now. Where the loss is
     that of the whole batch, all of them: their outputs are alive together.
     """
-    if isinstance(job.recipe.objective, Whole):
+    if job.step.objective.needs_full_batch:
         return plan.micro_batch_sizes
     sizes = (plan.micro_batch,) * min(2, plan.accumulation_steps)
     return (*sizes, 1) if min(plan.micro_batch_sizes) == 1 < plan.micro_batch else sizes

@@ -375,10 +375,10 @@ def test_autocast_and_the_scaler_are_those_of_the_device(put: Put, kind: str) ->
     put(kind)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recipe = StepOptions(precision="fp16").recipe(model, optimizer, opened(kind))
-    assert recipe.precision.device_type == kind
-    assert recipe.update.scaler is not None
-    assert recipe.update.scaler._device == kind
+    step = StepOptions(precision="fp16").train_step(model, optimizer, opened(kind))
+    assert step.gradient.precision.device_type == kind
+    assert step.update.scaler is not None
+    assert step.update.scaler._device == kind
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps", "cuda"])

@@ -271,8 +271,8 @@ def job_on(device: object, memory_limit: int | None, headroom: int | None) -> Jo
         memory_limit=memory_limit,
         headroom=headroom,
     )
-    update = replace(made.recipe.update, device=device)  # type: ignore[arg-type]  # It is read only.
-    return replace(made, recipe=replace(made.recipe, update=update))
+    gradient = replace(made.step.gradient, device=device)  # type: ignore[arg-type]  # It is read only.
+    return replace(made, step=replace(made.step, gradient=gradient))
 
 
 TRIAL = Trial(size=4, fits=True, peak_bytes=400, reserved_bytes=450)
@@ -325,7 +325,7 @@ def test_state_that_waits_on_the_host_is_not_on_the_device() -> None:
 
     for device, held in ((Reads(), 48), (Elsewhere(), 0)):
         made = job_on(device, None, None)
-        made.recipe.optimizer.state[next(made.recipe.model.parameters())] = {"m": torch.zeros(12)}
+        made.step.optimizer.state[next(made.step.model.parameters())] = {"m": torch.zeros(12)}
         assert made.breakdown(700, TRIAL).optimizer_state_bytes == held
 
 

@@ -28,9 +28,7 @@ from autobatch import (
 from autobatch.commands.vision import import_torchvision
 from autobatch.devices.metered import MeteredDevice
 from autobatch.job import Job
-from autobatch.training.driver import Driver
 from autobatch.training.options import StepOptions
-from autobatch.training.replay import MicroBatchSize
 from autobatch.training.schedule import Schedule
 
 
@@ -237,17 +235,16 @@ def training_peaks(
     )
     device = job.device
     assert isinstance(device, MeteredDevice)
-    driver = Driver(
-        recipe=job.recipe,
-        size=MicroBatchSize(size),
-        nonfinite="raise",
-        schedule=Schedule(),
-        limit_bytes=job.limit_bytes(),
+    runner = job.options.step_runner(
+        job.step,
+        size,
+        Schedule(),
+        limited=functools.partial(device.limited_to, job.limit_bytes()),
     )
     peaks = []
     for _ in range(5):
         device.reset_peak()
-        driver.step(batch)
+        runner.step(batch)
         peaks.append(device.read().peak_bytes)
     return peaks
 

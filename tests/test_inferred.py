@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from autobatch import Accumulator, find_and_train
 from autobatch.training.inferred import Inferred
 from autobatch.training.losses import resolve_loss
-from autobatch.training.objective import Compared
+from autobatch.training.supervised import Compared
 
 Batch = dict[str, Tensor]
 
@@ -46,22 +46,22 @@ def same(batch: object) -> object:
 def test_what_was_learnt_is_known_again_after_a_checkpoint() -> None:
     objective, model = inferred(), Causal()
     equal, ragged = text(6, 6, 6), text(6, 2, 4)
-    objective.settle(model, equal, same, cut=True)
-    objective.settle(model, ragged, same, cut=True)
+    objective.prepare(model, equal, same, cut=True)
+    objective.prepare(model, ragged, same, cut=True)
     assert objective.denominator(ragged) == 5 + 1 + 3
     again = inferred()
-    again.relearn(objective.learnt())
+    again.load_state_dict(objective.state_dict())
     assert again.denominator(equal) == objective.denominator(equal) == 15
-    assert again.learnt() == objective.learnt()
+    assert again.state_dict() == objective.state_dict()
 
 
 def test_what_one_that_stands_apart_learns_does_not_reach_it() -> None:
     objective, model = inferred(), Causal()
-    objective.settle(model, text(6, 6, 6), same, cut=True)
-    before = objective.learnt()
-    apart = objective.apart()
-    apart.settle(model, text(6, 2, 4), same, cut=True)
-    assert objective.learnt() == before != apart.learnt()
+    objective.prepare(model, text(6, 6, 6), same, cut=True)
+    before = objective.state_dict()
+    apart = objective.for_evaluation()
+    apart.prepare(model, text(6, 2, 4), same, cut=True)
+    assert objective.state_dict() == before != apart.state_dict()
 
 
 def test_evaluation_on_ragged_text_changes_no_bit_of_training() -> None:

@@ -16,11 +16,12 @@ from autobatch.batches.nest import Nest
 from autobatch.devices.metered import MeteredDevice
 from autobatch.errors import DeviceLostError
 from autobatch.training import large, rehearsal
+from autobatch.training.engine.gradient_pass import GradientPass
+from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.evaluation import Inference
 from autobatch.training.large import LargeCheck, elements_at
 from autobatch.training.options import StepOptions
 from autobatch.training.rehearsal import Rehearsal
-from autobatch.training.window import Recipe
 
 INDEXED = 4096  # In the place of 2^31.
 WIDTH = 64
@@ -69,8 +70,8 @@ def _forget_what_ran() -> None:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let 4096 elements be what 2^31 are."""
 
-    def small(recipe: Recipe, sample: Nest) -> LargeCheck:
-        return LargeCheck(recipe, sample, INDEXED)
+    def small(gradient: GradientPass, sample: Nest) -> LargeCheck:
+        return LargeCheck(gradient, sample, INDEXED)
 
     monkeypatch.setattr(rehearsal, "LargeCheck", small)
 
@@ -239,15 +240,15 @@ def test_one_size_is_checked_as_a_search_does() -> None:
     assert check(Broken(), [data()], RIGHT).fits
 
 
-def recipe(model: nn.Module) -> Recipe:
+def step(model: nn.Module) -> TrainStep:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return StepOptions().recipe(model, optimizer, MeteredDevice())
+    return StepOptions().train_step(model, optimizer, MeteredDevice())
 
 
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
 def test_the_sample_may_be_of_any_length(examples: int) -> None:
     model = Broken(0.0)
-    complains = LargeCheck(recipe(model), data(examples), INDEXED)
+    complains = LargeCheck(step(model).gradient, data(examples), INDEXED)
     assert complains(RIGHT, 10 * INDEXED) == ""
     assert "wrong rows" in complains(RIGHT + 1, 10 * INDEXED)
     assert "off by up to" in complains(RIGHT + 1, 10 * INDEXED)
@@ -265,7 +266,9 @@ def test_the_kernels_are_those_of_training() -> None:
     model = Looking()
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    complains = LargeCheck(half.recipe(model, optimizer, MeteredDevice()), data(), INDEXED)
+    complains = LargeCheck(
+        half.train_step(model, optimizer, MeteredDevice()).gradient, data(), INDEXED
+    )
     assert "wrong rows" in complains(500, 10 * INDEXED)
     assert seen == {(False, True)}
 
@@ -283,7 +286,7 @@ def test_the_check_keeps_to_the_limit() -> None:
 
 
 def test_where_nothing_smaller_is_there_to_compare_with_nothing_is_run() -> None:
-    complains = LargeCheck(recipe(Broken(0.0, indexed=1)), data(), 1)
+    complains = LargeCheck(step(Broken(0.0, indexed=1)).gradient, data(), 1)
     assert [complains(size, 10 * INDEXED) for size in (1, 2, 4)] == [""] * 3
     assert EVALUATED == []
 
@@ -294,7 +297,7 @@ def test_modes_buffers_gradients_and_random_numbers_are_put_back() -> None:
     model.layers[1].eval()
     before, drawn = fingerprint(model), torch.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(True)
-    assert LargeCheck(recipe(model), data(), INDEXED)(500, 10 * INDEXED) == ""
+    assert LargeCheck(step(model).gradient, data(), INDEXED)(500, 10 * INDEXED) == ""
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.backends.mha.get_fastpath_enabled()
@@ -303,7 +306,7 @@ def test_modes_buffers_gradients_and_random_numbers_are_put_back() -> None:
 def test_two_to_the_31_is_what_32_bits_index() -> None:
     """And it is what a search uses: a rehearsal's own check is not told another number."""
     assert large.INDEXED == 2**31
-    rehearsed = Rehearsal(recipe(Broken()), data())
+    rehearsed = Rehearsal(step(Broken()), data())
     assert rehearsed.verify(500, 2**31) == ""
     assert Inference(lambda _: None, data()).verify(500, 2**40) == ""
 

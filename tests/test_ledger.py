@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch import Accumulator, NonFiniteLossError, StepResult
-from autobatch.training import window
+from autobatch.training.engine import gradient_pass
 from autobatch.training.ledger import Entries, Ledger
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def seen(step: Callable[[], StepResult]) -> tuple[StepResult, int, int]:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window, "Ledger", DeviceLedger)
+    monkeypatch.setattr(gradient_pass, "Ledger", DeviceLedger)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 10])

@@ -159,10 +159,10 @@ by_case = pytest.mark.parametrize("name", CASES)
 
 def in_parts(loss: Loss, output: Tensor, target: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Value and gradient by the law, as a window takes them: what the loss knows is asked once."""
-    denominator, of_window = loss.denominator(target, len(target)), loss.for_window()
+    denominator = loss.denominator(target, len(target))
     value = torch.zeros((), dtype=torch.float64)
     for part, its in zip(output.split(list(sizes)), target.split(list(sizes)), strict=True):
-        summed, terms = of_window(part, its, len(its))
+        summed, terms = loss.summed(part, its, len(its))
         assert terms is None
         value = value + summed / denominator
     return [value.detach(), *torch.autograd.grad(value, output)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autobatch import Accumulator, InexactStepError, NonFiniteLossError, find_and_train
 from autobatch.events import TrainingStarted
-from autobatch.training import driver
+from autobatch.training.engine import nonfinite as policy
 
 SIZES = (4, 3, 3)
 NonFinite = Literal["raise", "skip", "ignore"]
@@ -210,8 +210,8 @@ def test_skip_sees_a_gradient_that_is_not_finite_though_the_loss_is() -> None:
 
 
 def test_more_than_a_hundred_in_a_row_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert driver.MOST_LEFT_OUT == 100
-    monkeypatch.setattr(driver, "MOST_LEFT_OUT", 5)
+    assert policy.MOST_SKIPPED == 100
+    monkeypatch.setattr(policy, "MOST_SKIPPED", 5)
     model = small_model()
     accumulator = Accumulator(model, sgd(model), nonfinite="skip")
     for _ in range(2):  # A step in between begins the count anew.

@@ -25,7 +25,7 @@ from autobatch import (
 )
 from autobatch.devices.metered import MeteredDevice
 from autobatch.plan import BatchPlan
-from autobatch.training import driver
+from autobatch.training.engine import oom_retry
 from autobatch.training.replay import (
     LONGEST_PATIENCE,
     PATIENCE,
@@ -535,7 +535,7 @@ def test_memory_that_was_short_for_a_while_costs_replays_and_no_step() -> None:
 def test_a_window_that_runs_out_again_and_again_says_what_it_was_and_what_memory_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(driver, "MOST_REPLAYS", 2)
+    monkeypatch.setattr(oom_retry, "MOST_RETRIES", 2)
     model = nn.Sequential(nn.BatchNorm1d(5).double(), nn.Dropout(), Flaky(above=0))
     optimizer = adam(model)
     accumulator = Accumulator(model, optimizer)

@@ -38,7 +38,7 @@ from autobatch import (
 )
 from autobatch.events import Event, Resumed, TrainingStarted
 from autobatch.job import OptimizerFactory
-from autobatch.training.keeper import Keeper
+from autobatch.training.checkpointing.manager import CheckpointManager
 from autobatch.training.schedule import SchedulerFactory
 
 ROWS, DESIRED, EPOCHS, STEPS = 42, 16, 2, 6  # Three steps an epoch, the last one short.
@@ -403,7 +403,7 @@ def test_without_its_random_numbers_it_ends_elsewhere(
 ) -> None:
     whole = uninterrupted(adam)
     stopped(adam, tmp_path, 2, signal.SIGINT)
-    monkeypatch.setattr(Keeper, "put_random_back", lambda *_: None)
+    monkeypatch.setattr(CheckpointManager, "restore_random", lambda *_: None)
     assert resumed(adam, tmp_path).result.losses != whole.result.losses
 
 

@@ -14,11 +14,11 @@ from autobatch.devices.base import MemoryDevice
 from autobatch.prediction.checkpointing import checkpoint_activations
 from autobatch.prediction.trace import STATE, Recorder
 from autobatch.state import training_mode
+from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.evaluation import inference
 from autobatch.training.feed import Feed
 from autobatch.training.options import StepOptions
 from autobatch.training.rehearsal import Rehearsal
-from autobatch.training.window import Recipe
 
 Change = Literal["as it is", "fused", "SGD", "checkpointed"]
 
@@ -51,13 +51,13 @@ class TrainingStep:
         optimizer = _changed(self.optimizer, self.change)
         if self.change == "checkpointed":
             checkpoint_activations(self.model)
-        recipe = _recipe(self.options, self.model, optimizer, recorder)
+        step = _train_step(self.options, self.model, optimizer, recorder)
         _label(recorder, [self.model, self.options.loss_module])
         _make_state(optimizer)
         recorder.label(STATE, _state(optimizer))
         recorder.begin_window()
         with training_mode(self.model):
-            Rehearsal(recipe, self.sample).prepare([batch, batch], lambda: None)()
+            Rehearsal(step, self.sample).prepare([batch, batch], lambda: None)()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +98,13 @@ class ForwardPass:
 
     def __call__(self, batch: int, recorder: Recorder) -> None:
         """Run it once."""
-        recipe = _recipe(self.options, self.model, self.optimizer, recorder)
+        step = _train_step(self.options, self.model, self.optimizer, recorder)
         _label(recorder, [self.model, self.options.loss_module])
         recorder.label(STATE, _state(self.optimizer))
         self.model.eval()
         recorder.begin_window()
         forward = self.options.batch_loss or self.options.forward
-        inference(recipe, forward, self.sample).prepare([batch], lambda: None)()
+        inference(step.gradient, forward, self.sample).prepare([batch], lambda: None)()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,12 +153,13 @@ class FakeFeed(Feed):
         return unwrapped(nest)
 
 
-def _recipe(
+def _train_step(
     options: StepOptions, model: nn.Module, optimizer: Optimizer, recorder: Recorder
-) -> Recipe:
+) -> TrainStep:
     # A step asks a device only where it is, unless memory runs out, and here it never does.
     device = cast("MemoryDevice", SimpleNamespace(torch_device=recorder.device))
-    return replace(options.recipe(model, optimizer, device), feed=FakeFeed(recorder.device))
+    step = options.train_step(model, optimizer, device)
+    return replace(step, gradient=replace(step.gradient, feed=FakeFeed(recorder.device)))
 
 
 def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:

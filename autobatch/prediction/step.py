@@ -151,8 +151,8 @@ def trace_step(job: Job, options: StepOptions, *, flash: bool, mode: Mode) -> Tr
     finally:
         put_back()
     made = TrainingStep if mode == "train" else ForwardPass
-    optimizer = job.recipe.optimizer
-    step = made(model=job.recipe.model, options=options, optimizer=optimizer, sample=sample)
+    optimizer = job.step.optimizer
+    step = made(model=job.step.model, options=options, optimizer=optimizer, sample=sample)
     tensors = _on_device(job.modules, [optimizer])
     return _traced(step, _changes(step), tensors, flash=flash, notes=_untried(step))
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from autobatch.training.backward import backward
 from autobatch.training.ledger import Ledger
 
 MicroBatch = TypeVar("MicroBatch")
@@ -46,7 +45,7 @@ def accumulate(
             if seed is None:
                 seed = _seed(loss_sum, 1 / denominator, scaled)
             # The gradient's seed takes the place of a division and of its backward.
-            backward(loss_sum, seed)
+            loss_sum.backward(gradient=seed)
             if after_backward is not None:
                 after_backward()
         ledger.add(loss_sum, terms)

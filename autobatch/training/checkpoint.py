@@ -27,7 +27,7 @@ _TEMPORARY: Final = re.compile(r"step-\d{8,}\.pt\.tmp")
 _KEPT: Final = 2
 _CHUNK_BYTES: Final = 1 << 20
 _MARK: Final = b"autobatch checkpoint "
-_VERSION: Final = b"1"
+_VERSION: Final = b"2"
 _SEAL_BYTES: Final = 2 + len(_MARK + _VERSION + b" sha256 ") + 64
 # A learning rate may be NumPy's: beyond these ``weights_only`` allows all that torch itself keeps.
 _NUMPY_SCALARS: Final = (

@@ -1,22 +1,26 @@
 """The objective that is a function of the user's: ``(model, batch) -> (sum, terms)``."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, describe, part, size_of, take
-from autobatch.batches.pieces import largest_piece
+from autobatch.batches.nest import Nest, describe, size_of
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import InexactStepError
 from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.losses import read_pair
-from autobatch.training.objective import Move, Witness
+from autobatch.training.objective import Move, Objective, Passes, Record
 from autobatch.training.undisturbed import undisturbed
+from autobatch.training.verification import (
+    DoublingSchedule,
+    alone_and_together,
+    first_and_last,
+)
 
 BatchLoss = Callable[[nn.Module, Any], object]  # The batch is the user's own structure.
 
@@ -26,33 +30,37 @@ _TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 @dataclass(slots=True, kw_only=True)
-class Custom:
-    """Believed after two examples, alone and together, have given the same sum and terms.
+class Custom(Objective):
+    """Trusted after two examples, alone and together, have given the same sum and terms.
 
-    Asked in the windows 1, 2, 4, 8 and so on that are cut.
+    Checked in the logical batches 1, 2, 4, 8 and so on that are cut.
 
     Attributes:
         batch_loss: The function.
     """
 
     batch_loss: BatchLoss
-    _windows: int = field(default=0, init=False)
-    _agreed: int = field(default=0, init=False)
+    _schedule: DoublingSchedule = field(default_factory=DoublingSchedule, init=False)
 
-    def apart(self) -> "Custom":
-        """Return another with the same function."""
+    @property
+    def shows_outputs(self) -> bool:
+        """False: the function keeps outputs and targets to itself."""
+        return False
+
+    def for_evaluation(self) -> "Custom":
+        """Return an objective with the same function, which is checked anew."""
         return Custom(batch_loss=self.batch_loss)
 
-    def learnt(self) -> dict[str, object]:
-        """Return how often it was asked, and agreed."""
-        return {"windows": self._windows, "agreed": self._agreed}
+    def state_dict(self) -> dict[str, object]:
+        """Return how often the function was checked."""
+        return self._schedule.state_dict()
 
-    def relearn(self, learnt: Mapping[str, Any]) -> None:
-        """Go on counting."""
-        self._windows, self._agreed = int(learnt["windows"]), int(learnt["agreed"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned."""
+        self._schedule.load_state_dict(state)
 
-    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Hold the function to the law with the first and the last example.
+    def prepare(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
+        """Check with the first and the last example that sums and terms add up.
 
         The model is in evaluation mode for this, or if that fails in training mode without what is
         random or sees the batch. Everything is put back.
@@ -62,12 +70,11 @@ class Custom:
         """
         if not cut:
             return
-        self._windows += 1
-        piece = largest_piece(batch)
-        if self._windows < 1 << self._agreed or size_of(piece) < 2:
+        self._schedule.seen += 1
+        pair = first_and_last(batch) if self._schedule.is_due else None
+        if pair is None:
             return
-        pair = take(piece, [0, size_of(piece) - 1])
-        one, other, both, again = self._asked(model, pair, move)
+        one, other, both, again = self._probed(model, pair, move)
         tolerance = max(_tolerance(parameter) for parameter in model.parameters())
         for name, first, second, whole, repeated in zip(
             ("sum", "number of terms"), one, other, both, again, strict=True
@@ -81,24 +88,33 @@ class Custom:
                     "together. Return the sum, not the mean, and the number of terms that its mean "
                     "is over; for a loss that compares examples pass loss=WholeBatch(...)"
                 )
-        self._agreed += 1
+        self._schedule.passed += 1
 
     def denominator(self, batch: Nest) -> float:
         """Return the examples: not the last word."""
         return size_of(batch)
 
-    def share(
+    def run(
         self,
+        passes: Passes,
         model: nn.Module,
-        micro_batch: Nest,
-        *,
-        host: Nest,  # noqa: ARG002  # The protocol's, and there are no outputs to show.
-        borrowed: int,
-        witness: Witness | None,  # noqa: ARG002
-    ) -> tuple[Tensor, Terms]:
-        """Return what the function says."""
-        assert not borrowed, "no rows can be left out of a sum"
-        result = self.batch_loss(model, micro_batch)
+        record: Record | None = None,  # noqa: ARG002  # There are no outputs to record.
+    ) -> None:
+        """Run each micro-batch by itself."""
+        passes.one_by_one(lambda micro_batch: self._loss_of(model, micro_batch.batch))
+
+    def notes(self, *, cut: bool) -> Iterator[str]:
+        """Yield what was verified of the function."""
+        if cut:
+            yield (
+                "batch_loss is a function of yours: its sums and terms were seen to add up for two "
+                "examples in the logical batches 1, 2, 4, 8 and so on that were cut, unless it "
+                "draws random numbers"
+            )
+
+    def _loss_of(self, model: nn.Module, batch: Nest) -> tuple[Tensor, Terms]:
+        """The sum and the terms that the function returns."""
+        result = self.batch_loss(model, batch)
         if not isinstance(result, tuple):
             raise TypeError(
                 f"batch_loss must return (sum, terms), got {describe(result)}; the sum over the "
@@ -106,28 +122,28 @@ class Custom:
             )
         return read_pair(result)
 
-    def _asked(self, model: nn.Module, pair: Nest, move: Move) -> Sequence[tuple[float, float]]:
+    def _probed(self, model: nn.Module, pair: Nest, move: Move) -> Sequence[tuple[float, float]]:
         """Sum and terms of either of two examples, of both, and of both once more."""
-        parts = [part(pair, 0, 1), part(pair, 1, 2), pair, pair]
+        parts = alone_and_together(pair)
 
-        def ask(*, training: bool) -> Sequence[tuple[float, float]]:
+        def probe(*, training: bool) -> Sequence[tuple[float, float]]:
             # It may take gradients of its own.
             with undisturbed(model, training=training), torch.enable_grad():
                 return [self._numbers(model, move(nest)) for nest in parts]
 
         try:
-            return ask(training=False)
+            return probe(training=False)
         except Exception as error:
             if isinstance(error, InexactStepError) or verdict_of(error) in _TOO_MUCH:
                 raise
         try:  # A detector returns its losses in training mode alone.
-            return ask(training=True)
+            return probe(training=True)
         except Exception as error:
             error.add_note("batch_loss was asked for two examples, alone and together: a check")
             raise
 
     def _numbers(self, model: nn.Module, nest: Nest) -> tuple[float, float]:
-        loss_sum, terms = self.share(model, nest, host=nest, borrowed=0, witness=None)
+        loss_sum, terms = self._loss_of(model, nest)
         return float(loss_sum.detach()), float(terms or 0.0)
 
 

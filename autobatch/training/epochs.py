@@ -73,6 +73,11 @@ class Epochs:
         self._first = next(self._stream, None)
         return self._first
 
+    @property
+    def first(self) -> Nest | None:
+        """The logical batch that ``open`` has read, until training takes it."""
+        return self._first
+
     def __iter__(self) -> Iterator[tuple[Place, Iterator[Nest]]]:
         """Yield the place and the logical batches that are left, epoch by epoch."""
         while self.place.epoch <= self.last:

@@ -1,10 +1,9 @@
 """Loss and metrics over data that is not trained on, at the size that inference tolerates."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 import torch
@@ -19,14 +18,21 @@ from autobatch.errors import DoesNotFitError
 from autobatch.plan import useful_sizes
 from autobatch.randomness import random_state
 from autobatch.results import Evaluation, Verdict
+from autobatch.training.accumulate import Terms
+from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.forward import outputs_of
-from autobatch.training.inferred import compared_by
 from autobatch.training.losses import read_mean
-from autobatch.training.objective import Objective
+from autobatch.training.objective import (
+    Encode,
+    FullBatchLoss,
+    MicroBatch,
+    MicroBatchLoss,
+    Objective,
+    Passes,
+)
 from autobatch.training.undisturbed import undisturbed
-from autobatch.training.whole_batch import Whole, joined
+from autobatch.training.whole_batch import joined
 from autobatch.training.wide import in_widest
-from autobatch.training.window import Recipe
 
 Metric = Callable[..., object]
 Made = TypeVar("Made")
@@ -66,22 +72,25 @@ class Inference:
 
 
 def inference(
-    recipe: Recipe, forward: Callable[[nn.Module, Nest], object] | None, sample: Nest
+    gradient: GradientPass, forward: Callable[[nn.Module, Nest], object] | None, sample: Nest
 ) -> Inference:
     """Return the forward pass alone, in the mode that the model is in then.
 
     Args:
-        recipe: What a training step would be made of.
+        gradient: What training would compute gradients with.
         forward: The user's; None is the standard one.
         sample: Real examples, with or without targets.
     """
     call = outputs_of if forward is None else forward
 
     def run(batch: Nest) -> None:
-        with recipe.precision.forward():
-            call(recipe.model, recipe.feed.move(batch))
+        with gradient.precision.forward():
+            call(gradient.model, gradient.feed.move(batch))
 
     return Inference(run, sample)
+
+
+FindSize = Callable[["Inference", Sequence[int]], int]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,22 +98,24 @@ class Evaluator:
     """Evaluates after each epoch. Training goes on as if it had not.
 
     Attributes:
-        recipe: What a training step is made of: the same model, loss and precision.
+        gradient: What training computes gradients with: the same model and precision.
+        objective: The loss that is evaluated.
         source: The data.
-        desired: The most examples in one forward pass; where the loss is that of a whole batch,
-            the examples in one.
+        desired: The most examples in one forward pass; where the loss needs the full batch, the
+            examples in one batch.
         metrics: By name: ``(outputs, targets)`` to a mean over examples or ``(sum, terms)``. None
             is the accuracy, where outputs are scores of classes and targets their indices.
         find: Returns the largest of some sizes that ``Inference`` really ran at.
         limited: Returns the context in which memory may be used.
-        size: That was found; None before the first evaluation.
+        size: The size that was found; None before the first evaluation.
     """
 
-    recipe: Recipe
+    gradient: GradientPass
+    objective: Objective
     source: Source
     desired: int
     metrics: Mapping[str, Metric] | None
-    find: Callable[[Inference, Sequence[int]], int] = lambda _, sizes: sizes[-1]
+    find: FindSize
     limited: Callable[[], AbstractContextManager[None]] = nullcontext
     size: int | None = field(default=None, init=False)
 
@@ -117,7 +128,7 @@ class Evaluator:
         """
         totals = _Totals()
         examples = 0
-        with self._aside():
+        with self._undisturbed():
             for batch in logical_batches(self.source.epoch(), self.desired):
                 examples += size_of(batch)
                 self._add(batch, totals)
@@ -139,7 +150,7 @@ class Evaluator:
             ValueError: If the data holds no example.
         """
         try:
-            with self._aside():
+            with self._undisturbed():
                 sample = largest_piece(read_sample(self.source))
                 self._add(take(sample, range(min(2, size_of(sample)))), _Totals())
         except DoesNotFitError:
@@ -147,11 +158,9 @@ class Evaluator:
         except Exception as error:
             error.add_note("seen in two examples of eval_data; nothing has been trained")
             raise
-        finally:
-            self.size = None
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _undisturbed(self) -> Iterator[None]:
         """Evaluation mode inside; modes, buffers, attributes and RNG as they were afterwards.
 
         Inside, nothing is made in ``inference_mode``: what a function keeps for later, positions
@@ -159,25 +168,20 @@ class Evaluator:
         """
         put_random_back = random_state([self.source.owner])
         try:
-            with undisturbed(self.recipe.model):
+            with undisturbed(self.gradient.model):
                 yield
         finally:
             put_random_back()
 
     def _add(self, batch: Nest, totals: "_Totals") -> None:
         """Add one logical batch to the totals."""
-        objective = self.recipe.objective
-        self.recipe.prepared(batch, cut=True)
-        if not isinstance(objective, Whole):
-            for numbers in self._in_parts(batch, self._numbers):
-                totals.add(*numbers)
-            return
-        pairs = list(self._in_parts(batch, functools.partial(_encoded, self.recipe, objective)))
-        with self.limited(), torch.no_grad():
-            totals.add(*self._numbers_of_whole(objective, pairs, size_of(batch)))
+        gradient = replace(self.gradient, objective=self.objective)
+        gradient.prepare(batch, cut=True)
+        passes = _EvaluationPasses(self, batch, totals)
+        self.objective.run(passes, gradient.model, passes.record)
 
-    def _in_parts(self, batch: Nest, run: Callable[[Nest], Made]) -> Iterator[Made]:
-        """What ``run`` makes of each part of a logical batch, at the size that is tolerable."""
+    def in_parts(self, batch: Nest, run: Callable[[Nest], Made]) -> Iterator[Made]:
+        """Yield what ``run`` returns for each part of a logical batch, at the size that fits."""
         if self.size is None:
             sizes = useful_sizes(size_of(batch))
             self.size = self.find(Inference(run, largest_piece(batch)), sizes)
@@ -196,36 +200,86 @@ class Evaluator:
         # Only here has the error let go of what was made.
         if size_of(part) == 1:
             raise DoesNotFitError(1, None, message=message)
-        self.recipe.device.release_cached()
+        self.gradient.device.release_cached()
         half = size_of(part) // 2
         if self.size is not None and size_of(part) >= self.size:  # A short one says nothing.
             self.size = half
         halves = cut_to(part, half)[0]
         return [made for half in halves for made in self._fitting(half, run)]
 
-    def _numbers(self, part: Nest) -> "tuple[_Number, dict[str, _Number]]":
-        loss_sum, terms, pairs = _shown(self.recipe, part)
-        metrics: dict[str, _Number] = {}
-        for outputs, targets in pairs:
-            metrics |= self._measured(outputs, targets, size_of(part))
-        return (in_widest(loss_sum), terms), metrics
-
-    def _numbers_of_whole(
-        self, objective: Whole, pairs: Sequence[tuple[Nest, Nest]], examples: int
-    ) -> "tuple[_Number, dict[str, _Number]]":
-        """The loss of a whole logical batch, weighted by its examples."""
-        outputs, targets = joined(pairs)
-        with self.recipe.precision.forward():
-            loss = objective.loss(outputs, targets)
-        return (in_widest(loss) * examples, examples), self._measured(outputs, targets, examples)
-
-    def _measured(self, outputs: Nest, targets: Nest, examples: int) -> "dict[str, _Number]":
+    def measured(self, outputs: Nest, targets: Nest, examples: int) -> "dict[str, _Number]":
+        """Return sum and terms of each metric."""
         if self.metrics is None:
-            return _accuracy(outputs, targets, _ignored(self.recipe.objective))
+            return _accuracy(outputs, targets, self.objective.ignored_class)
         return {
             name: read_mean(metric(outputs, targets), examples, name)
             for name, metric in self.metrics.items()
         }
+
+
+class _EvaluationPasses(Passes):
+    """Runs one logical batch without gradients, and adds its loss and metrics to the totals.
+
+    Args:
+        evaluator: Knows the size that fits.
+        batch: The logical batch, on the host.
+        totals: Of the whole evaluation.
+    """
+
+    def __init__(self, evaluator: Evaluator, batch: Nest, totals: "_Totals") -> None:
+        self._evaluator = evaluator
+        self._batch = batch
+        self._totals = totals
+        self._pairs: list[tuple[Nest, Nest]] = []
+
+    def record(self, outputs: Nest, targets: Nest) -> None:
+        """Keep the outputs and targets of the part that runs."""
+        self._pairs.append((outputs, targets))
+
+    def one_by_one(self, loss: MicroBatchLoss) -> None:
+        """Add what each part gives."""
+        for numbers in self._evaluator.in_parts(
+            self._batch, lambda part: self._numbers(part, loss)
+        ):
+            self._totals.add(*numbers)
+
+    def outputs_first(self, encode: Encode, loss: FullBatchLoss) -> None:
+        """Compute all outputs, and add the loss of all, weighted by the examples."""
+        evaluator, examples = self._evaluator, size_of(self._batch)
+        forward = evaluator.gradient.precision.forward
+
+        def outputs_of(part: Nest) -> tuple[Nest, Nest]:
+            with forward():
+                return encode(self._on_device(part))
+
+        pairs = list(evaluator.in_parts(self._batch, outputs_of))
+        with evaluator.limited(), torch.no_grad():
+            outputs, targets = joined(pairs)
+            with forward():
+                value = loss(outputs, targets)
+            metrics = evaluator.measured(outputs, targets, examples)
+            self._totals.add((in_widest(value) * examples, examples), metrics)
+
+    def _numbers(self, part: Nest, loss: MicroBatchLoss) -> "tuple[_Number, dict[str, _Number]]":
+        evaluator = self._evaluator
+        self._pairs.clear()
+        with evaluator.gradient.precision.forward():
+            loss_sum, terms = loss(self._on_device(part))
+        metrics: dict[str, _Number] = {}
+        for outputs, targets in self._pairs:
+            metrics |= evaluator.measured(outputs, targets, size_of(part))
+        self._pairs.clear()
+        return (in_widest(loss_sum), self._terms(part, terms)), metrics
+
+    def _terms(self, part: Nest, terms: Terms) -> float | None:
+        """What the summed loss is divided by; None where nothing divides it."""
+        objective = self._evaluator.objective
+        if not objective.divides:
+            return None
+        return objective.denominator(part) if terms is None else float(terms)
+
+    def _on_device(self, part: Nest) -> MicroBatch:
+        return MicroBatch(self._evaluator.gradient.feed.move(part), part)
 
 
 _Number = tuple[Tensor, float | None]  # A sum and its terms; None where nothing is divided.
@@ -258,39 +312,6 @@ class _Totals:
         self.loss.add(*loss)
         for name, number in metrics.items():
             self.metrics.setdefault(name, _Mean()).add(*number)
-
-
-def _shown(recipe: Recipe, part: Nest) -> tuple[Tensor, float | None, list[tuple[Nest, Nest]]]:
-    """The summed loss of one part, its terms, and outputs and targets where they are known."""
-    pairs: list[tuple[Nest, Nest]] = []
-    objective = recipe.objective
-    with recipe.precision.forward():
-        loss_sum, terms = objective.share(
-            recipe.model,
-            recipe.feed.move(part),
-            host=part,
-            borrowed=0,
-            witness=lambda outputs, targets: pairs.append((outputs, targets)),
-        )
-    compared = compared_by(objective)
-    if compared is not None and not compared.loss.divides:
-        return loss_sum, None, pairs
-    return loss_sum, objective.denominator(part) if terms is None else float(terms), pairs
-
-
-def _encoded(recipe: Recipe, objective: Whole, part: Nest) -> tuple[Nest, Nest]:
-    with recipe.precision.forward():
-        return objective.encode(recipe.model, recipe.feed.move(part), 0)
-
-
-def _ignored(objective: Objective) -> int:
-    """The class that counts for nothing."""
-    compared = compared_by(objective)
-    settings: Callable[[], Mapping[str, object]] = getattr(
-        compared and compared.loss, "settings", dict
-    )
-    ignored = settings().get("ignore_index", -100)
-    return ignored if isinstance(ignored, int) else -100
 
 
 def _accuracy(outputs: Nest, targets: Nest, ignored: int) -> dict[str, _Number]:

@@ -1,7 +1,7 @@
 """The objective where no loss is given: the model's own, or the one that the targets suggest."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,15 @@ from autobatch.devices.failures import verdict_of
 from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import targets_of
-from autobatch.training.objective import Compared, Move, Witness
+from autobatch.training.objective import MicroBatch, Move, Objective, Passes, Record
 from autobatch.training.own_loss import OwnLoss, call_with_labels, own_loss_of
+from autobatch.training.supervised import Compared
 from autobatch.training.undisturbed import undisturbed
 
 
 @dataclass(slots=True, kw_only=True)
-class Inferred:
-    """Asks the model once whether it returns a loss of its own.
+class Inferred(Objective):
+    """Finds out once whether the model returns a loss of its own.
 
     Attributes:
         otherwise: What is made smaller if it does not.
@@ -28,38 +29,42 @@ class Inferred:
 
     otherwise: Compared
     _own: OwnLoss | None = field(default=None, init=False)
-    _asked: bool = field(default=False, init=False)
+    _known: bool = field(default=False, init=False)
 
     @property
-    def chosen(self) -> Compared | None:
-        """What compares outputs and targets; None where the model does that itself."""
-        return None if self._own is not None else self.otherwise
+    def takes_context(self) -> bool:
+        """True where the model returns no loss of its own."""
+        return self._own is None and self.otherwise.takes_context
 
-    def apart(self) -> "Inferred":
-        """Return another that knows the same."""
-        other = Inferred(otherwise=self.otherwise.apart())
-        other._own = None if self._own is None else self._own.apart()
-        other._asked = self._asked
+    @property
+    def only_reads_targets(self) -> bool:
+        """True where the model returns no loss of its own."""
+        return self._own is None and self.otherwise.only_reads_targets
+
+    def for_evaluation(self) -> "Inferred":
+        """Return another objective that knows the same."""
+        other = Inferred(otherwise=self.otherwise.for_evaluation())
+        other.load_state_dict(self.state_dict())
         return other
 
-    def learnt(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """Return what is known of the model's own loss, if it has one."""
-        return {"own": None if self._own is None else self._own.state_dict(), "asked": self._asked}
+        return {"own": None if self._own is None else self._own.state_dict(), "known": self._known}
 
-    def relearn(self, learnt: Mapping[str, Any]) -> None:
-        """Know it again."""
-        self._asked = bool(learnt["asked"])
-        self._own = None if learnt["own"] is None else OwnLoss()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned."""
+        self._known = bool(state["known"])
+        self._own = None if state["own"] is None else OwnLoss()
         if self._own is not None:
-            self._own.load_state_dict(learnt["own"])
+            self._own.load_state_dict(state["own"])
 
-    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Ask the model, with one example, and find out what its mean counts."""
-        if not self._asked:
+    def prepare(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
+        """Try the model once, with one example, and find out what its mean counts."""
+        if not self._known:
             self._own = _own_loss(model, batch, move)
-            self._asked = True
+            self._known = True
         if self._own is None:
-            self.otherwise.settle(model, batch, move, cut=cut)
+            self.otherwise.prepare(model, batch, move, cut=cut)
         elif cut:
             self._own.settle(model, batch, move)
 
@@ -69,30 +74,25 @@ class Inferred:
             return self._own.denominator(batch)
         return self.otherwise.denominator(batch)
 
-    def share(
-        self,
-        model: nn.Module,
-        micro_batch: Nest,
-        *,
-        host: Nest,
-        borrowed: int,
-        witness: Witness | None,
-    ) -> tuple[Tensor, Terms]:
-        """Return the model's own loss times its terms, or that of its outputs."""
+    def run(self, passes: Passes, model: nn.Module, record: Record | None = None) -> None:
+        """Run each micro-batch by itself: the model's own loss, or that of its outputs."""
         if self._own is None:
-            return self.otherwise.share(
-                model, micro_batch, host=host, borrowed=borrowed, witness=witness
-            )
-        outputs = call_with_labels(model, micro_batch)
-        if witness is not None:
-            witness(outputs, targets_of(micro_batch))
-        return self._own.summed(outputs, host)
+            self.otherwise.run(passes, model, record)
+            return
+        own = self._own
 
+        def loss_of(micro_batch: MicroBatch) -> tuple[Tensor, Terms]:
+            outputs = call_with_labels(model, micro_batch.batch)
+            if record is not None:
+                record(outputs, targets_of(micro_batch.batch))
+            return own.summed(outputs, micro_batch.host)
 
-def compared_by(objective: object) -> Compared | None:
-    """Return what compares outputs and targets here, if something does."""
-    chosen = objective.chosen if isinstance(objective, Inferred) else objective
-    return chosen if isinstance(chosen, Compared) else None
+        passes.one_by_one(loss_of)
+
+    def notes(self, *, cut: bool) -> Iterator[str]:
+        """Yield what was inferred from floating targets."""
+        if self._own is None:
+            yield from self.otherwise.notes(cut=cut)
 
 
 def _own_loss(model: nn.Module, batch: Nest, move: Move) -> OwnLoss | None:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autobatch.batches.nest import WAY_OUT_OF_A_LIST, Nest, describe
-from autobatch.training.summed import Loss, Summed, widened
+from autobatch.training.summed import Loss, widened
 from autobatch.training.wide import in_widest
 
 _Settings = Mapping[str, object]  # The keyword arguments of one of torch's functionals.
@@ -37,7 +37,7 @@ class _Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class _KnownLoss:
+class _KnownLoss(Loss):
     recipe: _Recipe
     settings: Callable[[], _Settings]
 
@@ -48,6 +48,11 @@ class _KnownLoss:
     @property
     def divides(self) -> bool:
         return self.settings().get("reduction", "mean") != "sum"
+
+    @property
+    def ignored_class(self) -> int:
+        ignored = self.settings().get("ignore_index", -100)
+        return ignored if isinstance(ignored, int) else -100
 
     def denominator(self, targets: Nest, examples: int) -> float:
         return float(self.terms(targets, examples))
@@ -66,37 +71,23 @@ class _KnownLoss:
         return self.recipe.terms(target, settings)
 
     def summed(
-        self, outputs: Nest, targets: Nest, examples: int
+        self,
+        outputs: Nest,
+        targets: Nest,
+        examples: int,  # noqa: ARG002  # The protocol's.
     ) -> tuple[Tensor, Tensor | float | None]:
-        return self.for_window()(outputs, targets, examples)
-
-    def for_window(self) -> Summed:
-        recipe, functional = self.recipe, self.recipe.functional
-        settings = {**self.settings(), "reduction": "sum"}
-        weights = {n: w for n in recipe.weights if isinstance(w := settings.get(n), Tensor)}
-
-        def summed(
-            outputs: Nest,
-            targets: Nest,
-            examples: int,  # noqa: ARG001  # The protocol's.
-        ) -> tuple[Tensor, Tensor | float | None]:
-            output, target = outputs, targets
-            if type(output) is not Tensor or output.dtype is torch.float16:
-                output = widened(self._only_tensor("outputs", outputs))
-            if type(target) is not Tensor or target.dtype is torch.float16:
-                target = widened(self._only_tensor("targets", targets))
-            if recipe.elementwise:
-                _refuse_broadcast(recipe, output, target)
-                _refuse_uncuttable(recipe, target, settings)
-            fitting = settings
-            if weights:  # The model may have been moved since they were made.
-                own = {n: widened(weight.to(output.device)) for n, weight in weights.items()}
-                if recipe.elementwise:
-                    own = {n: weight.expand_as(target) for n, weight in own.items()}
-                fitting = {**settings, **own}
-            return functional(output, target, **fitting), None
-
-        return summed
+        recipe, settings = self.recipe, {**self.settings(), "reduction": "sum"}
+        output = widened(self._only_tensor("outputs", outputs))
+        target = widened(self._only_tensor("targets", targets))
+        if recipe.elementwise:
+            _refuse_broadcast(recipe, output, target)
+            _refuse_uncuttable(recipe, target, settings)
+        for name in recipe.weights:
+            weight = settings.get(name)
+            if isinstance(weight, Tensor):  # The model may have been moved since it was made.
+                own = widened(weight.to(output.device))
+                settings[name] = own.expand_as(target) if recipe.elementwise else own
+        return recipe.functional(output, target, **settings), None
 
     def _only_tensor(self, role: Literal["outputs", "targets"], nest: Nest) -> Tensor:
         if isinstance(nest, Tensor):
@@ -109,7 +100,7 @@ class _KnownLoss:
 
 
 @dataclass(slots=True)
-class InferredLoss:
+class InferredLoss(Loss):
     """Cross-entropy for integer targets and mean squared error for floating ones.
 
     Attributes:
@@ -144,9 +135,13 @@ class InferredLoss:
         self.squares = known is _MEAN_SQUARED_ERROR
         return known.summed(outputs, targets, examples)
 
-    def for_window(self) -> Summed:
-        """Return the same: there are no settings."""
-        return self.summed
+    def notes(self) -> Iterator[str]:
+        """Yield what a user should know who wanted another loss for floating targets."""
+        if self.squares:
+            yield (
+                "no loss was given and the targets are floating, so the loss is the mean squared "
+                "error; for classes pass integer targets, or loss="
+            )
 
 
 def _infer(targets: Nest) -> _KnownLoss:

@@ -19,9 +19,15 @@ from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import largest_piece
 from autobatch.devices.failures import verdict_of
 from autobatch.results import Verdict
+from autobatch.training.engine.gradient_pass import GradientPass
+from autobatch.training.objective import (
+    Encode,
+    FullBatchLoss,
+    MicroBatch,
+    MicroBatchLoss,
+    Passes,
+)
 from autobatch.training.undisturbed import undisturbed
-from autobatch.training.whole_batch import Whole
-from autobatch.training.window import Recipe
 
 INDEXED: Final = 2**31  # Elements that 32 bits can tell apart.
 
@@ -35,13 +41,13 @@ class LargeCheck:
     """Compares the last rows of a large size with those of a few examples.
 
     Args:
-        recipe: What a training step is made of.
+        gradient: Computes the gradient of a training step.
         sample: Real examples.
         indexed: How many elements an operation may have and be believed.
     """
 
-    def __init__(self, recipe: Recipe, sample: Nest, indexed: int = INDEXED) -> None:
-        self._recipe = recipe
+    def __init__(self, gradient: GradientPass, sample: Nest, indexed: int = INDEXED) -> None:
+        self._gradient = gradient
         self._sample = sample
         self._indexed = indexed
         self._few: tuple[list[int], list[int]] | None = None  # Elements by operation, at two sizes.
@@ -65,7 +71,7 @@ class LargeCheck:
         if peak_bytes <= self._indexed or size <= 2 * _FEW:
             return ""
         try:
-            with undisturbed(self._recipe.model), _plain_kernels():
+            with undisturbed(self._gradient.model), _plain_kernels():
                 return self._compare(size) if self._passes(size) else ""
         except Exception as error:
             if verdict_of(error) is Verdict.FATAL:
@@ -113,19 +119,11 @@ class LargeCheck:
 
     def _outputs(self, batch: Nest) -> list[Tensor]:
         """What the model returns for a batch: all that has rows of numbers that are not whole."""
-        recipe, shown = self._recipe, []
-        objective, moved = recipe.objective, recipe.feed.move(batch)
-        with recipe.precision.forward():
-            if isinstance(objective, Whole):
-                shown.append(objective.encode(recipe.model, moved, 0)[0])
-            else:
-                objective.share(
-                    recipe.model,
-                    moved,
-                    host=batch,
-                    borrowed=0,
-                    witness=lambda outputs, _: shown.append(outputs),
-                )
+        gradient = self._gradient
+        shown: list[Nest] = []
+        passes = _OnePass(MicroBatch(gradient.feed.move(batch), batch), shown)
+        with gradient.precision.forward():
+            gradient.objective.run(passes, gradient.model, lambda outputs, _: shown.append(outputs))
         found = [tensor.detach() for tensor in tensors(shown) if tensor.ndim]
         return [tensor for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
 
@@ -134,8 +132,8 @@ class LargeCheck:
         last = _last_rows(found, expected)
         if last is None:
             return False
-        coarse = self._recipe.precision.name != "fp32" or any(
-            tensor.dtype in _SIXTEEN for tensor in (expected, *self._recipe.model.parameters())
+        coarse = self._gradient.precision.name != "fp32" or any(
+            tensor.dtype in _SIXTEEN for tensor in (expected, *self._gradient.model.parameters())
         )
         tolerance = _COARSE if coarse else _FINE
         return not _distance(last, expected) <= tolerance * _largest(expected)
@@ -155,6 +153,20 @@ def elements_at(size: int, few: list[int], twice: list[int]) -> int:
     return max(
         one + (two - one) * (size - _FEW) // _FEW for one, two in zip(few, twice, strict=True)
     )
+
+
+class _OnePass(Passes):
+    """Runs one micro-batch forward, and keeps its outputs where nothing else records them."""
+
+    def __init__(self, micro_batch: MicroBatch, shown: list[Nest]) -> None:
+        self._micro_batch = micro_batch
+        self._shown = shown
+
+    def one_by_one(self, loss: MicroBatchLoss) -> None:
+        loss(self._micro_batch)
+
+    def outputs_first(self, encode: Encode, loss: FullBatchLoss) -> None:  # noqa: ARG002
+        self._shown.append(encode(self._micro_batch)[0])
 
 
 class _Counter(TorchDispatchMode):

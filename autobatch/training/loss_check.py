@@ -6,7 +6,6 @@ BatchNorm cannot disturb it.
 """
 
 import contextlib
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from autobatch.batches.nest import Nest, cut, join, map_tensors, size_of, tensors
 from autobatch.errors import InexactStepError
 from autobatch.randomness import random_state
-from autobatch.training.losses import UnrecognisedLoss
 from autobatch.training.summed import Loss
 
 Value = TypeVar("Value")
@@ -281,17 +279,8 @@ def _no_trace(loss: Loss, parts: Sequence[Nest]) -> Iterator[None]:
             # It would round again what was just made precise.
             stack.enter_context(torch.autocast(name, enabled=False))
         stack.callback(random_state())
-        stack.enter_context(_state_kept(_module_of(loss)))
+        stack.enter_context(_state_kept(loss.module or nn.Module()))
         yield
-
-
-def _module_of(loss: Loss) -> nn.Module:
-    """The module that the loss is, or is a method or partial of; an empty one if there is none."""
-    function: object = loss.function if isinstance(loss, UnrecognisedLoss) else None
-    while isinstance(function, functools.partial):
-        function = function.func
-    owner = getattr(function, "__self__", function)
-    return owner if isinstance(owner, nn.Module) else nn.Module()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Torch's own are recognised by identity: the targets give their terms. Every othe
 mean over examples or ``(sum, terms)`` by what it returns, which ``loss_check`` then tests.
 """
 
+import functools
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe
 from autobatch.training.known_losses import InferredLoss, known_functional, known_module
-from autobatch.training.summed import Loss, Summed, widened
+from autobatch.training.summed import Loss, widened
 from autobatch.training.wide import in_widest
 
 
@@ -39,7 +40,7 @@ def resolve_loss(loss: Callable[..., object] | None) -> Loss:
 
 
 @dataclass(slots=True)
-class UnrecognisedLoss:
+class UnrecognisedLoss(Loss):
     """Any callable: a mean over examples or ``(sum, terms)``, for as long as the check agrees."""
 
     function: Callable[..., object]
@@ -84,9 +85,14 @@ class UnrecognisedLoss:
         self._remember("a mean")
         return widened(_scalar("the loss", result)) * examples, None
 
-    def for_window(self) -> Summed:
-        """Return the same: its settings are its own."""
-        return self.summed
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that the function is, or is a method or partial of."""
+        function: object = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        owner = getattr(function, "__self__", function)
+        return owner if isinstance(owner, nn.Module) else None
 
     def _remember(self, kind: Literal["a mean", "(sum, terms)"]) -> None:
         if self._kind not in {None, kind}:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autobatch.batches.nest import Nest, size_of, take, tensors
-from autobatch.batches.pieces import largest_piece
+from autobatch.batches.nest import Nest, tensors
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import InexactStepError
 from autobatch.results import Verdict
 from autobatch.training.undisturbed import undisturbed
+from autobatch.training.verification import (
+    DoublingSchedule,
+    alone_and_together,
+    first_and_last,
+)
 
 # How far the same row may differ, as a fraction of the largest output: kernels differ by size.
 _TOLERANCES: Final = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -35,8 +39,7 @@ class MixingCheck:
     that has one row an example.
     """
 
-    _windows: int = field(default=0, init=False)
-    _asked: int = field(default=0, init=False)
+    _schedule: DoublingSchedule = field(default_factory=DoublingSchedule, init=False)
     _shown: bool = field(default=False, init=False)
 
     def ask(self, model: nn.Module, outputs_of: Outputs, batch: Nest) -> None:
@@ -50,19 +53,16 @@ class MixingCheck:
         Raises:
             InexactStepError: If an example's outputs depend on the other one.
         """
-        self._windows += 1
-        if self._shown or self._windows < 1 << self._asked:
+        self._schedule.seen += 1
+        if self._shown or not self._schedule.is_due:
             return
-        piece = largest_piece(batch)
-        if size_of(piece) < 2:
+        pair = first_and_last(batch)
+        if pair is None:
             return
-        self._asked += 1
+        self._schedule.passed += 1
         if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
             return
-        rows = [0, size_of(piece) - 1]
-        found = _outputs(
-            model, outputs_of, [take(piece, row) for row in (rows[:1], rows[1:], rows)]
-        )
+        found = _outputs(model, outputs_of, alone_and_together(pair))
         if found is None:
             return
         one, other, both, again = found
@@ -85,10 +85,10 @@ class MixingCheck:
 def _outputs(
     model: nn.Module, outputs_of: Outputs, batches: Sequence[Nest]
 ) -> list[list[Tensor]] | None:
-    """What has a row for each example, for each batch, the last one twice; None: cannot tell."""
+    """What has a row for each example, for each batch; None: cannot tell."""
     try:
         with undisturbed(model):
-            made = [list(tensors(outputs_of(batch))) for batch in (*batches, batches[-1])]
+            made = [list(tensors(outputs_of(batch))) for batch in batches]
     except InexactStepError:
         raise
     except Exception as error:  # A model may refuse a single example, and be no worse for it.

@@ -1,169 +1,190 @@
-"""How a micro-batch becomes a summed loss, and what a logical batch's sums are divided by."""
+"""What training minimizes, and what a split of its batch has to respect."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from autobatch.batches.nest import Nest, size_of
-from autobatch.batches.pieces import pieces_of
+from autobatch.batches.nest import Nest
 from autobatch.training.accumulate import Terms
-from autobatch.training.forward import Forward, own_rows, run_forward, targets_of
-from autobatch.training.mixing import MixingCheck
-from autobatch.training.summed import Loss
 
 Move = Callable[[Nest], Nest]
-Witness = Callable[[Nest, Nest], None]
-Share = Callable[[tuple[Nest, Nest, int]], tuple[Tensor, Terms]]  # On the device, host, borrowed.
+Record = Callable[[Nest, Nest], None]
 
 
-class Objective(Protocol):
-    """What is made smaller: a sum for each micro-batch, and the logical batch's denominator.
+class MicroBatch(NamedTuple):
+    """One micro-batch as a forward pass takes it.
 
-    Those that derive from it learn nothing, unless they say otherwise.
+    Attributes:
+        batch: Examples on the device.
+        host: The same examples where they came from, so that counting them waits for nothing.
+        context: How many examples at the beginning belong to another micro-batch. A layer that
+            normalizes by the batch needs them; the loss leaves them out.
     """
 
-    def apart(self) -> "Objective":
-        """Return one that knows the same, and whatever it learns does not reach this one."""
-        return self
+    batch: Nest
+    host: Nest
+    context: int = 0
 
-    def learnt(self) -> dict[str, object]:
-        """Return what ``relearn`` takes: plain values."""
-        return {}
 
-    def relearn(self, learnt: Mapping[str, Any]) -> None:  # noqa: ARG002  # Nothing was learnt.
-        """Know what was learnt before a checkpoint was written."""
-        return
+MicroBatchLoss = Callable[[MicroBatch], tuple[Tensor, Terms]]
+Encode = Callable[[MicroBatch], tuple[Nest, Nest]]
+FullBatchLoss = Callable[[Nest, Nest], Tensor]
 
-    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Learn from a logical batch what has to be known before its first backward pass.
 
-        Args:
-            model: On the device.
-            batch: On the host, or wherever it is.
-            move: Returns a copy on the device.
-            cut: Whether it is to be cut.
-        """
+class Passes(Protocol):
+    """The two ways to run a logical batch in micro-batches.
 
-    def denominator(self, batch: Nest) -> float:
-        """Return what the logical batch's summed loss is divided by; 0 if no term is valid.
+    Training, evaluation and the check of kernels each implement both, and an objective picks one.
+    """
 
-        Where only the loss knows, it is the examples: the gradient is rescaled at the end.
-        """
-
-    def share(
-        self,
-        model: nn.Module,
-        micro_batch: Nest,
-        *,
-        host: Nest,
-        borrowed: int,
-        witness: Witness | None,
-    ) -> tuple[Tensor, Terms]:
-        """Return the summed loss of a micro-batch, and its terms where only the loss knows them.
+    def one_by_one(self, loss: MicroBatchLoss) -> None:
+        """Run each micro-batch by itself.
 
         Args:
-            model: Run forward once.
-            micro_batch: On the device.
-            host: The same where it came from, so that counting it waits for nothing.
-            borrowed: Examples at its beginning that have been counted before: they are there for
-                a layer that normalises by the batch.
-            witness: Is shown the outputs and targets, if there are some.
+            loss: Returns the summed loss of a micro-batch, and its terms where only the loss can
+                count them.
+        """
+
+    def outputs_first(self, encode: Encode, loss: FullBatchLoss) -> None:
+        """Compute the outputs of all micro-batches, then one loss over all of them.
+
+        Args:
+            encode: Returns outputs and targets of a micro-batch, one row an example.
+            loss: Takes all outputs and all targets, and returns a scalar.
+        """
+
+
+class Verifier(Protocol):
+    """Holds user code to the accumulation identity, from what one logical batch produces."""
+
+    def record(self, outputs: Nest, targets: Nest) -> None:
+        """Take the outputs and targets of one micro-batch."""
+
+    def finish(self) -> None:
+        """Judge what was recorded, after the last backward pass.
+
+        Raises:
+            InexactStepError: If a split changes the loss.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared(Objective):
-    """Outputs of the model, compared with targets by a loss.
+class CutBatch:
+    """A logical batch that is about to run in several micro-batches.
 
     Attributes:
-        loss: Resolved.
-        forward: The user's, or None for the standard one.
-        mixing: Whether the model mixes examples; None does not ask.
+        number: How many logical batches were cut so far, with this one: counted from 1.
+        micro_batches: How many it is cut into.
+        ragged: Whether examples differ in shape, so that the batch holds several tensors for one.
+        move: Returns a copy of a batch on the device.
     """
 
-    loss: Loss
-    forward: Forward | None
-    mixing: MixingCheck | None = field(default_factory=MixingCheck)
+    number: int
+    micro_batches: int
+    ragged: bool
+    move: Move
+
+
+class Objective(Protocol):
+    """What training minimizes, and everything that other modules need to know about it.
+
+    No module asks for the class of an objective. A new kind of loss derives from this protocol,
+    overrides what differs from these defaults, and is complete.
+    """
 
     @property
-    def reads_targets(self) -> bool:
-        """Whether a loss of torch's compares what the standard forward gives."""
-        return self.forward is None and not self.loss.checked
+    def needs_full_batch(self) -> bool:
+        """True if the outputs of all micro-batches are in memory at the same time."""
+        return False
 
     @property
-    def may_widen(self) -> bool:
-        """Whether a loss of torch's takes the mean of what a ``forward`` makes, however wide."""
-        return self.forward is not None and not self.loss.checked and self.loss.divides
+    def shows_outputs(self) -> bool:
+        """True if outputs and targets are visible, so that metrics can be measured on them."""
+        return True
 
-    def apart(self) -> "Compared":
-        """Return one that asks nothing of the model."""
-        return Compared(loss=self.loss, forward=self.forward, mixing=None)
+    @property
+    def takes_context(self) -> bool:
+        """True if a single example may run beside one of its neighbors, for BatchNorm's sake."""
+        return False
 
-    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Hold the model to treating each example by itself, where that matters."""
-        if not cut or self.mixing is None:
-            return
-        self.mixing.ask(model, lambda nest: run_forward(self.forward, model, move(nest))[0], batch)
+    @property
+    def only_reads_targets(self) -> bool:
+        """True if nothing writes to the targets, so that targets on the device need no copy."""
+        return False
+
+    @property
+    def divides(self) -> bool:
+        """True if the summed loss is divided by something; False for ``reduction="sum"``."""
+        return True
+
+    @property
+    def ignored_class(self) -> int:
+        """The class index that the loss leaves out of its mean, and accuracy with it."""
+        return -100
+
+    def for_evaluation(self) -> "Objective":
+        """Return an objective with the same knowledge, whose changes do not reach this one."""
+        return self
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what was found out about the loss, as plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: ARG002  # No state here.
+        """Continue from what ``state_dict`` returned."""
+        return
+
+    def prepare(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:  # noqa: ARG002
+        """Find out what has to be known before the first backward pass over a logical batch.
+
+        Args:
+            model: On the device.
+            batch: The logical batch, on the host or wherever it is.
+            move: Returns a copy of a batch on the device.
+            cut: Whether the batch will run in several micro-batches.
+
+        Raises:
+            InexactStepError: If a split would change the step.
+        """
+        return
 
     def denominator(self, batch: Nest) -> float:
-        """Return what the loss divides by; the examples where a ``forward`` makes the targets."""
-        if not self.loss.divides:
-            return 1
-        if self.forward is not None:
-            return size_of(batch)
-        pieces = pieces_of(batch)
-        return sum(self.loss.denominator(targets_of(piece), size_of(piece)) for piece in pieces)
+        """Return what the summed loss of a logical batch is divided by; 0 if no term is valid.
 
-    def share(
-        self,
-        model: nn.Module,
-        micro_batch: Nest,
-        *,
-        host: Nest,
-        borrowed: int,
-        witness: Witness | None,
-    ) -> tuple[Tensor, Terms]:
-        """Return the summed loss of the outputs."""
-        outputs, targets = own_rows(self.forward, model, micro_batch, borrowed)
-        known = self.forward is None and not self.loss.checked  # It does not ask how many.
-        examples = 0 if known else size_of(host) - borrowed  # There, what is shared is marked.
-        if self.forward is not None and self.loss.checked:
-            examples = _rows(outputs, targets, examples)
-        if witness is not None:
-            witness(outputs, targets)
-        loss_sum, terms = self.loss.summed(outputs, targets, examples)
-        if self.forward is not None and terms is None and self.loss.divides:
-            terms = self.loss.terms(targets, examples)
-        return loss_sum, terms
-
-    def quick_share(self, model: nn.Module) -> Share | None:
-        """Return ``share`` for one window, with what does not change in it looked up once.
-
-        A small net's micro-batch takes 70 microseconds: what it does not need is not asked. None
-        where something is.
+        Where only the loss can count its terms, this is the number of examples, and the finished
+        gradient is rescaled.
         """
-        if not self.reads_targets:
-            return None
-        summed = self.loss.for_window()
 
-        def share(micro_batch: tuple[Nest, Nest, int]) -> tuple[Tensor, Terms]:
-            nest, host, borrowed = micro_batch
-            if borrowed or type(nest) is not tuple or len(nest) != 2:
-                return self.share(model, nest, host=host, borrowed=borrowed, witness=None)
-            return summed(model(nest[0]), nest[1], 0)
+    def run(self, passes: Passes, model: nn.Module, record: Record | None = None) -> None:
+        """Run one logical batch.
 
-        return share
+        Args:
+            passes: Runs the micro-batches in one of two ways.
+            model: On the device.
+            record: Takes the outputs and targets of each micro-batch, where there are some.
+        """
 
+    def verifier(self, cut: CutBatch) -> Verifier | None:  # noqa: ARG002  # Nothing to verify.
+        """Return what verifies the loss in this logical batch, or None if nothing is due."""
+        return None
 
-def _rows(outputs: Nest, targets: Nest, examples: int) -> int:
-    """What a mean is over, of what a ``forward`` returns: its rows.
+    def check_finite(self, finite: Sequence[bool]) -> None:  # noqa: ARG002  # All of one kind.
+        """Refuse losses which are not finite for a reason that more examples would hide.
 
-    Those need not be the examples: ``outputs[mask]`` has one for each valid token. Where nothing
-    has rows, they are.
-    """
-    try:
-        return size_of((outputs, targets))
-    except ValueError:
-        return examples
+        Args:
+            finite: For each micro-batch, whether its loss is finite.
+
+        Raises:
+            InexactStepError: If that is so.
+        """
+        return
+
+    def notes(self, *, cut: bool) -> Iterator[str]:  # noqa: ARG002  # Nothing to say.
+        """Yield a sentence for each thing about the loss that a user should know.
+
+        Args:
+            cut: Whether logical batches ran in several micro-batches.
+        """
+        yield from ()

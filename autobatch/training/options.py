@@ -3,8 +3,9 @@
 import functools
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import nn
@@ -13,30 +14,36 @@ from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.snapshots import check_directory, write_snapshot
+from autobatch.events import Observer
 from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
 from autobatch.training.custom import BatchLoss, Custom
+from autobatch.training.engine.batch_gradient import BatchGradient
+from autobatch.training.engine.gradient_pass import GradientPass
+from autobatch.training.engine.nonfinite import NonFinite, NonFinitePolicy, check_nonfinite
+from autobatch.training.engine.step_runner import StepRunner
+from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.feed import Feed
 from autobatch.training.forward import Forward
 from autobatch.training.inferred import Inferred
 from autobatch.training.losses import resolve_loss
 from autobatch.training.members import Members
-from autobatch.training.objective import Compared, Objective
+from autobatch.training.objective import Objective
 from autobatch.training.precision import (
     Precision,
     PrecisionName,
     check_precision,
     scaler_for,
 )
+from autobatch.training.replay import MicroBatchSize
+from autobatch.training.schedule import Schedule
+from autobatch.training.supervised import Compared
 from autobatch.training.update import Update
 from autobatch.training.whole_batch import Whole, WholeBatch
-from autobatch.training.window import Recipe
 
-NonFinite = Literal["raise", "skip", "ignore"]
 LossLike = Callable[..., object]
 
-_NON_FINITE: Final = ("raise", "skip", "ignore")
 _WIDE: Final = (None, torch.float32, torch.float64)
 
 
@@ -65,8 +72,7 @@ class StepOptions:
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_batch_norm(self.batch_norm)
-        if self.nonfinite not in _NON_FINITE:
-            raise ValueError(f"nonfinite must be one of {_NON_FINITE}, got {self.nonfinite!r}")
+        check_nonfinite(self.nonfinite)
         if self.gradient_dtype not in _WIDE:
             raise ValueError(
                 f"gradient_dtype must be torch.float32 or None, got {self.gradient_dtype!r}"
@@ -118,28 +124,70 @@ class StepOptions:
         loss = self.loss.loss if isinstance(self.loss, WholeBatch) else self.loss
         return loss if isinstance(loss, nn.Module) else None
 
-    def recipe(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> Recipe:
+    def train_step(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> TrainStep:
         """Return what a step is made of."""
         kind = device.torch_device.type
         loss = [] if self.loss_module is None else [self.loss_module]
-        return Recipe(
+        scaler = scaler_for(self.precision, self.scaler, kind)
+        update = Update(
+            optimizer=optimizer,
+            device=device,
+            scaler=scaler,
+            clip_grad_norm=self.clip_grad_norm,
+            clip_grad_value=self.clip_grad_value,
+            needs_norm=self.nonfinite == "skip",
+            snapshot=self.snapshot_steps,
+        )
+        gradient = GradientPass(
             model=model,
             objective=self.objective(),
-            update=Update(
-                optimizer=optimizer,
-                device=device,
-                scaler=scaler_for(self.precision, self.scaler, kind),
-                clip_grad_norm=self.clip_grad_norm,
-                clip_grad_value=self.clip_grad_value,
-                needs_norm=self.nonfinite == "skip",
-                snapshot=self.snapshot_steps,
-            ),
+            device=device,
             precision=Precision(name=self.precision, device_type=kind),
             batch_norm=self.batch_norm,
             gradient_dtype=self.gradient_dtype,
+            scaler=scaler,
             feed=Feed(device.torch_device),
             generators=list(generators_in(model)),
-            members=Members(model, loss, optimizer),
+            members=Members(model, loss, update.parameters),
+        )
+        return TrainStep(gradient=gradient, update=update)
+
+    def step_runner(
+        self,
+        step: TrainStep,
+        micro_batch: int | None,
+        schedule: Schedule,
+        *,
+        limited: Callable[[], AbstractContextManager[None]] = nullcontext,
+        limit_bytes: int | None = None,
+        observer: Observer = lambda _: None,
+        multiple_of: int = 1,
+    ) -> StepRunner:
+        """Return what takes such steps.
+
+        Args:
+            step: From ``train_step``.
+            micro_batch: The largest micro-batch; None is the whole batch until memory runs out.
+            schedule: The learning rate's.
+            limited: Returns the context in which memory may be used.
+            limit_bytes: The limit of that context, or None.
+            observer: Receives an event for each retry.
+            multiple_of: Micro-batches are multiples of this.
+        """
+        return StepRunner(
+            gradient=BatchGradient(
+                passes=step.gradient,
+                size=MicroBatchSize(micro_batch),
+                limited=limited,
+                limit_bytes=limit_bytes,
+                observer=observer,
+                multiple_of=multiple_of,
+                retry=self.replay,
+                on_oom=self.ran_out,
+            ),
+            update=step.update,
+            nonfinite=NonFinitePolicy(mode=self.nonfinite, scales=step.update.scaler is not None),
+            schedule=schedule,
         )
 
 

@@ -17,6 +17,7 @@ from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import pieces_of
 from autobatch.errors import InexactStepError
 from autobatch.training.undisturbed import undisturbed
+from autobatch.training.verification import DoublingSchedule
 from autobatch.training.wide import in_widest
 
 _LABELS: Final = ("labels", "target")
@@ -94,23 +95,15 @@ class OwnLoss:
 
     training: bool = False
     _refuted: list[Counting] = field(default_factory=list, init=False)
-    _windows: int = field(default=0, init=False)
-    _agreed: int = field(default=0, init=False)  # How often the law was tried, and held.
+    _schedule: DoublingSchedule = field(default_factory=DoublingSchedule, init=False)
     _uneven: set[str] = field(default_factory=set, init=False)  # What examples have differed in.
-
-    def apart(self) -> "OwnLoss":
-        """Return another that knows the same."""
-        other = OwnLoss()
-        other.load_state_dict(self.state_dict())
-        return other
 
     def state_dict(self) -> dict[str, object]:
         """Return what was learnt, as plain values."""
         return {
             "training": self.training,
             "refuted": [counting.name for counting in self._refuted],
-            "windows": self._windows,
-            "agreed": self._agreed,
+            "schedule": self._schedule.state_dict(),
             "uneven": sorted(self._uneven),
         }
 
@@ -119,7 +112,7 @@ class OwnLoss:
         known = {counting.name: counting for counting in _ALL}
         self.training = bool(state["training"])
         self._refuted = [known[name] for name in state["refuted"]]
-        self._windows, self._agreed = int(state["windows"]), int(state["agreed"])
+        self._schedule.load_state_dict(state["schedule"])
         self._uneven = set(state["uneven"])
 
     def settle(self, model: nn.Module, batch_on_host: Nest, moved: Callable[[Nest], Nest]) -> None:
@@ -140,21 +133,21 @@ class OwnLoss:
             InexactStepError: If no mean over what autobatch can count keeps the law, or more than
                 one does and they differ for this batch.
         """
-        self._windows += 1
+        self._schedule.seen += 1
         possible = self._possible(batch_on_host)
         if _VALID in possible and not _VALID.terms(batch_on_host).any():
             return  # Nothing to learn from: it is skipped.
         agree = _same_weights(possible, batch_on_host)
         uneven = _uneven(batch_on_host)
-        is_told = agree and self._windows < 1 << self._agreed and uneven <= self._uneven
-        if size_of(batch_on_host) < 2 or is_told:
+        is_known = agree and not self._schedule.is_due and uneven <= self._uneven
+        if size_of(batch_on_host) < 2 or is_known:
             return
         self._uneven |= uneven
         pieces = pieces_of(batch_on_host)
         with undisturbed(model, training=self.training):
             pairs = (pair for piece in pieces for pair in _pairs(possible, piece))
             for pair in itertools.islice(pairs, 1):
-                self._agreed += self._try(model, pair, moved)
+                self._schedule.passed += self._try(model, pair, moved)
             for probe in (probe for piece in pieces for probe in _probes(piece)):
                 if _same_weights(self._possible(batch_on_host), batch_on_host):
                     return

@@ -7,26 +7,26 @@ from autobatch.batches.nest import Nest, size_of, tensors
 from autobatch.batches.pieces import example_bytes, largest_piece
 from autobatch.batches.sample import repeated
 from autobatch.state import attributes_of
+from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.large import LargeCheck
-from autobatch.training.window import Recipe
 
 
 class Rehearsal:
     """Runs windows that change the model as training would; whoever asked puts it back.
 
     Args:
-        recipe: What a training step is made of.
+        step: What a training step is made of.
         sample: Real examples; they are repeated to any size.
         desired: Examples in a whole window, of which a trial may run the first parts only; None
             where windows go on.
     """
 
-    def __init__(self, recipe: Recipe, sample: Nest, desired: int | None = None) -> None:
-        self._recipe = recipe
+    def __init__(self, step: TrainStep, sample: Nest, desired: int | None = None) -> None:
+        self._step = step
         self._sample = sample
         self._desired = desired
-        self._large = LargeCheck(recipe, sample)
-        scaler = recipe.update.scaler
+        self._large = LargeCheck(step.gradient, sample)
+        scaler = step.update.scaler
         self._put_scaler_back = attributes_of(scaler) if scaler is not None else lambda: None
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
@@ -35,22 +35,27 @@ class Rehearsal:
         Its batch is made here, on the host. The window calls ``mark`` after its first micro-batch,
         and before its optimizer's step.
         """
-        recipe = self._recipe
+        gradient, update = self._step.gradient, self._step.update
         batches = {size: repeated(self._sample, size) for size in set(sizes)}
         micro_batches = [batches[size] for size in sizes]
-        denominator = sum(recipe.prepared(nest, cut=False) for nest in micro_batches) or 1
+        denominator = sum(gradient.prepare(nest, cut=False) for nest in micro_batches) or 1
         more_follow = self._desired is None or sum(sizes) < self._desired
 
         def window() -> None:
-            recipe.begin()
-            start = recipe.start()  # Held as training holds it.
-            ledger = recipe.accumulate(
-                micro_batches, denominator, start, more_follow=more_follow, mark=mark
+            gradient.begin()
+            before = gradient.snapshot()  # Held as training holds it.
+            losses = gradient.run(
+                micro_batches,
+                denominator,
+                before,
+                finish=update.finish_gradient,
+                more_follow=more_follow,
+                mark=mark,
             )
-            recipe.check_gradient()
-            recipe.update.rehearse()
-            del start, ledger
-            recipe.clear()
+            update.check_gradient()
+            update.rehearse()
+            del before, losses
+            gradient.clear()
 
         return window
 
@@ -59,7 +64,11 @@ class Rehearsal:
 
         There none is sent ahead while the last computes.
         """
-        if not self._recipe.feed.sends_ahead or self._desired is None or 2 * size < self._desired:
+        if (
+            not self._step.gradient.feed.sends_ahead
+            or self._desired is None
+            or 2 * size < self._desired
+        ):
             return 0
         piece = largest_piece(self._sample)
         more = example_bytes(piece) * (size - size_of(piece))
@@ -71,5 +80,5 @@ class Rehearsal:
 
     def clear(self) -> None:
         """Let go of gradients, and of what a scaler notes about them."""
-        self._recipe.clear()
+        self._step.gradient.clear()
         self._put_scaler_back()

@@ -17,9 +17,9 @@ from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
-from autobatch.training.driver import Driver
+from autobatch.training.engine.nonfinite import NonFinite
 from autobatch.training.forward import Forward
-from autobatch.training.options import NonFinite, StepOptions
+from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.replay import MicroBatchSize
 from autobatch.training.schedule import Scheduler, SchedulerFactory, resolve_schedule
@@ -119,13 +119,10 @@ class Accumulator:
         present = next(model.parameters()).device
         device = open_device(choose_device(present, present))
         self._read = Reading()
-        self._driver = Driver(
-            recipe=options.recipe(model, optimizer, device),
-            size=MicroBatchSize(micro_batch),
-            nonfinite=options.nonfinite,
-            schedule=resolve_schedule(scheduler, optimizer),
-            replay=options.replay,
-            ran_out=options.ran_out,
+        self._runner = options.step_runner(
+            options.train_step(model, optimizer, device),
+            micro_batch,
+            resolve_schedule(scheduler, optimizer),
         )
 
     @property
@@ -135,17 +132,17 @@ class Accumulator:
         Set it between steps where memory changes: after layers were unfrozen, say, to what
         ``find_batch_size`` finds then.
         """
-        return self._driver.size.size
+        return self._runner.gradient.size.size
 
     @micro_batch.setter
     def micro_batch(self, size: int | None) -> None:
         wished = None if size is None else check_size("micro_batch", size)
-        self._driver.size = MicroBatchSize(wished)
+        self._runner.gradient.size = MicroBatchSize(wished)
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken."""
-        return self._driver.steps
+        return self._runner.steps
 
     @property
     def moved_buffers(self) -> frozenset[str]:
@@ -154,7 +151,7 @@ class Accumulator:
         That is buffers, parameters (an averaged teacher's), and attributes that are numbers or
         tensors without a graph. Cut, they move once a micro-batch instead of once a step.
         """
-        return frozenset(self._driver.moved_buffers)
+        return frozenset(self._runner.gradient.mutated)
 
     def step(self, batch: Nest) -> StepResult:
         """Take one optimizer step for one logical batch.
@@ -173,17 +170,16 @@ class Accumulator:
             NonFiniteLossError: If the loss is nan or infinite. Nothing has moved.
             StepInterruptedError: If memory ran out in the optimizer's step.
         """
-        return self._driver.step(self._read(batch))
+        return self._runner.step(self._read(batch))
 
     def state_dict(self) -> dict[str, object]:
         """Return what this object itself knows: sizes, counts, the scaler's and scheduler's state.
 
         Plain values and tensors. The model's and the optimizer's states are theirs to keep.
         """
-        driver = self._driver
-        scaler, scheduler = driver.recipe.update.scaler, driver.schedule.scheduler
+        scaler, scheduler = self._runner.update.scaler, self._runner.schedule.scheduler
         return {
-            **driver.counts(),
+            **self._runner.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
         }
@@ -194,8 +190,8 @@ class Accumulator:
         Raises:
             ValueError: If it is not of an Accumulator that has the same parts. Nothing has moved.
         """
-        driver = self._driver
-        parts = {"scaler": driver.recipe.update.scaler, "scheduler": driver.schedule.scheduler}
+        runner = self._runner
+        parts = {"scaler": runner.update.scaler, "scheduler": runner.schedule.scheduler}
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
             raise ValueError(f"this is no state of an Accumulator: it has no {', '.join(missing)}")
@@ -205,7 +201,7 @@ class Accumulator:
                     f"the state has {'no' if part else 'a'} {name}, and this Accumulator has "
                     f"{'one' if part else 'none'}"
                 )
-        driver.load_counts(state)
+        runner.load_state_dict(state)
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])

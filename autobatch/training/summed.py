@@ -1,14 +1,12 @@
 """A loss as the law needs it: a sum for each micro-batch, and what the sums are divided by."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest
-
-Summed = Callable[[Nest, Nest, int], tuple[Tensor, Tensor | float | None]]
 
 
 class Loss(Protocol):
@@ -42,8 +40,24 @@ class Loss(Protocol):
         count, and every ``.grad`` is rescaled by examples / terms at the end.
         """
 
-    def for_window(self) -> Summed:
-        """Return ``summed`` for one window, in which settings do not change: looked up once."""
+    @property
+    def is_mean(self) -> bool:
+        """True if the loss has returned a mean whose terms nothing counts."""
+        return False
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that the loss is, or is a method or partial of."""
+        return None
+
+    @property
+    def ignored_class(self) -> int:
+        """The class index that the loss leaves out of its mean."""
+        return -100
+
+    def notes(self) -> Iterator[str]:
+        """Yield a sentence for each thing about the loss that a user should know."""
+        yield from ()
 
 
 def widened(tensor: Tensor) -> Tensor:

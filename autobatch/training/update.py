@@ -62,6 +62,17 @@ class Update:
             nn.utils.clip_grad_value_(self.parameters(), self.clip_grad_value)
         return norm
 
+    def check_gradient(self) -> None:
+        """Refuse a step without a gradient.
+
+        Raises:
+            ValueError: If no parameter of the optimizer received a gradient.
+        """
+        if all(parameter.grad is None for parameter in self.parameters()):
+            raise ValueError(
+                "no parameter received a gradient: the loss does not depend on the model"
+            )
+
     def take(self) -> None:
         """Take one optimizer step; if memory runs out before anything moved, try once more.
 

@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from autobatch.batches.nest import Nest, describe, join, map_tensors, size_of, tensors
 from autobatch.errors import InexactStepError
 from autobatch.randomness import Restore
-from autobatch.training.accumulate import Terms
 from autobatch.training.forward import Forward, own_rows
 from autobatch.training.ledger import Ledger
-from autobatch.training.objective import Move, Objective, Witness
+from autobatch.training.objective import (
+    Encode,
+    FullBatchLoss,
+    MicroBatch,
+    Objective,
+    Passes,
+    Record,
+)
 from autobatch.training.replay import Start
 
 LossOfAll = Callable[..., object]
@@ -73,37 +79,39 @@ class Whole(Objective):
     loss: WholeBatch
     forward: Forward | None
 
-    def settle(self, model: nn.Module, batch: Nest, move: Move, *, cut: bool) -> None:
-        """Do nothing."""
+    @property
+    def needs_full_batch(self) -> bool:
+        """True: the loss compares the outputs of all examples."""
+        return True
+
+    @property
+    def takes_context(self) -> bool:
+        """True: rows of context can be left out of outputs and targets."""
+        return True
 
     def denominator(self, batch: Nest) -> float:  # noqa: ARG002  # The protocol's.
         """Return 1: the loss is what it is."""
         return 1
 
-    def encode(self, model: nn.Module, micro_batch: Nest, borrowed: int) -> tuple[Nest, Nest]:
-        """Return outputs and targets, without those that are borrowed."""
-        return own_rows(self.forward, model, micro_batch, borrowed)
-
-    def share(
+    def run(
         self,
+        passes: Passes,
         model: nn.Module,
-        micro_batch: Nest,
-        *,
-        host: Nest,  # noqa: ARG002  # The protocol's.
-        borrowed: int,
-        witness: Witness | None,  # noqa: ARG002
-    ) -> tuple[Tensor, Terms]:
-        """Return the loss of a micro-batch that is the whole batch."""
-        return self.loss(*self.encode(model, micro_batch, borrowed)), None
+        record: Record | None = None,  # noqa: ARG002  # The passes see the outputs themselves.
+    ) -> None:
+        """Compute all outputs before the loss."""
+        passes.outputs_first(
+            lambda mb: own_rows(self.forward, model, mb.batch, mb.context), self.loss
+        )
 
 
-Feed = Callable[[], Iterable[tuple[Nest, int]]]
+Feed = Callable[[], Iterable[MicroBatch]]
 
 
 def accumulate_whole(
     feed: Feed,
-    encode: Callable[[Nest, int], tuple[Nest, Nest]],
-    loss: Callable[[Nest, Nest], Tensor],
+    encode: Encode,
+    loss: FullBatchLoss,
     *,
     start: Callable[[], Start],
     random: Callable[[], Restore],
@@ -115,7 +123,7 @@ def accumulate_whole(
     """Add the gradient of ``loss`` over all outputs to every ``.grad``.
 
     Args:
-        feed: Begins the micro-batches, each on the device and with what it borrows; called twice.
+        feed: Begins the micro-batches, each on the device; called twice.
         encode: Returns a micro-batch's outputs and targets.
         loss: Of all of them.
         start: Takes what a forward pass moves, so that it can be put back.
@@ -135,8 +143,8 @@ def accumulate_whole(
     before.model()
     before.random()  # And not the scaler: it has scaled, and keeps what it made for that.
     second_pass()
-    for place, (micro_batch, borrowed) in enumerate(feed()):
-        found = list(tensors(encode(micro_batch, borrowed)))
+    for place, micro_batch in enumerate(feed()):
+        found = list(tensors(encode(micro_batch)))
         del micro_batch
         _refuse_another_pass(found, shapes[place], depends)
         _backward(found, gradients[place], first=place == 0)
@@ -146,16 +154,14 @@ def accumulate_whole(
     at_the_end()
 
 
-def _first_pass(
-    feed: Feed, encode: Callable[[Nest, int], tuple[Nest, Nest]]
-) -> tuple[list[tuple[Nest, Nest]], list[bool]]:
+def _first_pass(feed: Feed, encode: Encode) -> tuple[list[tuple[Nest, Nest]], list[bool]]:
     """Outputs and targets of every micro-batch; which of their tensors depend on a parameter."""
     pairs: list[tuple[Nest, Nest]] = []
     depends: list[bool] = []
-    for micro_batch, borrowed in feed():
+    for micro_batch in feed():
         # The graph of the first one says it: a forward may make the targets of parameters too.
         with torch.set_grad_enabled(not pairs):
-            outputs, targets = encode(micro_batch, borrowed)
+            outputs, targets = encode(micro_batch)
         if not pairs:
             depends = [tensor.requires_grad for tensor in tensors((outputs, targets))]
         pairs.append((map_tensors(Tensor.detach, outputs), map_tensors(Tensor.detach, targets)))
@@ -180,7 +186,7 @@ def _refuse_another_pass(
 def _gradients(
     pairs: list[tuple[Nest, Nest]],
     depends: Sequence[bool],
-    loss: Callable[[Nest, Nest], Tensor],
+    loss: FullBatchLoss,
     ledger: Ledger,
     scaled: Callable[[Tensor], Tensor] | None,
 ) -> list[list[Tensor | None]]:

@@ -1,5 +1,6 @@
 """A window's outputs, a bounded part of them, kept for the loss check."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,8 +12,7 @@ from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, t
 from autobatch.batches.pieces import pieces_of, put_together
 from autobatch.errors import InexactStepError
 from autobatch.training.loss_check import check_splits
-from autobatch.training.losses import UnrecognisedLoss
-from autobatch.training.objective import Move, Witness
+from autobatch.training.objective import Move, Record, Verifier
 from autobatch.training.summed import Loss
 
 CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
@@ -20,22 +20,24 @@ LARGEST_ROW_BYTES: Final = 2**29  # and one example of the first two micro-batch
 
 
 @dataclass(slots=True)
-class LossCheck:
+class LossCheck(Verifier):
     """Gathers outputs and targets, and holds the loss to the law.
 
     Attributes:
         loss: That was not recognised.
         move: Brings them back to the device.
         micro_batches: How many the window has.
+        verified: Called when the loss was shown to be exact in parts.
     """
 
     loss: Loss
     move: Move
     micro_batches: int
+    verified: Callable[[], None]
     outputs: list[Nest] = field(default_factory=list)
     targets: list[Nest] = field(default_factory=list)
 
-    def witness(self, outputs: Nest, targets: Nest) -> None:
+    def record(self, outputs: Nest, targets: Nest) -> None:
         """Keep the first rows of one micro-batch on the host, and off the device's meter."""
         examples = _common_length(outputs, targets)
         row_bytes = sum(t.nbytes for t in (*tensors(outputs), *tensors(targets))) / examples
@@ -49,14 +51,17 @@ class LossCheck:
             self.outputs.append(kept[0])
             self.targets.append(kept[1])
 
-    def settled(self) -> bool:
-        """Return whether the loss was shown to be exact; False if it could not be judged.
-
-        Called when the activations are gone and no limit holds: no search has rehearsed it.
+    def finish(self) -> None:
+        """Judge the loss, when the activations are gone: no search has rehearsed this.
 
         Raises:
             InexactStepError: If splitting changes the loss.
         """
+        if self._agrees():
+            self.verified()
+
+    def _agrees(self) -> bool:
+        """True if the loss was shown to be exact in parts, False if it could not be judged."""
         if len(self.outputs) < 2:
             return False
         try:
@@ -70,7 +75,7 @@ class LossCheck:
         except ValueError:
             return check_splits(self.loss, outputs, targets)  # Which says what is wrong.
         pieces = pieces_of(together)
-        if len(pieces) > 1 and isinstance(self.loss, UnrecognisedLoss) and self.loss.is_mean:
+        if len(pieces) > 1 and self.loss.is_mean:
             raise InexactStepError(
                 f"the rows that this loss takes the mean of differ in shape between batches, as "
                 f"{' and '.join(map(describe, pieces[:2]))}: it may be over examples or over what "
@@ -91,13 +96,13 @@ class Widths:
     def __init__(self) -> None:
         self._seen: dict[tuple[torch.Size, ...], torch.Size] = {}
 
-    def of(self, host: Nest, witness: Witness | None) -> Witness:
-        """Return what looks at one micro-batch's targets, and then shows them to ``witness``."""
+    def of(self, host: Nest, record: Record | None) -> Record:
+        """Return what looks at one micro-batch's targets, and then passes them to ``record``."""
 
         def looked(outputs: Nest, targets: Nest) -> None:
             self._look(host, targets)
-            if witness is not None:
-                witness(outputs, targets)
+            if record is not None:
+                record(outputs, targets)
 
         return looked
 
@@ -117,7 +122,7 @@ class Widths:
             )
 
 
-def refuse_partly_finite(finite: list[bool]) -> None:
+def refuse_partly_finite(finite: Sequence[bool]) -> None:
     """Refuse an unknown loss that is a number for some micro-batches only.
 
     Raises:
@@ -125,8 +130,8 @@ def refuse_partly_finite(finite: list[bool]) -> None:
     """
     if any(finite) and not all(finite):
         raise InexactStepError(
-            f"the loss is not finite for {finite.count(False)} of {len(finite)} micro-batches, as "
-            "a mean over valid terms is where a micro-batch has none; return (sum, terms)"
+            f"the loss is not finite for {len(finite) - sum(finite)} of {len(finite)} "
+            "micro-batches, as a mean over valid terms is where a micro-batch has none; return (sum, terms)"
         )
 
 

@@ -28,12 +28,12 @@ from autobatch.devices import nvml
 from autobatch.devices.cuda import CudaDevice
 from autobatch.job import Job
 from autobatch.probing.trial import Stage
-from autobatch.training.driver import Driver
+from autobatch.training.engine.nonfinite import NonFinite
+from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.feed import Feed
-from autobatch.training.options import NonFinite, StepOptions
+from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.rehearsal import Rehearsal
-from autobatch.training.replay import MicroBatchSize
 from autobatch.training.schedule import Schedule
 
 pytestmark = pytest.mark.gpu
@@ -109,7 +109,7 @@ def test_ten_failures_in_a_row_leave_the_memory_as_it_was() -> None:
     job = resolved(model, limit(GIB))
     with job.undisturbed():
         stage = Stage(
-            rehearsal=Rehearsal(job.recipe, images()),
+            rehearsal=Rehearsal(job.step, images()),
             device=job.device,
             limit_bytes=job.limit_bytes(),
         )
@@ -146,17 +146,17 @@ def test_the_found_size_trains_50_windows_and_the_next_one_fails() -> None:
     above = check(model, images(), found.size + 1, optimizer=ADAM, memory_limit=memory_limit)
     assert above.failure is Verdict.OUT_OF_MEMORY
     job = resolved(model, memory_limit)
-    steps = driver(job, found.size, found.limit_bytes)
+    steps = runner(job, found.size, found.limit_bytes)
     batch = many(2 * found.size)
     assert sum(steps.step(batch).replays for _ in range(50)) == 0
 
 
-def driver(job: Job, size: int, limit_bytes: int) -> Driver:
-    return Driver(
-        recipe=job.recipe,
-        size=MicroBatchSize(size),
-        nonfinite="raise",
-        schedule=Schedule(),
+def runner(job: Job, size: int, limit_bytes: int) -> StepRunner:
+    return job.options.step_runner(
+        job.step,
+        size,
+        Schedule(),
+        limited=functools.partial(job.device.limited_to, limit_bytes),
         limit_bytes=limit_bytes,
     )
 
@@ -167,7 +167,7 @@ def test_a_long_window_with_its_next_micro_batch_on_the_way_stays_inside_what_wa
     found = find_batch_size(
         model, many(4096), ceiling=4096, optimizer=ADAM, memory_limit=memory_limit
     )
-    steps = driver(resolved(model, memory_limit), found.size, found.limit_bytes)
+    steps = runner(resolved(model, memory_limit), found.size, found.limit_bytes)
     assert steps.step(many(5 * found.size)).replays == 0
 
 
@@ -234,7 +234,7 @@ def test_accumulation_takes_the_undivided_step_in_float64() -> None:
 def test_memory_that_runs_out_in_training_costs_a_replay() -> None:
     model = net()
     job = resolved(model, limit(GIB))
-    steps = driver(job, 2048, job.limit_bytes())
+    steps = runner(job, 2048, job.limit_bytes())
     step = steps.step(many(2048))
     assert step.replays > 0
     assert steps.step(many(2048)).replays == 0

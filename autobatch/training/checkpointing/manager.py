@@ -1,4 +1,4 @@
-"""A training's checkpoints: what is in one, when one is written, how one is trained on from."""
+"""The checkpoints of one training: what is in one, written and restored in place."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from autobatch.errors import CheckpointError
 from autobatch.training.checkpoint import CheckpointStore
-from autobatch.training.driver import Driver
+from autobatch.training.engine.step_runner import StepRunner
+from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.progress import Place, Progress
 from autobatch.training.saved import (
     packed,
@@ -18,33 +19,33 @@ from autobatch.training.saved import (
     unpack,
 )
 from autobatch.training.schedule import Schedule
-from autobatch.training.stopping import Stop
-from autobatch.training.window import Recipe
 
 Fields = Mapping[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
-class Keeper:
-    """Saves a training, and brings it back.
+class CheckpointManager:
+    """Saves a training, and restores it.
 
     Attributes:
-        store: Where to.
-        sources: What holds random generators of its own: the data and the model.
-        desired: The logical batch that was asked for.
-        loss_module: The loss where it is a module.
-        facts: What else is to be known: plain values.
-        stop: Whether the process was asked to stop.
-        path: The last checkpoint that was written, or trained on from.
+        store: The directory with the files.
+        step: Holds the model, the optimizer and the scaler.
+        schedule: Holds the learning-rate scheduler.
+        loss_module: The loss, where it is a module.
+        sources: Objects with random generators of their own: the data and the model.
+        desired: Examples in a logical batch, as the user wants it.
+        path: The last checkpoint that was written or restored.
+        restored: Whether a checkpoint was restored.
     """
 
     store: CheckpointStore
+    step: TrainStep
+    schedule: Schedule
+    loss_module: nn.Module | None
     sources: Sequence[object]
     desired: int
-    loss_module: nn.Module | None
-    stop: Stop = field(default_factory=Stop)
-    facts: dict[str, object] = field(default_factory=dict)
-    path: Path | None = None
+    path: Path | None = field(default=None, init=False)
+    restored: bool = field(default=False, init=False)
 
     def latest(self) -> Fields | None:
         """Return the newest whole checkpoint of this training; None where there is none.
@@ -64,21 +65,23 @@ class Keeper:
             )
         return fields
 
-    def put_back(self, fields: Fields, recipe: Recipe, schedule: Schedule) -> None:
-        """Fill model, loss, optimizer, scheduler and scaler in place.
+    def restore(self, fields: Fields) -> None:
+        """Fill model, loss, optimizer, scheduler and scaler in place, and set random generators.
 
         Raises:
             CheckpointError: If they are not like those that were saved. Then nothing has changed
                 but where random generators are.
         """
-        self.put_random_back(fields["random"])  # It refuses other generators: better now than late.
+        self.restore_random(fields["random"])  # It refuses other generators: better now than late.
         saved = fields["loss_module"] or {}
         self._check_loss(saved)
-        unpack(fields, recipe.model, recipe.optimizer, schedule.scheduler, recipe.update.scaler)
+        scheduler, optimizer = self.schedule.scheduler, self.step.optimizer
+        unpack(fields, self.step.model, optimizer, scheduler, self.step.update.scaler)
         if self.loss_module is not None:
             self.loss_module.load_state_dict(saved)
-        if schedule.scheduler is not None:  # Torch warns of a schedule that comes before a step,
-            vars(recipe.optimizer)["_opt_called"] = True  # and knows only of this process's steps.
+        if scheduler is not None:  # Torch warns of a schedule that comes before a step, and knows
+            vars(optimizer)["_opt_called"] = True  # only of this process's steps.
+        self.restored = True
 
     def _check_loss(self, saved: Mapping[str, object]) -> None:
         own = {} if self.loss_module is None else self.loss_module.state_dict()
@@ -96,7 +99,7 @@ class Keeper:
                 f"{now or 'nothing'}: build it as it was, or choose another directory"
             )
 
-    def put_random_back(self, state: Fields) -> None:
+    def restore_random(self, state: Fields) -> None:
         """Set all random generators to where they were."""
         put_random_state(state, self.sources)
 
@@ -104,23 +107,32 @@ class Keeper:
         """Return where all random generators are."""
         return packed_random_state(self.sources)
 
-    def save(self, driver: Driver, progress: Progress, place: Place) -> None:
-        """Write a checkpoint from which the next step follows."""
-        recipe = driver.recipe
+    def save(
+        self,
+        runner: StepRunner,
+        progress: Progress,
+        place: Place,
+        metadata: Mapping[str, object],
+    ) -> Path:
+        """Write a checkpoint from which the next step follows, and return its path.
+
+        Args:
+            runner: Counts steps and knows the micro-batch size.
+            progress: Losses so far.
+            place: Where in the data training is.
+            metadata: What else a resumed training reads: plain values.
+        """
+        step = self.step
         loss_state = None if self.loss_module is None else self.loss_module.state_dict()
         fields: dict[str, object] = {
-            **packed(
-                recipe.model,
-                recipe.optimizer,
-                driver.schedule.scheduler,
-                recipe.update.scaler,
-            ),
+            **packed(step.model, step.optimizer, self.schedule.scheduler, step.update.scaler),
             "loss_module": loss_state,
             "desired": self.desired,
-            "driver": driver.counts(),
+            "runner": runner.state_dict(),
             "progress": progress.state_dict(),
             "place": place.state_dict(),
             "random": self.random_state(),
-            "facts": self.facts,
+            "metadata": dict(metadata),
         }
-        self.path = self.store.save(fields, step=driver.steps)
+        self.path = self.store.save(fields, step=runner.steps)
+        return self.path

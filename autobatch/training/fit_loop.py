@@ -1,35 +1,36 @@
 """Epochs of logical batches, one optimizer step each."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from autobatch.batches.nest import Nest
 from autobatch.errors import StepInterruptedError
 from autobatch.events import EpochEnded, Evaluated, Observer, StepEnded
 from autobatch.results import Evaluation, StepResult
-from autobatch.training.driver import Driver
-from autobatch.training.keeper import Keeper
+from autobatch.training.checkpointing.manager import CheckpointManager
+from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.progress import Place, Progress
-from autobatch.training.stopping import held_back
+from autobatch.training.stopping import Stop, held_back
 
 
-class Loop:
-    """Trains, and tells, evaluates, schedules and saves at the right moments.
+class FitLoop:
+    """Trains, and reports, evaluates, schedules and saves at the right moments.
 
     Args:
-        driver: Takes the steps.
+        runner: Takes the steps.
         progress: What has been done before; it is added to.
         desired: Examples in a full logical batch.
         max_steps: Stop after so many optimizer steps in all; None goes on to the end.
         observer: Is told of every step and epoch.
         on_step: Is told of every step's result.
         evaluate: Evaluates after an epoch.
-        keeper: Saves checkpoints.
+        checkpoints: Saves the training.
+        metadata: What a checkpoint holds besides states.
     """
 
     def __init__(
         self,
-        driver: Driver,
+        runner: StepRunner,
         progress: Progress,
         *,
         desired: int,
@@ -37,16 +38,19 @@ class Loop:
         observer: Observer,
         on_step: Callable[[StepResult], object] | None = None,
         evaluate: Callable[[int], Evaluation] | None = None,
-        keeper: Keeper | None = None,
+        checkpoints: CheckpointManager | None = None,
+        metadata: Mapping[str, object] | None = None,
     ) -> None:
-        self._driver = driver
+        self._runner = runner
         self._progress = progress
         self._desired = desired
         self._max_steps = max_steps
         self._observer = observer
         self._on_step = on_step
         self._evaluate = evaluate
-        self._keeper = keeper
+        self._checkpoints = checkpoints
+        self._metadata = metadata or {}
+        self._stop = Stop()
         self._counted = 0.0  # Up to this moment, as perf_counter shows it, seconds are counted.
 
     def run(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
@@ -56,16 +60,17 @@ class Loop:
             epochs: The place where each begins, which is moved along, and the logical batches from
                 there. None is opened before its turn.
         """
-        if self._keeper is None:
+        if self._checkpoints is None:
             self._epochs(epochs)
             return
-        with held_back() as stop:
-            self._keeper.stop = stop
+        with held_back() as self._stop:
             try:
                 self._epochs(epochs)
             except StepInterruptedError as error:
-                error.checkpoint = None if self._keeper.path is None else str(self._keeper.path)
-                raise
+                path = self._checkpoints.path
+                raise StepInterruptedError(
+                    error.message, None if path is None else str(path)
+                ) from error
 
     def _epochs(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
         for place, batches in epochs:
@@ -80,17 +85,17 @@ class Loop:
     def _epoch(self, place: Place, batches: Iterator[Nest]) -> bool:
         """Step through the rest of one epoch; return whether it came to its end."""
         for batch in self._waited_for(batches):
-            step = self._driver.step(batch)
+            step = self._runner.step(batch)
             place.windows += 1
             self._progress.count(step)
-            plan = self._driver.plan(self._desired)
+            plan = self._runner.plan(self._desired)
             self._observer(StepEnded(step=step, epoch=place.epoch, plan=plan))
             if self._on_step is not None:
                 self._on_step(step)
-            if self._keeper is not None and self._keeper.stop.signal is not None:
+            if self._stop.signal is not None:
                 self._count_seconds()
-                self._keeper.save(self._driver, self._progress, place)
-                self._keeper.stop.go(f"stopped between two steps; saved to {self._keeper.path}")
+                self._save(place)
+                self._obey_signal()
             if self._is_done():
                 return False
         return True
@@ -125,13 +130,20 @@ class Loop:
         if evaluation is not None:
             self._observer(Evaluated(evaluation=evaluation))
         if whole:
-            self._driver.schedule.after_epoch(loss if evaluation is None else evaluation.loss)
+            self._runner.schedule.after_epoch(loss if evaluation is None else evaluation.loss)
             place.next_epoch()
             progress.epoch_begins = progress.steps
-        if self._keeper is not None:
-            self._keeper.save(self._driver, progress, place)
-            if self._keeper.stop.signal is not None:
-                self._keeper.stop.go(f"stopped between two steps; saved to {self._keeper.path}")
+        self._save(place)
+        if self._stop.signal is not None:
+            self._obey_signal()
+
+    def _save(self, place: Place) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.save(self._runner, self._progress, place, self._metadata)
+
+    def _obey_signal(self) -> None:
+        saved = self._checkpoints.path if self._checkpoints is not None else None
+        self._stop.go(f"stopped between two steps; saved to {saved}")
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

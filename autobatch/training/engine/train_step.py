@@ -1,0 +1,44 @@
+"""What a training step is made of: a gradient and the optimizer's step. A trial takes the same."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from autobatch.devices.base import MemoryDevice
+from autobatch.training.engine.gradient_pass import GradientPass
+from autobatch.training.objective import Objective
+from autobatch.training.update import Update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainStep:
+    """The two halves of a training step.
+
+    Attributes:
+        gradient: Computes the gradient of a logical batch.
+        update: Makes a step of the gradient.
+    """
+
+    gradient: GradientPass
+    update: Update
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.gradient.model
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimized."""
+        return self.gradient.objective
+
+    @property
+    def device(self) -> MemoryDevice:
+        """Where the model is."""
+        return self.gradient.device
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer over some or all of the model's parameters."""
+        return self.update.optimizer
