@@ -36,12 +36,15 @@ if TYPE_CHECKING:
         Upper,
         Verdict,
     )
+    from autobatch.training.custom import BatchLoss
+    from autobatch.training.options import StepOptions
     from autobatch.training.step import Accumulator
     from autobatch.training.whole_batch import WholeBatch
 
 __all__ = [
     "Accumulator",
     "AutobatchError",
+    "BatchLoss",
     "BatchPlan",
     "CheckpointError",
     "DeviceLostError",
@@ -60,6 +63,7 @@ __all__ = [
     "Shared",
     "Speed",
     "StepInterruptedError",
+    "StepOptions",
     "StepResult",
     "TrainingResult",
     "Trial",
@@ -79,6 +83,7 @@ __all__ = [
 _HOMES: Final = {
     "Accumulator": "autobatch.training.step",
     "AutobatchError": "autobatch.errors",
+    "BatchLoss": "autobatch.training.custom",
     "BatchPlan": "autobatch.plan",
     "CheckpointError": "autobatch.errors",
     "DeviceLostError": "autobatch.errors",
@@ -97,6 +102,7 @@ _HOMES: Final = {
     "Shared": "autobatch.batches.marks",
     "Speed": "autobatch.results",
     "StepInterruptedError": "autobatch.errors",
+    "StepOptions": "autobatch.training.options",
     "StepResult": "autobatch.results",
     "TrainingResult": "autobatch.results",
     "Trial": "autobatch.results",

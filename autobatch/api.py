@@ -4,11 +4,10 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Final
+from typing import Final, Unpack
 
 import torch
 from torch import nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.batches.regroup import Data, open_source
@@ -37,27 +36,23 @@ from autobatch.searching import (
     try_alone,
     try_size,
 )
-from autobatch.training.batch_norm import BatchNormMode
-from autobatch.training.custom import BatchLoss
 from autobatch.training.evaluation import Metric
-from autobatch.training.forward import Forward
-from autobatch.training.options import LossLike, NonFinite, StepOptions
-from autobatch.training.precision import PrecisionName
+from autobatch.training.options import LossLike, StepOptions
 from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
+from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 from autobatch.units import Size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
 
 
+@shows_step_options
 def find_and_train(
     model: nn.Module,
     data: Data,
     desired: int = 256,
     *,
     loss: LossLike | None = None,
-    forward: Forward | None = None,
-    batch_loss: BatchLoss | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     scheduler: Scheduler | SchedulerFactory | None = None,
     scheduler_interval: Interval = "step",
@@ -65,18 +60,8 @@ def find_and_train(
     max_steps: int | None = None,
     drop_last: bool = False,
     device: str | torch.device | None = None,
-    precision: PrecisionName = "fp32",
-    scaler: GradScaler | None = None,
-    gradient_dtype: torch.dtype | None = None,
     memory_limit: Size | None = None,
     headroom: Size | None = None,
-    clip_grad_norm: float | None = None,
-    clip_grad_value: float | None = None,
-    nonfinite: NonFinite = "raise",
-    batch_norm: BatchNormMode = "micro",
-    snapshot_steps: bool = False,
-    replay: bool = True,
-    snapshot_on_oom: str | os.PathLike[str] | None = None,
     eval_data: Data | None = None,
     metrics: Mapping[str, Metric] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -85,82 +70,81 @@ def find_and_train(
     search: SearchOptions = STANDARD_SEARCH,
     seed: int | None = None,
     progress: bool | Observer = True,
+    options: StepOptions | None = None,
+    **step: Unpack[StepArguments],
 ) -> TrainingResult:
     """Train ``model`` on logical batches of ``desired`` examples, in pieces that the device holds.
 
-    First finds the tolerable batch by rehearsing real training steps, and puts everything that
-    they disturbed back; then takes one optimizer step per logical batch, each the step that the
-    undivided batch would take. The model is trained in place, and stays on the device.
+    The function first finds the tolerable batch: it runs real training steps at several sizes and
+    restores everything that they change. Then it takes one optimizer step per logical batch, each
+    of them the step that the undivided batch would take. The model is trained in place and stays on
+    the device::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        result = find_and_train(nn.Linear(4, 2), data, desired=32, epochs=2, clip_grad_norm=1.0)
+        print(result.plan, result.losses)
 
     Args:
-        model: Any module in one place; it trains in training mode and is put back into its own.
-        data: A Dataset (shuffled), a DataLoader (its batches are cut and joined to ``desired``),
-            a tuple or mapping of tensors or arrays (shuffled), or an iterable of batches. A batch
-            is ``(inputs, ..., target)``, or a mapping with a key ``labels`` or ``target``; a tensor
-            in ``Shared(tensor)`` is not cut.
-        desired: Examples per optimizer step. The last step of an epoch takes what is left.
-        loss: A loss of torch, its functional or a partial of that; any callable
-            ``(outputs, targets)`` that returns a mean over examples or ``(sum, terms)``; or
-            ``WholeBatch(loss)`` for one that compares examples with one another. None is the
-            model's own ``.loss`` where it returns one, otherwise cross-entropy for integer targets
-            and mean squared error for floating ones.
-        forward: ``(model, batch) -> (outputs, targets)``, for batches of another kind.
-        batch_loss: ``(model, batch) -> (sum, terms)``, in the place of loss and forward.
+        model: Any module whose tensors are all on one device. It trains in training mode, and gets
+            its own mode back afterwards.
+        data: A Dataset (shuffled), a DataLoader (its batches are cut and joined to ``desired``
+            examples), a tuple or mapping of tensors or arrays of shape ``(example, ...)``
+            (shuffled), or an iterable of batches. A batch is ``(inputs, ..., target)``, or a
+            mapping with a key ``labels`` or ``target``. A tensor in ``Shared(tensor)`` is not cut.
+        desired: Examples per optimizer step. The last step of an epoch takes the examples that are
+            left.
+        loss: What is minimised, as ``StepOptions`` describes it.
         optimizer: An instance, or a factory ``params -> Optimizer``; None is AdamW.
         scheduler: An instance, or a factory ``optimizer -> scheduler``.
-        scheduler_interval: ``"step"``: after each optimizer step that was taken; ``"epoch"``: after
-            each epoch (ReduceLROnPlateau on the evaluation's loss, or the epoch's without one).
+        scheduler_interval: ``"step"`` steps the scheduler after each optimizer step that was taken;
+            ``"epoch"`` after each epoch (ReduceLROnPlateau on the evaluation's loss, or on the
+            epoch's loss without an evaluation).
         epochs: How often the data is seen.
-        max_steps: Stop after so many optimizer steps, even within an epoch.
-        drop_last: Leave out a last logical batch that is short.
-        device: Where to train; None is where the parameters are, or a GPU if they are on the CPU
-            and there is one.
-        precision: As for ``Accumulator``: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-        scaler: As for ``Accumulator``.
-        gradient_dtype: As for ``Accumulator``.
-        memory_limit: What the whole process may use, in bytes or like ``"24GiB"``: plans for a
+        max_steps: Training stops after so many optimizer steps, even within an epoch.
+        drop_last: Whether a last logical batch with fewer examples is skipped.
+        device: Where the model trains. None is where its parameters are, or a GPU if they are on
+            the CPU and there is a GPU.
+        memory_limit: What the whole process may use, in bytes or like ``"24GiB"``, to plan for a
             smaller device. None takes what is free.
-        headroom: Bytes to keep free; None is 2 % of the device and at least 300 MiB, or nothing
+        headroom: Bytes that stay free. None is 2 % of the device and at least 300 MiB, or nothing
             where a ``memory_limit`` is given.
-        clip_grad_norm: As for ``Accumulator``.
-        clip_grad_value: As for ``Accumulator``.
-        nonfinite: As for ``Accumulator``: ``"raise"``, ``"skip"`` or ``"ignore"``.
-        batch_norm: As for ``Accumulator``: ``"micro"``, ``"frozen"`` or ``"refuse"``.
-        snapshot_steps: As for ``Accumulator``.
-        replay: As for ``Accumulator``.
-        snapshot_on_oom: As for ``Accumulator``; the search's trials write nothing.
-        eval_data: Evaluated after each epoch, at the size that inference tolerates: data of the
-            same kinds; a DataLoader keeps its order. Training goes on as if it had not been. Two
-            examples are tried before the search, so that what is wrong shows at once.
-        metrics: By name, ``(outputs, targets)`` to a mean over examples or ``(sum, terms)``; None
-            is the accuracy where outputs are scores of classes.
-        checkpoint_dir: Save here after each epoch, and at Ctrl-C or SIGTERM once the step that
-            runs is done; go on from what is here. The same call again trains on, bit for bit.
+        eval_data: Data of the same kinds, evaluated after each epoch at the size that fits without
+            gradients; a DataLoader keeps its order. Training continues as if there had been no
+            evaluation. Two examples are tried before the search, so that an error shows at once.
+        metrics: By name, functions ``(outputs, targets)`` that return a mean over examples or
+            ``(sum, terms)``. None is the accuracy where outputs are scores of classes.
+        checkpoint_dir: A folder. Training is saved there after each epoch, and at Ctrl-C or SIGTERM
+            after the step that runs. The same call again continues from there, bit for bit.
         on_step: Called with every ``StepResult``.
-        prefer: ``"largest"``: the fewest micro-batches. ``"fastest"``: the smallest size within 2 %
-            of the most examples a second, among the tolerable batch and a few sizes below it, each
-            timed over whole logical batches (not where the training is shorter than that).
+        prefer: ``"largest"`` takes the largest size that fits, so the fewest micro-batches.
+            ``"fastest"`` takes the smallest size within 2 % of the most examples a second, among
+            the tolerable batch and a few smaller sizes, each timed over whole logical batches. A
+            training that is shorter than this timing is not timed.
         search: How the tolerable batch is searched for.
-        seed: Seeds torch, NumPy and Python first; None leaves them alone.
-        progress: True shows trials and a progress bar, False is silent; a callable is told of
-            every event instead.
+        seed: Seeds torch, NumPy and Python before anything else; None seeds nothing.
+        progress: True shows trials and a progress bar, False shows nothing; a callable is called
+            with every event instead.
+        options: The step's options together, in the place of ``loss`` and ``step``.
+        step: The step's options one by one: ``precision``, ``clip_grad_norm``, ``batch_norm`` and
+            all other fields of ``StepOptions``.
 
     Returns:
         The plan, the search, the losses, and notes on what was not exact.
 
     Raises:
-        TypeError, ValueError: A bad argument, before anything is touched.
-        DoesNotFitError: Not even one example fits; model and optimizer are as they were, or as
-            the checkpoint has them.
-        SearchTimeoutError: The search had no time left; model and optimizer are as they were.
+        TypeError, ValueError: An argument is wrong. Nothing was changed.
+        DoesNotFitError: Not even one example fits. Model and optimizer are as they were, or as the
+            checkpoint has them.
+        SearchTimeoutError: The search ran out of time. Model and optimizer are as they were.
         DeviceLostError: The device was lost in the search: the process must be restarted.
-        InexactStepError: Splitting would change this loss. Found in the first windows that are
-            cut: at the first, nothing has been trained; that step has moved nothing.
-        NonFiniteLossError: A loss is nan or infinite; that step has moved nothing.
-        CheckpointError: What is in ``checkpoint_dir`` cannot be trained on from.
-        ReplayLimitError: Memory ran out again and again in one window.
-        StepInterruptedError: Memory ran out with an optimizer step half done.
+        InexactStepError: Cutting a batch would change this loss. This is checked in the first
+            logical batches that are cut; the step that raises it changes nothing.
+        NonFiniteLossError: A loss is nan or infinite. This step changes nothing.
+        CheckpointError: Training cannot continue from what is in ``checkpoint_dir``.
+        ReplayLimitError: Memory ran out again and again in one logical batch.
+        StepInterruptedError: Memory ran out in the middle of an optimizer step.
     """
+    options = step_options(find_and_train, options, loss, step)
     desired = check_size("desired", desired)
     epochs = check_size("epochs", epochs)
     if max_steps is not None:
@@ -168,21 +152,6 @@ def find_and_train(
     check_seed(seed)
     check_search(search)
     check_prefer(prefer)
-    options = StepOptions(
-        loss=loss,
-        forward=forward,
-        batch_loss=batch_loss,
-        precision=precision,
-        scaler=scaler,
-        gradient_dtype=gradient_dtype,
-        clip_grad_norm=clip_grad_norm,
-        clip_grad_value=clip_grad_value,
-        nonfinite=nonfinite,
-        batch_norm=batch_norm,
-        snapshot_steps=snapshot_steps,
-        replay=replay,
-        snapshot_on_oom=snapshot_on_oom,
-    )
     with ExitStack() as stack:
         course = Course.resolve(
             Job.resolve(
@@ -210,57 +179,64 @@ def find_and_train(
         return _train(course, prefer, search, observer_of(progress, stack))
 
 
+@shows_step_options
 def find_batch_size(
     model: nn.Module,
     data: Data,
     *,
     ceiling: int | None = None,
     loss: LossLike | None = None,
-    forward: Forward | None = None,
-    batch_loss: BatchLoss | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     device: str | torch.device | None = None,
-    precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
     mode: Mode = "train",
     search: SearchOptions = STANDARD_SEARCH,
     progress: bool | Observer = False,
+    options: StepOptions | None = None,
+    **step: Unpack[StepArguments],
 ) -> SearchResult:
-    """Return the largest batch that runs inside the limit; leave everything as it was.
+    """Return the largest batch that runs inside the memory limit, and leave everything as it was.
 
     Every size up to ``ceiling`` is a candidate. A trial runs two micro-batches and the optimizer's
-    step, as training with accumulation does; or a forward pass. Arguments are those of
-    ``find_and_train``.
+    step with the step's options, as training with accumulation does, or a forward pass::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        found = find_batch_size(nn.Linear(4, 2), data, precision="bf16")
+        print(found.size, found.limited_by)
 
     Args:
-        model: Put back bit for bit: parameters, buffers, gradients, modes, device.
-        data: Only a sample is read. Not an iterator, which could not be given back.
-        ceiling: The largest size of interest; None is what the data holds, or about a million
-            where it does not say.
+        model: As for ``find_and_train``. Parameters, buffers, gradients, modes and device are
+            restored bit for bit.
+        data: As for ``find_and_train``, of which a sample is read; not an iterator, because its
+            examples could not be returned to it.
+        ceiling: The largest size of interest. None is the number of examples in the data, or 2**20
+            where the data has no length.
         loss: As for ``find_and_train``.
-        forward: As for ``find_and_train``.
-        batch_loss: As for ``find_and_train``.
-        optimizer: As for ``find_and_train``; an instance is put back too.
-        device: As for ``find_and_train``; the model is put back where it was.
-        precision: As for ``find_and_train``.
+        optimizer: As for ``find_and_train``; an instance is restored too.
+        device: As for ``find_and_train``; the model is returned to where it was.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
         mode: ``"train"``, or ``"inference"`` for forward passes in evaluation mode, without
-            gradients and optimizer: batches may lack targets then.
+            gradients and optimizer. Batches need no targets then.
         search: As for ``find_and_train``.
         progress: As for ``find_and_train``.
+        options: As for ``find_and_train``.
+        step: As for ``find_and_train``.
+
+    Returns:
+        The size, what limits it, its memory and the trials.
 
     Raises:
-        TypeError, ValueError: A bad argument, before anything is touched.
+        TypeError, ValueError: An argument is wrong. Nothing was changed.
         DoesNotFitError: Not even one example fits.
         SearchTimeoutError, DeviceLostError: As for ``find_and_train``.
     """
+    options = step_options(find_batch_size, options, loss, step)
     if ceiling is not None:
         ceiling = check_size("ceiling", ceiling)
     check_search(search)
     check_mode(mode)
-    options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
     resolve = functools.partial(
         Job.resolve,
         model,
@@ -292,46 +268,54 @@ def find_batch_size(
             return find(job, sample_of(source, search), observer)
 
 
+@shows_step_options
 def check(
     model: nn.Module,
     data: Data,
     size: int,
     *,
     loss: LossLike | None = None,
-    forward: Forward | None = None,
-    batch_loss: BatchLoss | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
     device: str | torch.device | None = None,
-    precision: PrecisionName = "fp32",
     memory_limit: Size | None = None,
     headroom: Size | None = None,
     mode: Mode = "train",
     search: SearchOptions = STANDARD_SEARCH,
+    options: StepOptions | None = None,
+    **step: Unpack[StepArguments],
 ) -> Trial:
-    """Rehearse one size, and leave everything as it was. Not fitting is a value, no exception.
+    """Try one size, and leave everything as it was; a size that does not fit raises nothing.
+
+    For example::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        trial = check(nn.Linear(4, 2), data, size=32)
+        print(trial.fits, trial.peak_bytes)
 
     Args:
         model: As for ``find_batch_size``.
-        data: As for ``find_batch_size``; its examples are repeated if it holds fewer than ``size``.
-        size: Examples in each of the rehearsal's two micro-batches, or in its forward pass.
+        data: As for ``find_batch_size``; its examples are repeated if it has fewer than ``size``.
+        size: Examples in each of the two micro-batches of the trial, or in its forward pass.
         loss: As for ``find_and_train``.
-        forward: As for ``find_and_train``.
-        batch_loss: As for ``find_and_train``.
         optimizer: As for ``find_and_train``.
         device: As for ``find_and_train``.
-        precision: As for ``find_and_train``.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
         mode: As for ``find_batch_size``.
-        search: Of it, the timeout and the worst case.
+        search: Its timeout and its worst case are used.
+        options: As for ``find_and_train``.
+        step: As for ``find_and_train``.
+
+    Returns:
+        Whether the size fits, its peak memory in bytes, and how the trial failed if it failed.
 
     Raises:
-        TypeError, ValueError: A bad argument, before anything is touched.
+        TypeError, ValueError: An argument is wrong. Nothing was changed.
     """
+    options = step_options(check, options, loss, step)
     size = check_size("size", size)
     check_search(search)
     check_mode(mode)
-    options = StepOptions(loss=loss, forward=forward, batch_loss=batch_loss, precision=precision)
     resolve = functools.partial(
         Job.resolve,
         model,

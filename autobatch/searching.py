@@ -211,8 +211,7 @@ def _probe(
     if mode == "train":
         return _finder(job, Rehearsal(job.recipe, examples), search, observer, said, history)
     job.recipe.model.eval()
-    forward = job.options.batch_loss or job.options.forward
-    run = inference(job.recipe, forward, examples)
+    run = inference(job.recipe, job.options.inference_forward, examples)
     return _finder(job, run, search, observer, said, history)
 
 

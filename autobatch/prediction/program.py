@@ -103,7 +103,7 @@ class ForwardPass:
         recorder.label(STATE, _state(self.optimizer))
         self.model.eval()
         recorder.begin_window()
-        forward = self.options.batch_loss or self.options.forward
+        forward = self.options.inference_forward
         inference(recipe, forward, self.sample).prepare([batch], lambda: None)()
 
 
