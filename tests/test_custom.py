@@ -267,7 +267,8 @@ def test_known_terms_divide_the_first_backward_pass() -> None:
         return total, terms
 
     for loss, denominator in ((BatchLoss(watched, terms=counted), 7), (BatchLoss(watched), 11)):
-        model, _ = small_model(), seen.clear()
+        seen.clear()
+        model = small_model()
         Accumulator(model, sgd(model), loss, micro_batch=4).step(rows())
         assert seen == [1 / denominator] * 3
 

@@ -84,7 +84,7 @@ def test_options_are_frozen_and_checked_when_they_are_made() -> None:
         {"loss": BatchLoss(print), "batch_loss": print},
     ):
         with pytest.raises(TypeError):
-            StepOptions(**wrong)  # type: ignore[arg-type]  # That is the test.
+            StepOptions(**wrong)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -77,11 +77,12 @@ class BatchLoss:
         """
         if self.terms is None:
             return None
-        parts = [self.terms(piece) for piece in pieces_of(batch)]
-        for count in parts:
+        total = 0.0
+        for piece in pieces_of(batch):
+            count = self.terms(piece)
             if not isinstance(count, numbers.Real | Tensor):
                 raise TypeError(f"terms must return a number, got {describe(count)}")
-        total = sum(map(float, parts))
+            total += float(count)
         if not 0 <= total < math.inf:
             raise ValueError(
                 f"terms must return a number that is finite and at least 0, got {total}"

@@ -34,7 +34,7 @@ from autobatch.training.whole_batch import Whole, WholeBatch
 from autobatch.training.window import Recipe
 
 NonFinite = Literal["raise", "skip", "ignore"]
-LossLike = Callable[..., object]
+LossLike = Callable[..., object] | BatchLoss
 
 _NON_FINITE: Final = ("raise", "skip", "ignore")
 _WIDE: Final = (None, torch.float32, torch.float64)
