@@ -10,8 +10,8 @@ import torch
 import typer
 
 from autobatch.cli import ExitCode, Output, conclude
-from autobatch.commands.reports import Report, TrainingReport, Watch
-from autobatch.commands.runs import TrainingRun
+from autobatch.cli.reports import Report, TrainingReport, Watch
+from autobatch.cli.commands import TrainingRun
 from autobatch.devices.cuda import CudaDevice
 from autobatch.units import format_bytes
 

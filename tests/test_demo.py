@@ -5,8 +5,8 @@ import torch
 
 from autobatch import demo
 from autobatch.cli import ExitCode
-from autobatch.commands.reports import TrainingReport, Watch
-from autobatch.commands.runs import TrainingRun
+from autobatch.cli.reports import TrainingReport, Watch
+from autobatch.cli.commands import TrainingRun
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, TrainingResult, Trial, Upper
 

@@ -21,7 +21,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from autobatch.commands.arguments import (
+from autobatch.cli.arguments import (
     DATA_NAMES,
     IMAGES,
     MODEL_NAMES,
@@ -31,7 +31,7 @@ from autobatch.commands.arguments import (
     PreferChoice,
     check_names,
 )
-from autobatch.commands.reports import (
+from autobatch.cli.reports import (
     Fields,
     Journal,
     Report,
@@ -130,7 +130,7 @@ def train(
 
     def work(watch: Watch) -> Report:
         check_names(model, data, memory_limit, headroom)
-        from autobatch.commands.runs import TrainingRun
+        from autobatch.cli.commands import TrainingRun
 
         return TrainingRun(
             model=model,
@@ -185,7 +185,7 @@ def find(
 
     def work(watch: Watch) -> Report:
         check_names(model, data, memory_limit, headroom)
-        from autobatch.commands.runs import SearchRun
+        from autobatch.cli.commands import SearchRun
 
         return SearchRun(
             model=model,
@@ -241,7 +241,7 @@ def predict(
 
     def work(watch: Watch) -> Report:
         check_names(model, data)
-        from autobatch.commands.runs import PredictionRun
+        from autobatch.cli.commands import PredictionRun
 
         return PredictionRun(
             model=model,
@@ -274,7 +274,7 @@ def plan(
 @app.command()
 def devices(as_json: Json = False) -> None:
     """Show the GPUs as NVML and torch see them, side by side."""
-    from autobatch.commands.inventory import HEADERS, take_inventory
+    from autobatch.cli.device_table import HEADERS, take_inventory
 
     inventory = take_inventory()
     _write(Report(text="\n".join(inventory.lines), fields=inventory.fields), as_json=as_json)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch.batches.regroup import Data
-from autobatch.commands.arguments import DATA_NAMES, MODEL_NAMES, factory_of
+from autobatch.cli.arguments import DATA_NAMES, MODEL_NAMES, factory_of
 from autobatch.commands.vision import import_torchvision
 from autobatch.plan import check_size
 

@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 
 from autobatch.api import find_and_train, find_batch_size
 from autobatch.batches.regroup import Data
-from autobatch.commands.arguments import (
+from autobatch.cli.arguments import (
     IMAGES,
     ModeChoice,
     OptimizerName,
     PrecisionChoice,
     PreferChoice,
 )
-from autobatch.commands.reports import (
+from autobatch.cli.reports import (
     Fields,
     Report,
     TrainingReport,
@@ -29,7 +29,7 @@ from autobatch.commands.reports import (
     search_fields,
     training_fields,
 )
-from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
+from autobatch.cli.loaders import DataSource, accuracy, load_data, load_model
 from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device
 from autobatch.events import SearchEnded
