@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autobatch import cli
-from autobatch.cli import ExitCode, main
-from autobatch.commands import runs
+from autobatch.cli import app as cli
+from autobatch.cli import commands, main
+from autobatch.cli.app import ExitCode
 from autobatch.devices.base import Budget
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
@@ -102,7 +102,7 @@ def test_data_without_a_test_part_is_trained_without_an_accuracy(run: Run) -> No
 
 
 def test_nothing_right_is_an_accuracy_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "accuracy", lambda *_: 0.0)
+    monkeypatch.setattr(commands, "accuracy", lambda *_: 0.0)
     _, out, err = run("train", *TINY, "--max-steps", "1")
     assert "test accuracy before training: 0.0%" in err
     assert out.endswith("test accuracy 0.0% before, 0.0% after\n")
@@ -417,7 +417,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, *events: Event, error: BaseException) 
             progress(event)
         raise error
 
-    monkeypatch.setattr(runs, "find_and_train", train)
+    monkeypatch.setattr(commands, "find_and_train", train)
 
 
 TRIALS = tuple(
@@ -496,7 +496,7 @@ def test_a_failure_in_training_says_what_was_done(
 def test_ctrl_c_ends_a_real_process_with_130_and_no_traceback(run: Run, tmp_path: Path) -> None:
     del run  # It has written the module.
     command = [sys.executable, "-m", "autobatch", "train", "tiny_for_tests:slow", *TINY[1:]]
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(cli.__file__).parents[2])
     process = subprocess.Popen(
         [*command, "--desired", "10", "--epochs", "1000", "--device", "cpu"],
         cwd=tmp_path,
@@ -521,7 +521,7 @@ def test_ctrl_c_ends_a_real_process_with_130_and_no_traceback(run: Run, tmp_path
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "autobatch", "plan", "--tolerable", "100"],
-        cwd=Path(cli.__file__).parents[1],
+        cwd=Path(cli.__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,

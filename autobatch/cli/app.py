@@ -1,12 +1,13 @@
-"""The command line: arguments in, an exit code out.
+"""The commands of the command line: arguments in, an exit code out.
 
-What a command needs of torch is imported once its arguments are known to be good: that takes
-seconds, and help or an error should not.
+The modules that import torch are imported when a command runs with good arguments: that import
+takes seconds, and help or a wrong argument should be answered at once.
 """
 
 import enum
 import functools
 import importlib.metadata
+import inspect
 import json
 import re
 import sys
@@ -14,22 +15,18 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import fields
 from types import FrameType
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
 from autobatch.cli.arguments import (
-    DATA_NAMES,
-    IMAGES,
-    MODEL_NAMES,
-    ModeChoice,
-    OptimizerName,
-    PrecisionChoice,
-    PreferChoice,
-    check_names,
+    FindArguments,
+    ModelArguments,
+    OutputArguments,
+    PredictArguments,
+    TrainArguments,
 )
 from autobatch.cli.reports import (
     Fields,
@@ -55,27 +52,8 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODEL_NAMES}.", show_default=False)]
-Data = Annotated[str, typer.Option(help=f"{DATA_NAMES}.")]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(help='For the whole process: "256MiB", "24GiB". Default: what the device has.'),
-]
-Headroom = Annotated[
-    str | None,
-    typer.Option(help='Keep so much free: "1GiB", or 0. Default: 2 %, at least 300 MiB.'),
-]
-Device = Annotated[
-    str | None, typer.Option(help='"cpu", "cuda" or "cuda:1". Default: a GPU if there is one.')
-]
-Pixels = Annotated[int, typer.Option(min=1, help="Height and width of the images.")]
-Optimizer = Annotated[OptimizerName, typer.Option(help="Its state takes memory as well.")]
-LearningRate = Annotated[float, typer.Option(min=0, help="Learning rate.")]
-Precision = Annotated[PrecisionChoice, typer.Option(help="What forward passes compute in.")]
-Seed = Annotated[int | None, typer.Option(help="For weights and order. Default: a new one.")]
+Arguments = TypeVar("Arguments", bound=ModelArguments)
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Write the result only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Write the traceback of an error.")]
 
 app = typer.Typer(
     name="autobatch",
@@ -96,168 +74,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ExitCode.DONE
 
 
-@app.command()
-def train(
-    model: Model,
-    data: Data = "digits",
-    desired: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = 256,
-    memory_limit: MemoryLimit = None,
-    headroom: Headroom = None,
-    epochs: Annotated[int, typer.Option(min=1, help="How often all data is seen.")] = 1,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.")] = None,
-    optimizer: Optimizer = OptimizerName.ADAMW,
-    lr: LearningRate = 1e-3,
-    pixels: Pixels = 64,
-    seed: Seed = None,
-    device: Device = None,
-    precision: Precision = PrecisionChoice.FP32,
-    prefer: Annotated[
-        PreferChoice, typer.Option(help="The fewest micro-batches, or the most examples a second.")
-    ] = PreferChoice.LARGEST,
-    clip_grad_norm: Annotated[
-        float | None, typer.Option(help="Largest norm of a step's gradient.")
-    ] = None,
-    checkpoint_dir: Annotated[
-        Path | None,
-        typer.Option(help="Save here after each epoch and at Ctrl-C, and go on from what is here."),
-    ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the trained weights here.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+def _command(
+    kind: type[Arguments],
+) -> Callable[[Callable[[Arguments, Watch], Report]], None]:
+    """Register a function of ``kind`` as a command whose options are the fields of ``kind``."""
+
+    def register(run: Callable[[Arguments, Watch], Report]) -> None:
+        def command(**given: Any) -> None:
+            output = OutputArguments(**{f.name: given.pop(f.name) for f in fields(OutputArguments)})
+            conclude(lambda watch: run(kind(**given), watch), output)
+
+        command.__doc__ = run.__doc__
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # Typer reads it.
+            [*_parameters(kind), *_parameters(OutputArguments)]
+        )
+        app.command(run.__name__)(command)
+
+    return register
+
+
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(kind).parameters.values())
+
+
+@_command(TrainArguments)
+def train(arguments: TrainArguments, watch: Watch) -> Report:
     """Train MODEL on the batch you want, in pieces that fit."""
+    from autobatch.cli import commands
 
-    def work(watch: Watch) -> Report:
-        check_names(model, data, memory_limit, headroom)
-        from autobatch.cli.commands import TrainingRun
-
-        return TrainingRun(
-            model=model,
-            data=data,
-            pixels=pixels,
-            optimizer=optimizer,
-            lr=lr,
-            memory_limit=memory_limit,
-            headroom=headroom,
-            device=device,
-            seed=seed,
-            desired=desired,
-            epochs=epochs,
-            max_steps=max_steps,
-            precision=precision,
-            prefer=prefer,
-            clip_grad_norm=clip_grad_norm,
-            checkpoint_dir=checkpoint_dir,
-            save=save,
-        ).run(watch)
-
-    conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
+    return commands.train(arguments, watch)
 
 
-@app.command()
-def find(
-    model: Model,
-    data: Data = "digits",
-    ceiling: Annotated[
-        int | None, typer.Option(min=1, help="Largest size of interest. Default: the data's.")
-    ] = None,
-    memory_limit: MemoryLimit = None,
-    headroom: Headroom = None,
-    mode: Annotated[
-        ModeChoice, typer.Option(help="A training step, or a forward pass without gradients.")
-    ] = ModeChoice.TRAIN,
-    multiple_of: Annotated[int, typer.Option(min=1, help="Try only multiples of this.")] = 1,
-    optimizer: Optimizer = OptimizerName.ADAMW,
-    lr: LearningRate = 1e-3,
-    pixels: Pixels = 64,
-    seed: Seed = None,
-    device: Device = None,
-    precision: Precision = PrecisionChoice.FP32,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw memory over size into this file: memory.png.")
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@_command(FindArguments)
+def find(arguments: FindArguments, watch: Watch) -> Report:
     """Find the largest batch with which MODEL can train, or infer."""
+    from autobatch.cli import commands
 
-    def work(watch: Watch) -> Report:
-        check_names(model, data, memory_limit, headroom)
-        from autobatch.cli.commands import SearchRun
-
-        return SearchRun(
-            model=model,
-            data=data,
-            pixels=pixels,
-            optimizer=optimizer,
-            lr=lr,
-            memory_limit=memory_limit,
-            headroom=headroom,
-            device=device,
-            seed=seed,
-            ceiling=ceiling,
-            mode=mode,
-            multiple_of=multiple_of,
-            precision=precision,
-            plot=plot,
-        ).run(watch)
-
-    conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
+    return commands.find(arguments, watch)
 
 
-@app.command()
-def predict(
-    model: Model,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(help='"RTX 4090"; several times for several, "all" for the catalogue.'),
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help='Of any other card: "24GiB", in the place of --gpu.')
-    ] = None,
-    data: Annotated[
-        str, typer.Option(help=f"{IMAGES}: blank ones, of 1000 classes; {DATA_NAMES}.")
-    ] = IMAGES,
-    desired: Annotated[int | None, typer.Option(min=1, help="Examples per optimizer step.")] = None,
-    ceiling: Annotated[
-        int | None, typer.Option(min=1, help="Largest size of interest. Default: the data's.")
-    ] = None,
-    mode: Annotated[
-        ModeChoice, typer.Option(help="A training step, or a forward pass without gradients.")
-    ] = ModeChoice.TRAIN,
-    optimizer: Optimizer = OptimizerName.ADAMW,
-    pixels: Pixels = 224,
-    precision: Precision = PrecisionChoice.FP32,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the peak over the batch into this file: peak.png.")
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@_command(PredictArguments)
+def predict(arguments: PredictArguments, watch: Watch) -> Report:
     """Predict the largest batch with which MODEL can train, or infer, on a GPU not here."""
+    from autobatch.cli import commands
 
-    def work(watch: Watch) -> Report:
-        check_names(model, data)
-        from autobatch.cli.commands import PredictionRun
-
-        return PredictionRun(
-            model=model,
-            data=data,
-            pixels=pixels,
-            optimizer=optimizer,
-            desired=desired,
-            ceiling=ceiling,
-            mode=mode,
-            plot=plot,
-            gpus=tuple(gpu or ()),
-            memory=memory,
-            precision=precision,
-        ).run(watch)
-
-    conclude(work, Output(as_json=as_json, quiet=quiet, debug=debug))
+    return commands.predict(arguments, watch)
 
 
 @app.command()
@@ -306,23 +167,8 @@ def _options(
     """Find the largest batch a device tolerates, and train on the batch you want."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """What a command writes.
-
-    Attributes:
-        as_json: The result as JSON, an error too; progress stays on the standard error.
-        quiet: No progress.
-        debug: The traceback of an error.
-    """
-
-    as_json: bool = False
-    quiet: bool = False
-    debug: bool = False
-
-
 class _Watch:
-    """Keeps a journal, and shows what goes on unless it is to be quiet."""
+    """Writes every event into a journal, and shows it unless the command is quiet."""
 
     def __init__(self, journal: Journal, display: Display | None) -> None:
         self._journal = journal
@@ -338,8 +184,8 @@ class _Watch:
             self._display.log(text)
 
 
-def conclude(work: Callable[[Watch], Report], output: Output) -> None:
-    """Write what ``work`` reports, or why it ended and what was done until then.
+def conclude(work: Callable[[Watch], Report], output: OutputArguments) -> None:
+    """Run ``work`` and write its report, or write why it failed and what was done until then.
 
     Raises:
         typer.Exit: With the code of the failure, if there was one.
@@ -350,7 +196,7 @@ def conclude(work: Callable[[Watch], Report], output: Output) -> None:
     try:
         with display or nullcontext():
             report = work(_Watch(journal, display))
-    except (Exception, KeyboardInterrupt) as ended:  # noqa: BLE001  # Each has its exit code.
+    except (Exception, KeyboardInterrupt) as ended:  # noqa: BLE001  # Each failure has an exit code.
         failure = ended
     if failure is None:
         if display is not None and sys.stdout.isatty():
@@ -360,8 +206,8 @@ def conclude(work: Callable[[Watch], Report], output: Output) -> None:
     if output.debug:
         typer.echo("".join(traceback.format_exception(failure)), err=True)
     code, message = exit_code(failure), _explained(failure, journal)
-    told = message if code is ExitCode.INTERRUPTED else f"error: {message}"
-    typer.echo(_wrapped(told, sys.stderr), err=True)
+    text = message if code is ExitCode.INTERRUPTED else f"error: {message}"
+    typer.echo(_wrapped(text, sys.stderr), err=True)
     if output.as_json:
         error = {"kind": type(failure).__name__, "message": message, "exit_code": int(code)}
         _write_json({"error": error | failure_fields(failure), "done": journal.fields})
@@ -372,7 +218,7 @@ def exit_code(error: BaseException) -> ExitCode:
     """Return the code of a command that ``error`` ended."""
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    torch = sys.modules.get("torch")  # Without it nothing of its own was raised.
+    torch = sys.modules.get("torch")  # Without torch no error of torch was raised.
     if isinstance(error, DoesNotFitError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return ExitCode.DOES_NOT_FIT
     if isinstance(error, ValueError | TypeError) and _is_ours(error):
@@ -381,7 +227,7 @@ def exit_code(error: BaseException) -> ExitCode:
 
 
 def _explained(error: BaseException, journal: Journal) -> str:
-    """Say what ended the command, and what was done until then."""
+    """Return why the command ended, and what was done until then."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted {journal}" + f"; {error}" * bool(str(error))
     notes = getattr(error, "__notes__", ())
@@ -394,10 +240,10 @@ def _explained(error: BaseException, journal: Journal) -> str:
 
 
 def _with_options(message: str) -> str:
-    """Name the command line's options in the place of the library's arguments.
+    """Replace names of the library's arguments in ``message`` by the command line's options.
 
-    A name of several words is one wherever it stands, any other where it begins a message or is
-    followed by its value.
+    A name with an underscore is replaced everywhere; a name without one only at the beginning of
+    the message or before a value.
     """
 
     def option(found: re.Match[str]) -> str:
@@ -409,14 +255,14 @@ def _with_options(message: str) -> str:
 
 @functools.cache
 def _options_by_name() -> dict[str, str]:
-    """Every command's: ``memory_limit`` to ``--memory-limit``."""
+    """Return the options of all commands by argument: ``memory_limit`` to ``--memory-limit``."""
     commands = typer.main.get_group(app).commands.values()
     found = {p.name: p.opts[0] for command in commands for p in command.params if p.name}
     return {name: option for name, option in found.items() if option.startswith("--")}
 
 
 def _place(error: BaseException) -> str:
-    """Where the user's code was when ``error`` was raised, if it was there at all."""
+    """Return the line of the user's code that led to ``error``, or ``""``."""
     frames = traceback.walk_tb(error.__traceback__)
     theirs = [(frame.f_code.co_filename, line) for frame, line in frames if not _is_library(frame)]
     return f" ({theirs[-1][0]}:{theirs[-1][1]}; --debug shows more)" if theirs else ""
@@ -428,13 +274,13 @@ def _is_library(frame: FrameType) -> bool:
 
 
 def _package(frame: FrameType) -> str:
-    """The outermost package of the code; its name is only ``__main__`` under ``python -m``."""
+    """Return the outermost package of the code; under ``python -m`` its name is ``__main__``."""
     names: dict[str, str | None] = frame.f_globals
     return (names.get("__package__") or names.get("__name__") or "").partition(".")[0]
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether autobatch itself raised it: code of the user raises ``ValueError`` too."""
+    """Whether autobatch itself raised ``error``: the user's code raises ValueError too."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _package(frames[-1]) == "autobatch"
 
@@ -455,7 +301,7 @@ def _wrapped(text: str, stream: TextIO) -> str:
 
 
 def _filled(line: str, width: int) -> str:
-    """What goes on below stands two columns further in than the line itself."""
+    """Break one line; what follows is indented by two columns more than the line."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.fill(line, width, subsequent_indent=indent)
 
