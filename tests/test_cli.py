@@ -19,6 +19,7 @@ from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactSte
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, StepResult, Trial
+from autobatch.training.options import StepOptions
 from autobatch.units import Size
 
 CODE = """
@@ -571,3 +572,33 @@ def test_predict_wants_one_way_of_naming_the_card(
 ) -> None:
     assert main(["predict", "torchvision:resnet18", *card]) == 2
     assert "pass one of --gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [("train", "find_and_train"), ("find", "find_batch_size"), ("predict", "predict_batch")],
+)
+def test_the_step_s_options_reach_the_library(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, function: str
+) -> None:
+    seen: list[StepOptions] = []
+
+    def stop(*_: object, options: StepOptions, **__: object) -> None:
+        seen.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, function, stop)
+    card = ["--memory", "4GiB"] if command == "predict" else []
+    step = ["--precision", "bf16", "--clip-grad-norm", "0.5", "--batch-norm", "frozen"]
+    assert run(command, *TINY, *card, *step)[0] == ExitCode.INTERRUPTED
+    assert seen == [StepOptions(precision="bf16", clip_grad_norm=0.5, batch_norm="frozen")]
+
+
+@pytest.mark.parametrize("command", ["train", "find"])
+def test_a_bad_option_of_the_step_is_refused_before_anything_is_loaded(
+    run: Run, command: str
+) -> None:
+    code, _, err = run(command, *TINY, "--clip-grad-norm", "-1")
+    assert code == ExitCode.BAD_ARGUMENTS
+    assert "--clip-grad-norm must be above 0, got -1" in err
+    assert "500 to train on" not in err

@@ -1,4 +1,4 @@
-"""One optimizer step per logical batch, in pieces that fit: the object for one's own loop."""
+"""One optimizer step per logical batch, in micro-batches that fit, for the user's own loop."""
 
 from collections.abc import Mapping
 from typing import Any, Unpack
@@ -83,9 +83,9 @@ class Accumulator:
 
     @property
     def micro_batch(self) -> int | None:
-        """The largest micro-batch: as given, or what fits since memory ran out.
+        """Examples in the largest micro-batch: as passed, or what fits since memory ran out.
 
-        Set it between steps where memory changes: after layers were unfrozen, say, to what
+        Set it between steps when memory changes, for example after layers were unfrozen, to what
         ``find_batch_size`` finds then.
         """
         return self._driver.size.size
@@ -102,10 +102,11 @@ class Accumulator:
 
     @property
     def moved_buffers(self) -> frozenset[str]:
-        """Names of what of the model a forward pass moves, BatchNorm's buffers apart.
+        """Names of what a forward pass changes in the model, apart from BatchNorm's buffers.
 
-        That is buffers, parameters (an averaged teacher's), and attributes that are numbers or
-        tensors without a graph. Cut, they move once a micro-batch instead of once a step.
+        These are buffers, parameters (of an averaged teacher), and attributes that are numbers or
+        tensors without a graph. In a batch that is cut they change once a micro-batch instead of
+        once a step.
         """
         return frozenset(self._driver.moved_buffers)
 
@@ -113,25 +114,26 @@ class Accumulator:
         """Take one optimizer step for one logical batch.
 
         Args:
-            batch: On the host, or wherever it is; a micro-batch at a time is moved to the model.
+            batch: ``(inputs, ..., target)`` or a mapping, of tensors of shape ``(example, ...)``,
+                on the host or on any device. One micro-batch at a time is copied to the model.
 
         Returns:
-            The loss that the undivided batch has, and how the batch was cut. A batch without a
-            valid term is skipped: no step.
+            The loss of the undivided batch, and how the batch was cut. A batch without a valid term
+            is skipped: no step is taken.
 
         Raises:
-            DoesNotFitError: If not even one example fits. Nothing has moved.
-            ReplayLimitError: If memory ran out again and again. Nothing has moved.
-            InexactStepError: If splitting would change the loss. This step has moved nothing.
-            NonFiniteLossError: If the loss is nan or infinite. Nothing has moved.
-            StepInterruptedError: If memory ran out in the optimizer's step.
+            DoesNotFitError: Not even one example fits. Nothing was changed.
+            ReplayLimitError: Memory ran out again and again. Nothing was changed.
+            InexactStepError: Cutting the batch would change the loss. Nothing was changed.
+            NonFiniteLossError: The loss is nan or infinite. Nothing was changed.
+            StepInterruptedError: Memory ran out in the middle of the optimizer's step.
         """
         return self._driver.step(self._read(batch))
 
     def state_dict(self) -> dict[str, object]:
-        """Return what this object itself knows: sizes, counts, the scaler's and scheduler's state.
+        """Return the micro-batch size, the counts, and the state of the scaler and the scheduler.
 
-        Plain values and tensors. The model's and the optimizer's states are theirs to keep.
+        These are plain values and tensors. Save the states of model and optimizer yourself.
         """
         driver = self._driver
         scaler, scheduler = driver.recipe.update.scaler, driver.schedule.scheduler
@@ -142,10 +144,10 @@ class Accumulator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
+        """Continue from what ``state_dict`` returned.
 
         Raises:
-            ValueError: If it is not of an Accumulator that has the same parts. Nothing has moved.
+            ValueError: The state is of an Accumulator with other parts. Nothing was changed.
         """
         driver = self._driver
         parts = {"scaler": driver.recipe.update.scaler, "scheduler": driver.schedule.scheduler}
