@@ -4,7 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from autobatch.api import check, find_and_train, find_batch_size
+    from autobatch.api.batch_size import check, find_batch_size
+    from autobatch.api.callable import find_largest
+    from autobatch.api.train import find_and_train
     from autobatch.batches.marks import Shared
     from autobatch.devices.failures import verdict_of
     from autobatch.errors import (
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
         SearchTimeoutError,
         StepInterruptedError,
     )
-    from autobatch.largest import find_largest
     from autobatch.plan import BatchPlan
     from autobatch.prediction.answer import Prediction
     from autobatch.prediction.predict import peak, predict
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
         Upper,
         Verdict,
     )
+    from autobatch.training.custom import BatchLoss
+    from autobatch.training.options import StepOptions
     from autobatch.training.step import Accumulator
     from autobatch.training.whole_batch import WholeBatch
 
 __all__ = [
     "Accumulator",
     "AutobatchError",
+    "BatchLoss",
     "BatchPlan",
     "CheckpointError",
     "DeviceLostError",
@@ -60,6 +64,7 @@ __all__ = [
     "Shared",
     "Speed",
     "StepInterruptedError",
+    "StepOptions",
     "StepResult",
     "TrainingResult",
     "Trial",
@@ -79,6 +84,7 @@ __all__ = [
 _HOMES: Final = {
     "Accumulator": "autobatch.training.step",
     "AutobatchError": "autobatch.errors",
+    "BatchLoss": "autobatch.training.custom",
     "BatchPlan": "autobatch.plan",
     "CheckpointError": "autobatch.errors",
     "DeviceLostError": "autobatch.errors",
@@ -97,16 +103,17 @@ _HOMES: Final = {
     "Shared": "autobatch.batches.marks",
     "Speed": "autobatch.results",
     "StepInterruptedError": "autobatch.errors",
+    "StepOptions": "autobatch.training.options",
     "StepResult": "autobatch.results",
     "TrainingResult": "autobatch.results",
     "Trial": "autobatch.results",
     "Upper": "autobatch.results",
     "Verdict": "autobatch.results",
     "WholeBatch": "autobatch.training.whole_batch",
-    "check": "autobatch.api",
-    "find_and_train": "autobatch.api",
-    "find_batch_size": "autobatch.api",
-    "find_largest": "autobatch.largest",
+    "check": "autobatch.api.batch_size",
+    "find_and_train": "autobatch.api.train",
+    "find_batch_size": "autobatch.api.batch_size",
+    "find_largest": "autobatch.api.callable",
     "peak": "autobatch.prediction.predict",
     "predict": "autobatch.prediction.predict",
     "verdict_of": "autobatch.devices.failures",

@@ -2,7 +2,7 @@
 
 import sys
 
-from autobatch.cli import main
+from autobatch.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """The demo: a ResNet-18 learns real digits from batches that its memory cannot hold.
 
-Run as ``python -m autobatch.demo``; it is ``autobatch train`` with a look at the outcome.
+Run it as ``python -m autobatch.demo``. It is ``autobatch train`` with a judgement of the outcome.
 """
 
 import sys
@@ -9,9 +9,10 @@ from typing import Final
 import torch
 import typer
 
-from autobatch.cli import ExitCode, Output, conclude
-from autobatch.commands.reports import Report, TrainingReport, Watch
-from autobatch.commands.runs import TrainingRun
+from autobatch.cli.app import ExitCode, conclude
+from autobatch.cli.arguments import OutputArguments, TrainArguments
+from autobatch.cli.commands import train
+from autobatch.cli.reports import Report, TrainingReport, Watch
 from autobatch.devices.cuda import CudaDevice
 from autobatch.units import format_bytes
 
@@ -20,40 +21,40 @@ ENOUGH: Final = 0.9  # Of the test digits, afterwards.
 
 
 def main() -> int:
-    """Run the demo and return its exit code: failed, too, where nothing was learned."""
+    """Run the demo and return its exit code; the demo fails too if too little was learned."""
     reports: list[TrainingReport] = []
 
     def work(watch: Watch) -> Report:
         outside = outside_bytes()
         watch.log(introduction(outside))
-        reports.append(the_run(outside).run(watch))
+        reports.append(train(the_arguments(outside), watch))
         return Report(text=judgement(reports[0]), fields=reports[0].fields)
 
     try:
-        conclude(work, Output())
+        conclude(work, OutputArguments())
     except typer.Exit as end:
         return end.exit_code
     return ExitCode.DONE if learned(reports[0]) else ExitCode.FAILED
 
 
-def the_run(outside: int) -> TrainingRun:
-    """Return the demo's training, with ``outside`` bytes on top of the budget."""
-    return TrainingRun(
+def the_arguments(outside: int) -> TrainArguments:
+    """Return the arguments of the demo's training, with ``outside`` bytes added to the budget."""
+    return TrainArguments(
         model="torchvision:resnet18",
         data="digits",
         pixels=64,
         desired=256,
         epochs=4,
-        memory_limit=BUDGET_BYTES + outside,
+        memory_limit=f"{BUDGET_BYTES + outside}B",
         seed=2,
     )
 
 
 def outside_bytes() -> int:
-    """Return what a GPU holds beside this process's tensors; 0 where there is no GPU.
+    """Return how many bytes a GPU holds beside this process's tensors; 0 without a GPU.
 
-    A ``memory_limit`` counts the driver's context and libraries, and those alone are more than the
-    demo's budget. A step runs first: loading its kernels takes memory as well.
+    A ``memory_limit`` counts the driver's context and libraries, and these alone are more than the
+    demo's budget. A step runs first, because its kernels take memory when they are loaded.
     """
     if not torch.cuda.is_available():
         return 0
@@ -65,7 +66,7 @@ def outside_bytes() -> int:
 
 
 def introduction(outside: int) -> str:
-    """Say what is going to happen, and what the limit counts."""
+    """Return what the demo is going to do, and what its limit counts."""
     budget = format_bytes(BUDGET_BYTES)
     aim = f"ResNet-18 learns handwritten digits, 256 to a step, in {budget} of memory."
     if not outside:
@@ -77,7 +78,7 @@ def introduction(outside: int) -> str:
 
 
 def judgement(report: TrainingReport) -> str:
-    """Say how far the outcome can be believed, below the outcome itself."""
+    """Return the outcome, and below it what was exact."""
     result = report.result
     exact = (
         f"Exact: every step weighed its examples as one batch of {result.plan.desired} would, with "
@@ -85,7 +86,7 @@ def judgement(report: TrainingReport) -> str:
     )
     notes = "Not exact: what the notes say." if result.notes else "Nothing was inexact."
     text = report.text
-    if not result.replays:  # Training began with this plan, which stands above, and kept it.
+    if not result.replays:  # The first plan was kept, and is printed above.
         text = text.removeprefix(f"{result.plan}\n")
     verdict = "" if learned(report) else f"\nThe demo failed: it promises more than {ENOUGH:.0%}."
     return f"{text}\n{exact} {notes}{verdict}"

@@ -210,8 +210,7 @@ def _probe(
     if mode == "train":
         return _finder(job, Rehearsal(job.step, examples), search, observer, said, history)
     job.step.model.eval()
-    forward = job.options.batch_loss or job.options.forward
-    run = inference(job.step.gradient, forward, examples)
+    run = inference(job.step.gradient, job.step.objective.forward, examples)
     return _finder(job, run, search, observer, said, history)
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from autobatch import cli
-from autobatch.cli import ExitCode, main
-from autobatch.commands import runs
+from autobatch.cli import app as cli
+from autobatch.cli import commands, main
+from autobatch.cli.app import ExitCode
 from autobatch.devices.base import Budget
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, StepResult, Trial
+from autobatch.training.options import StepOptions
 from autobatch.units import Size
 
 CODE = """
@@ -102,7 +103,7 @@ def test_data_without_a_test_part_is_trained_without_an_accuracy(run: Run) -> No
 
 
 def test_nothing_right_is_an_accuracy_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "accuracy", lambda *_: 0.0)
+    monkeypatch.setattr(commands, "accuracy", lambda *_: 0.0)
     _, out, err = run("train", *TINY, "--max-steps", "1")
     assert "test accuracy before training: 0.0%" in err
     assert out.endswith("test accuracy 0.0% before, 0.0% after\n")
@@ -417,7 +418,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, *events: Event, error: BaseException) 
             progress(event)
         raise error
 
-    monkeypatch.setattr(runs, "find_and_train", train)
+    monkeypatch.setattr(commands, "find_and_train", train)
 
 
 TRIALS = tuple(
@@ -496,7 +497,7 @@ def test_a_failure_in_training_says_what_was_done(
 def test_ctrl_c_ends_a_real_process_with_130_and_no_traceback(run: Run, tmp_path: Path) -> None:
     del run  # It has written the module.
     command = [sys.executable, "-m", "autobatch", "train", "tiny_for_tests:slow", *TINY[1:]]
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(cli.__file__).parents[2])
     process = subprocess.Popen(
         [*command, "--desired", "10", "--epochs", "1000", "--device", "cpu"],
         cwd=tmp_path,
@@ -521,7 +522,7 @@ def test_ctrl_c_ends_a_real_process_with_130_and_no_traceback(run: Run, tmp_path
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "autobatch", "plan", "--tolerable", "100"],
-        cwd=Path(cli.__file__).parents[1],
+        cwd=Path(cli.__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,
@@ -571,3 +572,33 @@ def test_predict_wants_one_way_of_naming_the_card(
 ) -> None:
     assert main(["predict", "torchvision:resnet18", *card]) == 2
     assert "pass one of --gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [("train", "find_and_train"), ("find", "find_batch_size"), ("predict", "predict_batch")],
+)
+def test_the_step_s_options_reach_the_library(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, function: str
+) -> None:
+    seen: list[StepOptions] = []
+
+    def stop(*_: object, options: StepOptions, **__: object) -> None:
+        seen.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, function, stop)
+    card = ["--memory", "4GiB"] if command == "predict" else []
+    step = ["--precision", "bf16", "--clip-grad-norm", "0.5", "--batch-norm", "frozen"]
+    assert run(command, *TINY, *card, *step)[0] == ExitCode.INTERRUPTED
+    assert seen == [StepOptions(precision="bf16", clip_grad_norm=0.5, batch_norm="frozen")]
+
+
+@pytest.mark.parametrize("command", ["train", "find"])
+def test_a_bad_option_of_the_step_is_refused_before_anything_is_loaded(
+    run: Run, command: str
+) -> None:
+    code, _, err = run(command, *TINY, "--clip-grad-norm", "-1")
+    assert code == ExitCode.BAD_ARGUMENTS
+    assert "--clip-grad-norm must be above 0, got -1" in err
+    assert "500 to train on" not in err

@@ -1,5 +1,8 @@
 """A function of the user's own, (model, batch) -> (sum, terms)."""
 
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +10,8 @@ from reference import assert_exact, assert_same_parameters, sgd, small_model, tw
 from states import fingerprint
 from torch import Tensor, nn
 
-from autobatch import Accumulator, InexactStepError, find_and_train
-from autobatch.training.custom import BatchLoss
+from autobatch import Accumulator, BatchLoss, InexactStepError, StepOptions, find_and_train
+from autobatch.training.custom import BatchLossFunction
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,7 +70,7 @@ def contrastive(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("wrong", [mean, constant_terms, contrastive])
-def test_what_does_not_add_up_is_refused_when_the_batch_is_cut(wrong: BatchLoss) -> None:
+def test_what_does_not_add_up_is_refused_when_the_batch_is_cut(wrong: BatchLossFunction) -> None:
     model = small_model()
     before = fingerprint(model)
     accumulator = Accumulator(model, sgd(model), batch_loss=wrong, micro_batch=4)
@@ -77,7 +80,7 @@ def test_what_does_not_add_up_is_refused_when_the_batch_is_cut(wrong: BatchLoss)
 
 
 @pytest.mark.parametrize("wrong", [mean, constant_terms, contrastive])
-def test_a_batch_that_fits_whole_may_be_coupled(wrong: BatchLoss) -> None:
+def test_a_batch_that_fits_whole_may_be_coupled(wrong: BatchLossFunction) -> None:
     model = small_model()
     Accumulator(model, sgd(model), batch_loss=wrong).step(rows())
 
@@ -195,3 +198,155 @@ def test_what_fails_in_both_modes_says_that_it_was_a_check() -> None:
     with pytest.raises(ArithmeticError, match="no gradient flows") as caught:
         Accumulator(model, sgd(model), batch_loss=of_detector, micro_batch=4).step(boxes())
     assert any("two examples, alone and together" in note for note in caught.value.__notes__)
+
+
+def counted(batch: Batch) -> int:
+    return int((batch[1] != -100).sum())
+
+
+def test_the_short_form_is_the_same_in_every_respect() -> None:
+    assert StepOptions(batch_loss=summed) == StepOptions(loss=BatchLoss(summed))
+    short, long = small_model(), small_model()
+    one = Accumulator(short, sgd(short), batch_loss=summed, micro_batch=4).step(rows())
+    two = Accumulator(long, sgd(long), BatchLoss(summed), micro_batch=4).step(rows())
+    assert (one.loss, one.terms) == (two.loss, two.terms)
+    assert fingerprint(short) == fingerprint(long)
+    sent: BatchLoss = pickle.loads(pickle.dumps(BatchLoss(summed, terms=counted)))
+    assert sent == BatchLoss(summed, terms=counted)
+
+
+def test_both_forms_together_are_refused() -> None:
+    model = small_model()
+    with pytest.raises(TypeError, match="batch_loss takes the place of loss and forward"):
+        Accumulator(model, sgd(model), BatchLoss(summed), batch_loss=summed)
+    with pytest.raises(TypeError, match="BatchLoss takes the place of forward too"):
+        Accumulator(model, sgd(model), BatchLoss(summed), forward=lambda m, b: (m(b[0]), b[1]))
+    for wrong in (nn.CrossEntropyLoss, 5):
+        with pytest.raises(TypeError, match="BatchLoss needs a callable"):
+            BatchLoss(wrong)  # type: ignore[arg-type]  # That is the test.
+    with pytest.raises(TypeError, match="terms must be a callable"):
+        BatchLoss(summed, terms=7)  # type: ignore[arg-type]  # That is the test.
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("micro_batch", [11, 4, 1])
+def test_terms_that_are_known_beforehand_give_the_undivided_step(
+    micro_batch: int, tensor: bool
+) -> None:
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, object]:
+        total, terms = summed(model, batch)
+        return total, torch.tensor(terms) if tensor else terms
+
+    ours, whole = small_model(), small_model()
+    known = BatchLoss(loss, terms=counted)
+    step = Accumulator(ours, sgd(ours), known, micro_batch=micro_batch).step(rows())
+    (expected,) = undivided_steps(whole, sgd(whole), F.cross_entropy, [rows()])
+    assert_exact(step.loss, expected)
+    assert step.terms == 7
+    assert_same_parameters(ours, whole)
+
+
+def test_a_mean_of_means_is_another_step() -> None:
+    """The control: 1e-12 tells the exact step from the usual mistake."""
+    ours, whole = small_model(), small_model()
+    parts = [tuple(part) for part in zip(*(item.split(4) for item in rows()), strict=True)]
+    torch.stack([F.cross_entropy(ours(x), y) for x, y in parts]).mean().backward()
+    sgd(ours).step()
+    undivided_steps(whole, sgd(whole), F.cross_entropy, [rows()])
+    with pytest.raises(AssertionError):
+        assert_same_parameters(ours, whole)
+
+
+def test_known_terms_divide_the_first_backward_pass() -> None:
+    """Without them every gradient is rescaled at the end."""
+    seen: list[float] = []
+
+    def watched(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        total, terms = summed(model, batch)
+        total.register_hook(lambda gradient: seen.append(float(gradient)))
+        return total, terms
+
+    for loss, denominator in ((BatchLoss(watched, terms=counted), 7), (BatchLoss(watched), 11)):
+        seen.clear()
+        model = small_model()
+        Accumulator(model, sgd(model), loss, micro_batch=4).step(rows())
+        assert seen == [1 / denominator] * 3
+
+
+def test_a_batch_without_terms_runs_no_forward_pass() -> None:
+    def fails(_model: nn.Module, _batch: Batch) -> tuple[Tensor, int]:
+        raise AssertionError("the function must not run")
+
+    model = small_model()
+    accumulator = Accumulator(model, sgd(model), BatchLoss(fails, terms=counted), micro_batch=4)
+    x, y = rows()
+    assert accumulator.step((x, torch.full_like(y, -100))).reason == "no valid term"
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        (lambda batch: len(batch[1]), "returns 0 terms .* terms= counts 1"),
+        (lambda batch: counted(batch) ** 2, "terms= does not add up over examples"),
+        (lambda _: 7, "terms= does not add up over examples"),
+    ],
+    ids=["examples", "squared", "constant"],
+)
+def test_terms_that_differ_from_those_of_the_function_are_refused(
+    terms: Callable[[Batch], object], words: str
+) -> None:
+    model = small_model()
+    before = fingerprint(model)
+    accumulator = Accumulator(model, sgd(model), BatchLoss(summed, terms=terms), micro_batch=4)
+    with pytest.raises(InexactStepError, match=words):
+        accumulator.step(rows())
+    assert fingerprint(model) == before
+
+
+def test_they_are_refused_in_a_batch_that_fits_whole_and_in_late_ones_too() -> None:
+    model = small_model()
+    wrong = BatchLoss(summed, terms=lambda batch: len(batch[1]))
+    with pytest.raises(InexactStepError, match=r"returns 7 terms .* terms= counts 11"):
+        Accumulator(model, sgd(model), wrong).step(rows())
+    right = [True]
+    fickle = BatchLoss(summed, terms=lambda batch: counted(batch) + (not right[0]))
+    accumulator = Accumulator(model, sgd(model), fickle, micro_batch=4)
+    for _ in range(2):
+        accumulator.step(rows())
+    right[0] = False
+    before = fingerprint(model)
+    with pytest.raises(InexactStepError):
+        accumulator.step(rows())  # The third logical batch: no check of two examples runs there.
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("count", "error"),
+    [("7", TypeError), (None, TypeError), (-1, ValueError), (float("nan"), ValueError)],
+)
+def test_terms_that_are_no_count_are_refused(count: object, error: type[Exception]) -> None:
+    model = small_model()
+    loss = BatchLoss(summed, terms=lambda _: count)
+    with pytest.raises(error, match="terms must return a number"):
+        Accumulator(model, sgd(model), loss, micro_batch=4).step(rows())
+
+
+def test_known_terms_train_with_a_search_an_evaluation_and_no_wait() -> None:
+    ours, whole = small_model(), small_model()
+    result = find_and_train(
+        ours,
+        [rows(64)],
+        64,
+        loss=BatchLoss(summed, terms=counted),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        memory_limit=9000,
+        nonfinite="ignore",
+        eval_data=[rows(64)],
+        progress=False,
+    )
+    undivided_steps(whole, sgd(whole), F.cross_entropy, [rows(64)])
+    assert result.plan.accumulation_steps > 1
+    assert_same_parameters(ours, whole)
+    (evaluation,) = result.evaluations
+    expected = F.cross_entropy(whole(rows(64)[0]), rows(64)[1])
+    assert_exact(evaluation.loss, float(expected.detach()))

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from autobatch import demo
-from autobatch.cli import ExitCode
-from autobatch.commands.reports import TrainingReport, Watch
-from autobatch.commands.runs import TrainingRun
+from autobatch.cli.app import ExitCode
+from autobatch.cli.arguments import TrainArguments
+from autobatch.cli.reports import TrainingReport, Watch
 from autobatch.plan import BatchPlan
 from autobatch.results import SearchResult, TrainingResult, Trial, Upper
+from autobatch.units import parse_bytes
 
 RESULT = TrainingResult(
     plan=BatchPlan(desired=256, tolerable=86),
@@ -34,10 +35,10 @@ def report(after: float, *, notes: tuple[str, ...] = ()) -> TrainingReport:
 
 
 def test_it_is_the_training_that_was_promised() -> None:
-    run = demo.the_run(outside=0)
+    run = demo.the_arguments(outside=0)
     assert (run.model, run.data, run.pixels) == ("torchvision:resnet18", "digits", 64)
     assert (run.desired, run.optimizer, run.lr) == (256, "adamw", 1e-3)
-    assert (run.memory_limit, run.seed is not None) == (384 * 2**20, True)
+    assert (parse_bytes(run.memory_limit or 0), run.seed is not None) == (384 * 2**20, True)
     assert run.epochs in {3, 4}
 
 
@@ -50,7 +51,7 @@ def test_without_a_gpu_the_budget_is_the_limit() -> None:
 
 
 def test_what_is_added_on_a_gpu_is_said() -> None:
-    assert demo.the_run(outside=500).memory_limit == demo.BUDGET_BYTES + 500
+    assert demo.the_arguments(outside=500).memory_limit == f"{demo.BUDGET_BYTES + 500}B"
     assert "500.0 MiB that are no tensors" in demo.introduction(500 * 2**20)
 
 
@@ -77,10 +78,10 @@ def test_a_demo_that_did_not_learn_fails(
     after: float,
     code: ExitCode,
 ) -> None:
-    def run(_run: TrainingRun, _watch: Watch) -> TrainingReport:
+    def run(_run: TrainArguments, _watch: Watch) -> TrainingReport:
         return report(after)
 
-    monkeypatch.setattr(TrainingRun, "run", run)
+    monkeypatch.setattr(demo, "train", run)
     assert demo.main() == code
     assert ("The demo failed" in capsys.readouterr().out) == (code is ExitCode.FAILED)
 
@@ -88,9 +89,9 @@ def test_a_demo_that_did_not_learn_fails(
 def test_an_interrupted_demo_ends_like_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(_run: TrainingRun, _watch: Watch) -> TrainingReport:
+    def run(_run: TrainArguments, _watch: Watch) -> TrainingReport:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingRun, "run", run)
+    monkeypatch.setattr(demo, "train", run)
     assert demo.main() == ExitCode.INTERRUPTED
     assert "interrupted before the first trial" in capsys.readouterr().err

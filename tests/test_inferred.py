@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autobatch import Accumulator, find_and_train
 from autobatch.training.inferred import Inferred
-from autobatch.training.losses import resolve_loss
+from autobatch.training.resolve import resolve_loss
 from autobatch.training.supervised import Compared
 
 Batch = dict[str, Tensor]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from autobatch import cli
-from autobatch.commands import inventory
-from autobatch.commands.inventory import Inventory, TorchGpu, take_inventory
+from autobatch.cli import device_table
+from autobatch.cli.device_table import Inventory, TorchGpu, take_inventory
 from autobatch.devices.nvml import NvmlGpu, NvmlProcess, NvmlSurvey
 
 GIB = 2**30
@@ -99,10 +99,10 @@ def test_the_command_shows_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = machine(NvmlSurvey(driver="580.1", gpus=(ONE, TWO)), seen("cuda:0", TWO))
-    monkeypatch.setattr(inventory, "take_inventory", lambda: both)
+    monkeypatch.setattr(device_table, "take_inventory", lambda: both)
     assert cli.main(["devices"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[3].split("   ")[0] == inventory.HEADERS[0]
+    assert lines[3].split("   ")[0] == device_table.HEADERS[0]
     assert lines[6] == (
         "1     NVIDIA H200   2.0 GiB of 140.0 GiB   41: 1.0 GiB    cuda:0, 139.0 GiB"
     )

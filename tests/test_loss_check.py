@@ -15,7 +15,7 @@ from autobatch.batches.nest import Nest
 from autobatch.errors import InexactStepError
 from autobatch.randomness import random_state
 from autobatch.training.loss_check import check_splits
-from autobatch.training.losses import resolve_loss
+from autobatch.training.resolve import resolve_loss
 
 drawn = settings(deadline=None, max_examples=12, derandomize=True)
 any_sizes = given(

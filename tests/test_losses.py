@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 from autobatch.batches.nest import Nest
-from autobatch.training.losses import UnrecognisedLoss, resolve_loss
+from autobatch.training.losses import UnrecognisedLoss
+from autobatch.training.resolve import resolve_loss
 from autobatch.training.summed import Loss
 
 drawn = settings(deadline=None, max_examples=10, derandomize=True)

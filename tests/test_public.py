@@ -13,6 +13,7 @@ import autobatch
 NAMES = [
     "Accumulator",
     "AutobatchError",
+    "BatchLoss",
     "BatchPlan",
     "CheckpointError",
     "DeviceLostError",
@@ -31,6 +32,7 @@ NAMES = [
     "Shared",
     "Speed",
     "StepInterruptedError",
+    "StepOptions",
     "StepResult",
     "TrainingResult",
     "Trial",
@@ -45,26 +47,26 @@ NAMES = [
     "predict",
     "verdict_of",
 ]
-LOSS = ["loss", "forward", "batch_loss"]
-JOB = [*LOSS, "optimizer", "device", "precision", "memory_limit", "headroom"]
+STEP = [  # Every entry point takes them, and shows them last.
+    *["options", "forward", "batch_loss", "scaler", "precision", "clip_grad_norm"],
+    *["clip_grad_value", "nonfinite", "batch_norm", "gradient_dtype", "snapshot_steps", "replay"],
+    "snapshot_on_oom",
+]
+JOB = ["loss", "optimizer", "device", "memory_limit", "headroom"]
 SIGNATURES = {
     "find_and_train": [
-        *["model", "data", "desired", *LOSS, "optimizer", "scheduler", "scheduler_interval"],
-        *["epochs", "max_steps", "drop_last", "device", "precision", "scaler", "gradient_dtype"],
-        *["memory_limit", "headroom", "clip_grad_norm", "clip_grad_value", "nonfinite"],
-        *["batch_norm", "snapshot_steps", "replay", "snapshot_on_oom", "eval_data", "metrics"],
-        *["checkpoint_dir", "on_step", "prefer", "search", "seed", "progress"],
+        *["model", "data", "desired", "loss", "optimizer", "scheduler", "scheduler_interval"],
+        *["epochs", "max_steps", "drop_last", "device", "memory_limit", "headroom", "eval_data"],
+        *["metrics", "checkpoint_dir", "on_step", "prefer", "search", "seed", "progress", *STEP],
     ],
-    "find_batch_size": ["model", "data", "ceiling", *JOB, "mode", "search", "progress"],
+    "find_batch_size": ["model", "data", "ceiling", *JOB, "mode", "search", "progress", *STEP],
     "find_largest": [
         *["run", "ceiling", "state", "device", "memory_limit", "headroom", "search", "progress"],
     ],
-    "check": ["model", "data", "size", *JOB, "mode", "search"],
-    "Accumulator": [
-        *["model", "optimizer", "loss", "micro_batch", "forward", "batch_loss", "scheduler"],
-        *["scaler", "precision", "clip_grad_norm", "clip_grad_value", "nonfinite", "batch_norm"],
-        *["gradient_dtype", "snapshot_steps", "replay", "snapshot_on_oom"],
-    ],
+    "check": ["model", "data", "size", *JOB, "mode", "search", *STEP],
+    "Accumulator": ["model", "optimizer", "loss", "micro_batch", "scheduler", *STEP],
+    "StepOptions": ["loss", *STEP[1:]],
+    "BatchLoss": ["function", "terms"],
     "SearchOptions": [
         *["confirm", "multiple_of", "timeout_seconds", "budget_seconds", "worst_case", "isolate"],
         *["prior", "floor", "forget_errors"],
@@ -73,7 +75,7 @@ SIGNATURES = {
     "WholeBatch": ["loss"],
     "BatchPlan": ["desired", "tolerable", "multiple_of"],
     "predict": [
-        *["model", "data", "gpu", "desired", "ceiling", "loss", "optimizer", "precision", "mode"],
+        *["model", "data", "gpu", "desired", "ceiling", "loss", "optimizer", "mode", *STEP],
     ],
     "peak": ["step", "gpu", "desired", "ceiling"],
     "verdict_of": ["error"],

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from autobatch.commands.reports import Journal, search_fields, training_fields
+from autobatch.cli.reports import Journal, search_fields, training_fields
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted
 from autobatch.plan import BatchPlan
 from autobatch.results import (

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
+from autobatch.cli.loaders import DataSource, accuracy, load_data, load_model
 
 CODE = """
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from autobatch.commands.sources import DataSource
+from autobatch.cli.loaders import DataSource
 
 x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 dataset = TensorDataset(x, y)

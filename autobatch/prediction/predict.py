@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, Unpack, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,8 +18,10 @@ from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, 
 from autobatch.prediction.step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
 from autobatch.prediction.trace import ACTIVATIONS
 from autobatch.results import LimitedBy
-from autobatch.training.options import LossLike, StepOptions
+from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
+from autobatch.training.resolve import LossLike
+from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 
 GpuName = str | Gpu
 
@@ -28,6 +30,7 @@ _LESS: Final = 0.98  # Of what the step as it is tolerates: fewer are worth a wo
 _MODES: Final = get_args(Mode)
 
 
+@shows_step_options
 def predict(
     model: nn.Module,
     data: Data,
@@ -37,8 +40,9 @@ def predict(
     ceiling: int | None = None,
     loss: LossLike | None = None,
     optimizer: Optimizer | OptimizerFactory | None = None,
-    precision: PrecisionName = "fp32",
     mode: Mode = "train",
+    options: StepOptions | None = None,
+    **step: Unpack[StepArguments],
 ) -> Prediction:
     """Predict what ``find_batch_size`` would find on a GPU that is not here, in seconds.
 
@@ -55,7 +59,8 @@ def predict(
         ceiling: The largest size of interest; None is as far as ``data`` goes.
         loss: As for ``find_batch_size``.
         optimizer: As for ``find_batch_size``.
-        precision: As for ``find_batch_size``.
+        options: As for ``find_batch_size``.
+        step: As for ``find_batch_size``.
         mode: As for ``find_batch_size``: ``"train"``, or ``"inference"`` for a forward pass in
             evaluation mode, without gradients and targets.
 
@@ -71,7 +76,7 @@ def predict(
             f'mode="inference" takes no optimizer step: pass ceiling={desired!r}, not desired'
         )
     asked = _Asked(gpus=_gpus(gpu), desired=desired, ceiling=ceiling, mode=mode)
-    options = StepOptions(loss=loss, precision=precision)
+    options = step_options(predict, options, loss, step)
     # On the host: the model stays where it is, and a GPU that is here is not asked.
     job = Job.resolve(
         model,
@@ -90,7 +95,7 @@ def predict(
         )
     held = None if isinstance(data, tuple | Mapping | list) else job.source.examples
     return _predicted(
-        replace(asked, precision=precision, held=held),
+        replace(asked, precision=options.precision, held=held),
         lambda flash: trace_step(job, options, flash=flash, mode=mode),
     )
 

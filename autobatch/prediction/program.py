@@ -103,8 +103,9 @@ class ForwardPass:
         recorder.label(STATE, _state(self.optimizer))
         self.model.eval()
         recorder.begin_window()
-        forward = self.options.batch_loss or self.options.forward
-        inference(step.gradient, forward, self.sample).prepare([batch], lambda: None)()
+        inference(step.gradient, step.objective.forward, self.sample).prepare(
+            [batch], lambda: None
+        )()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,29 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe
-from autobatch.training.known_losses import InferredLoss, known_functional, known_module
 from autobatch.training.summed import Loss, widened
 from autobatch.training.wide import in_widest
-
-
-def resolve_loss(loss: Callable[..., object] | None) -> Loss:
-    """Return how ``loss`` sums and divides; None is inferred from the targets of each batch.
-
-    The settings and buffers of a module are read at every use, those of a partial here.
-
-    Raises:
-        TypeError: If it is no callable, or one that can never be exact: ``reduction="none"``,
-            ``size_average`` or ``reduce`` given, a partial that binds outputs or targets.
-        ValueError: If its reduction is none of torch's.
-    """
-    if loss is None:
-        return InferredLoss()
-    if isinstance(loss, type):
-        raise TypeError(f"loss must be an instance, got the class {loss.__name__}: call it first")
-    if not callable(loss):
-        raise TypeError(f"loss must be a callable (outputs, targets) or None, got {loss!r}")
-    known = known_module(loss) if isinstance(loss, nn.Module) else known_functional(loss)
-    return known or UnrecognisedLoss(loss)
 
 
 @dataclass(slots=True)

@@ -124,6 +124,11 @@ class Objective(Protocol):
         """The class index that the loss leaves out of its mean, and accuracy with it."""
         return -100
 
+    @property
+    def forward(self) -> Callable[[nn.Module, Any], object] | None:
+        """The user's function that runs the model on a batch; None for the standard one."""
+        return None
+
     def for_evaluation(self) -> "Objective":
         """Return an objective with the same knowledge, whose changes do not reach this one."""
         return self

@@ -1,4 +1,4 @@
-"""How a step is to be taken: the user's options, checked before anything is touched."""
+"""The options of an optimizer step, checked when they are made."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ from autobatch.events import Observer
 from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
-from autobatch.training.custom import BatchLoss, Custom
+from autobatch.training.custom import BatchLoss, BatchLossFunction
 from autobatch.training.engine.batch_gradient import BatchGradient
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.engine.nonfinite import NonFinite, NonFinitePolicy, check_nonfinite
@@ -26,8 +26,6 @@ from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.feed import Feed
 from autobatch.training.forward import Forward
-from autobatch.training.inferred import Inferred
-from autobatch.training.losses import resolve_loss
 from autobatch.training.members import Members
 from autobatch.training.objective import Objective
 from autobatch.training.precision import (
@@ -37,27 +35,65 @@ from autobatch.training.precision import (
     scaler_for,
 )
 from autobatch.training.replay import MicroBatchSize
+from autobatch.training.resolve import LossLike, loss_module, resolve_objective
 from autobatch.training.schedule import Schedule
-from autobatch.training.supervised import Compared
 from autobatch.training.update import Update
-from autobatch.training.whole_batch import Whole, WholeBatch
-
-LossLike = Callable[..., object]
 
 _WIDE: Final = (None, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
-    """The arguments that say what a step is; those of ``Accumulator``, by the same names.
+    """How the step of one logical batch is computed; every entry point takes the same options.
+
+    An entry point takes the options one by one, or together as ``options=``::
+
+        options = StepOptions(precision="bf16", clip_grad_norm=1.0)
+        data = (torch.randn(32, 4), torch.randint(0, 2, (32,)))
+        model = nn.Linear(4, 2)
+        found = find_batch_size(model, data, options=options)
+        result = find_and_train(model, data, 16, options=options, progress=False)
+
+    Attributes:
+        loss: A loss of torch, its functional or a partial of the functional; a callable
+            ``(outputs, targets)`` that returns a mean over examples or ``(sum, terms)``;
+            ``WholeBatch(loss)`` for a loss that compares examples with one another; or
+            ``BatchLoss(function)`` for a function of the model and the batch. None takes the
+            model's own ``.loss`` where the model returns one, otherwise cross-entropy for integer
+            targets and mean squared error for floating ones.
+        forward: ``(model, batch) -> (outputs, targets)``, for a batch that is neither
+            ``(inputs, ..., target)`` nor a mapping with a target.
+        batch_loss: ``batch_loss=function`` is short for ``loss=BatchLoss(function)``. The
+            constructor writes it into ``loss``, and leaves None here.
+        scaler: A ``torch.amp.GradScaler``; None makes one for ``precision="fp16"``.
+        precision: ``"fp32"`` runs without autocast, in the model's own dtype; ``"bf16"`` and
+            ``"fp16"`` run forward passes and losses under autocast.
+        clip_grad_norm: The largest 2-norm of the finished gradient of the optimizer's parameters.
+            The gradient is unscaled once and clipped once a step.
+        clip_grad_value: The largest absolute value of an element of that gradient.
+        nonfinite: What happens to a step whose loss is nan or infinite, or whose gradient's norm
+            is, where the norm is known. ``"raise"`` raises NonFiniteLossError. ``"skip"`` takes no
+            step, and computes the norm to find out. ``"ignore"`` takes the step and never waits for
+            the device, unless only the loss knows its terms or a GradScaler has to look. A gradient
+            that overflows under a GradScaler is skipped in any case: the scale becomes smaller.
+        batch_norm: ``"micro"`` normalises each micro-batch by itself and pools the running
+            statistics; ``"frozen"`` normalises by the running statistics and leaves them as they
+            are; ``"refuse"`` raises InexactStepError where a batch with BatchNorm has to be cut.
+        gradient_dtype: ``torch.float32`` sums the gradients of 16-bit parameters in float32.
+        snapshot_steps: Whether a copy of the parameters and the optimizer state lies on the host
+            during each optimizer step, so that a step that runs out of memory half done is undone.
+        replay: True runs a logical batch again in smaller micro-batches when memory runs out; False
+            raises the error, with the step's gradients released and everything else restored.
+        snapshot_on_oom: A folder where the state of CUDA's allocator is written when memory runs
+            out, for https://pytorch.org/memory_viz. Other devices and a search write nothing.
 
     Raises:
-        TypeError, ValueError: With the value that came and the way out.
+        TypeError, ValueError: An option is wrong; the message shows its value and the way out.
     """
 
     loss: LossLike | None = None
     forward: Forward | None = None
-    batch_loss: BatchLoss | None = None
+    batch_loss: BatchLossFunction | None = None
     scaler: GradScaler | None = None
     precision: PrecisionName = "fp32"
     clip_grad_norm: float | None = None
@@ -72,6 +108,7 @@ class StepOptions:
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_batch_norm(self.batch_norm)
+        scaler_for("fp32", self.scaler, "cpu")  # Refuses what is no GradScaler.
         check_nonfinite(self.nonfinite)
         if self.gradient_dtype not in _WIDE:
             raise ValueError(
@@ -88,44 +125,43 @@ class StepOptions:
             raise TypeError(f"replay must be True or False, got {self.replay!r}")
         if self.snapshot_on_oom is not None:
             check_directory("snapshot_on_oom", self.snapshot_on_oom)
-        for name in ("forward", "batch_loss"):
-            given = getattr(self, name)
-            if given is not None and not callable(given):
-                raise TypeError(f"{name} must be callable, got {given!r}")
+        self._check_loss()
 
-    def objective(self) -> Objective:
-        """Return what is made smaller.
-
-        Raises:
-            TypeError: If the loss is no loss, or there are two of them.
-        """
+    def _check_loss(self) -> None:
+        """Write ``batch_loss`` into ``loss``, and refuse what is no loss."""
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(f"forward must be callable, got {self.forward!r}")
         if self.batch_loss is not None:
             if self.loss is not None or self.forward is not None:
                 raise TypeError("batch_loss takes the place of loss and forward; pass it alone")
-            return Custom(batch_loss=self.batch_loss)
-        if isinstance(self.loss, WholeBatch):
-            return Whole(loss=self.loss, forward=self.forward)
-        loss = resolve_loss(self.loss)
-        compared = Compared(loss=loss, forward=self.forward)
-        if self.loss is None and self.forward is None:
-            return Inferred(otherwise=compared)
-        return compared
+            if not callable(self.batch_loss):
+                raise TypeError(f"batch_loss must be callable, got {self.batch_loss!r}")
+            object.__setattr__(self, "loss", BatchLoss(self.batch_loss))
+            object.__setattr__(self, "batch_loss", None)
+        self.objective()
+
+    def objective(self) -> Objective:
+        """Return a new objective: how a micro-batch becomes a summed loss.
+
+        Raises:
+            TypeError: If the loss is no loss.
+        """
+        return resolve_objective(self.loss, self.forward)
 
     @property
     def ran_out(self) -> Callable[[int], None]:
-        """What is told the step in which memory runs out, while it still holds what it held."""
+        """What is called with a step's number when memory runs out, before anything is released."""
         if self.snapshot_on_oom is None:
             return _nothing
         return functools.partial(write_snapshot, self.snapshot_on_oom)
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """The loss where it is a module: it moves, and is put back, with the model."""
-        loss = self.loss.loss if isinstance(self.loss, WholeBatch) else self.loss
-        return loss if isinstance(loss, nn.Module) else None
+        """The loss where it is a module: it is moved and restored together with the model."""
+        return loss_module(self.loss)
 
     def train_step(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> TrainStep:
-        """Return what a step is made of."""
+        """Return the step of ``model`` and ``optimizer`` on ``device``."""
         kind = device.torch_device.type
         loss = [] if self.loss_module is None else [self.loss_module]
         scaler = scaler_for(self.precision, self.scaler, kind)
@@ -192,4 +228,4 @@ class StepOptions:
 
 
 def _nothing(_: int) -> None:
-    """Nobody asked."""
+    """Write nothing."""

@@ -1,12 +1,9 @@
-"""One optimizer step per logical batch, in pieces that fit: the object for one's own loop."""
+"""One optimizer step per logical batch, in micro-batches that fit, for the user's own loop."""
 
-import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
-import torch
 from torch import nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest
@@ -15,107 +12,63 @@ from autobatch.devices.choose import choose_device, open_device
 from autobatch.plan import check_size
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult
-from autobatch.training.batch_norm import BatchNormMode
-from autobatch.training.custom import BatchLoss
-from autobatch.training.engine.nonfinite import NonFinite
-from autobatch.training.forward import Forward
 from autobatch.training.options import StepOptions
-from autobatch.training.precision import PrecisionName
 from autobatch.training.replay import MicroBatchSize
+from autobatch.training.resolve import LossLike
 from autobatch.training.schedule import Scheduler, SchedulerFactory, resolve_schedule
+from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 
 
 class Accumulator:
-    """Takes the step that the undivided batch would take, in pieces that fit.
+    """Takes the optimizer step of a logical batch in micro-batches that fit, in your own loop.
 
-    For one's own loop::
+    The step is the one that the undivided batch would take::
 
-        accumulator = Accumulator(model, optimizer, nn.CrossEntropyLoss(), micro_batch=64)
-        for batch in loader:  # Of the batch size that is wanted.
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        accumulator = Accumulator(model, optimizer, nn.CrossEntropyLoss(), micro_batch=8)
+        loader = DataLoader(TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,))), 32)
+        for batch in loader:  # The loader's batch size is the size of the logical batch.
             result = accumulator.step(batch)
 
-    It owns ``.grad``: what it finds there is discarded, and nothing is left there. It leaves the
-    model's mode alone. After the last micro-batch the gradient is unscaled once and clipped once;
-    then come the optimizer's step, the scaler's update and the scheduler's step.
+    The object owns ``.grad``: it discards the gradients that it finds, and leaves none behind. It
+    does not change the model's mode. After the last micro-batch the gradient is unscaled once and
+    clipped once; then come the optimizer's step, the scaler's update and the scheduler's step.
 
     Args:
-        model: On the device where it is to train.
+        model: On the device where it trains.
         optimizer: Over some or all of the model's parameters.
-        loss: A loss of torch; a callable ``(outputs, targets)`` that returns a mean over examples
-            or ``(sum, terms)``; ``WholeBatch(loss)`` for one that compares examples with one
-            another. None takes the model's own ``.loss`` if it returns one, and otherwise infers
-            the loss from the targets.
-        micro_batch: The largest micro-batch; None means the whole batch until memory runs out.
-        forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither
-            ``(inputs, ..., target)`` nor a mapping with a target.
-        batch_loss: ``(model, batch) -> (sum, terms)`` instead of ``loss`` and ``forward``.
-        scheduler: An instance, or a factory ``optimizer -> scheduler``: stepped after each
+        loss: What is minimised, as ``StepOptions`` describes it.
+        micro_batch: Examples in the largest micro-batch. None takes the whole logical batch at once
+            until memory runs out.
+        scheduler: An instance, or a factory ``optimizer -> scheduler``. It is stepped after each
             optimizer step that was taken.
-        scaler: A ``torch.amp.GradScaler``; None makes one for ``"fp16"``.
-        precision: ``"fp32"`` is no autocast (the model's own dtype), ``"bf16"`` and ``"fp16"``
-            autocast forward passes and losses.
-        clip_grad_norm: The largest 2-norm of the finished gradient of the optimizer's parameters.
-        clip_grad_value: The largest element of it.
-        nonfinite: What happens to a step whose loss is nan or infinite, or whose gradient's norm
-            is, where it is known: ``"raise"`` NonFiniteLossError, ``"skip"`` it (the norm is
-            computed for this), or ``"ignore"`` it, and never wait for the device (unless only the
-            loss knows its terms, or a GradScaler has to look). Too large a gradient under a
-            GradScaler is skipped in any case: it asks for a smaller scale.
-        batch_norm: ``"micro"`` normalises each micro-batch by itself and pools the running
-            statistics; ``"frozen"`` normalises by them and leaves them; ``"refuse"`` cuts nothing.
-        gradient_dtype: ``torch.float32`` sums the gradients of 16-bit parameters in it.
-        snapshot_steps: Keep a copy of parameters and optimizer state on the host during each
-            optimizer step, so that one that memory ends half done is undone.
-        replay: False lets the error go up when memory runs out, with the step's gradients let go
-            and everything else as it was; True runs the window again in smaller pieces.
-        snapshot_on_oom: A folder: what CUDA's allocator holds is written there when memory runs
-            out, for https://pytorch.org/memory_viz. Other devices write nothing.
+        options: The step's options together, in the place of ``loss`` and ``step``.
+        step: The step's options one by one: ``precision``, ``clip_grad_norm``, ``batch_norm`` and
+            all other fields of ``StepOptions``.
 
     Raises:
-        TypeError, ValueError: If an argument cannot be trained with, with the reason.
+        TypeError, ValueError: An argument is wrong; the message shows its value and the way out.
     """
 
+    @shows_step_options
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        loss: Callable[..., object] | None = None,
+        loss: LossLike | None = None,
         *,
         micro_batch: int | None = None,
-        forward: Forward | None = None,
-        batch_loss: BatchLoss | None = None,
         scheduler: Scheduler | SchedulerFactory | None = None,
-        scaler: GradScaler | None = None,
-        precision: PrecisionName = "fp32",
-        clip_grad_norm: float | None = None,
-        clip_grad_value: float | None = None,
-        nonfinite: NonFinite = "raise",
-        batch_norm: BatchNormMode = "micro",
-        gradient_dtype: torch.dtype | None = None,
-        snapshot_steps: bool = False,
-        replay: bool = True,
-        snapshot_on_oom: str | os.PathLike[str] | None = None,
+        options: StepOptions | None = None,
+        **step: Unpack[StepArguments],
     ) -> None:
         check_one_process()
         check_model(model)
         check_optimizer(optimizer, model)
         if micro_batch is not None:
             micro_batch = check_size("micro_batch", micro_batch)
-        options = StepOptions(
-            loss=loss,
-            forward=forward,
-            batch_loss=batch_loss,
-            scaler=scaler,
-            precision=precision,
-            clip_grad_norm=clip_grad_norm,
-            clip_grad_value=clip_grad_value,
-            nonfinite=nonfinite,
-            batch_norm=batch_norm,
-            gradient_dtype=gradient_dtype,
-            snapshot_steps=snapshot_steps,
-            replay=replay,
-            snapshot_on_oom=snapshot_on_oom,
-        )
+        options = step_options(Accumulator, options, loss, step)
         present = next(model.parameters()).device
         device = open_device(choose_device(present, present))
         self._read = Reading()
@@ -127,9 +80,9 @@ class Accumulator:
 
     @property
     def micro_batch(self) -> int | None:
-        """The largest micro-batch: as given, or what fits since memory ran out.
+        """Examples in the largest micro-batch: as passed, or what fits since memory ran out.
 
-        Set it between steps where memory changes: after layers were unfrozen, say, to what
+        Set it between steps when memory changes, for example after layers were unfrozen, to what
         ``find_batch_size`` finds then.
         """
         return self._runner.gradient.size.size
@@ -146,10 +99,11 @@ class Accumulator:
 
     @property
     def moved_buffers(self) -> frozenset[str]:
-        """Names of what of the model a forward pass moves, BatchNorm's buffers apart.
+        """Names of what a forward pass changes in the model, apart from BatchNorm's buffers.
 
-        That is buffers, parameters (an averaged teacher's), and attributes that are numbers or
-        tensors without a graph. Cut, they move once a micro-batch instead of once a step.
+        These are buffers, parameters (of an averaged teacher), and attributes that are numbers or
+        tensors without a graph. In a batch that is cut they change once a micro-batch instead of
+        once a step.
         """
         return frozenset(self._runner.gradient.mutated)
 
@@ -157,25 +111,26 @@ class Accumulator:
         """Take one optimizer step for one logical batch.
 
         Args:
-            batch: On the host, or wherever it is; a micro-batch at a time is moved to the model.
+            batch: ``(inputs, ..., target)`` or a mapping, of tensors of shape ``(example, ...)``,
+                on the host or on any device. One micro-batch at a time is copied to the model.
 
         Returns:
-            The loss that the undivided batch has, and how the batch was cut. A batch without a
-            valid term is skipped: no step.
+            The loss of the undivided batch, and how the batch was cut. A batch without a valid term
+            is skipped: no step is taken.
 
         Raises:
-            DoesNotFitError: If not even one example fits. Nothing has moved.
-            ReplayLimitError: If memory ran out again and again. Nothing has moved.
-            InexactStepError: If splitting would change the loss. This step has moved nothing.
-            NonFiniteLossError: If the loss is nan or infinite. Nothing has moved.
-            StepInterruptedError: If memory ran out in the optimizer's step.
+            DoesNotFitError: Not even one example fits. Nothing was changed.
+            ReplayLimitError: Memory ran out again and again. Nothing was changed.
+            InexactStepError: Cutting the batch would change the loss. Nothing was changed.
+            NonFiniteLossError: The loss is nan or infinite. Nothing was changed.
+            StepInterruptedError: Memory ran out in the middle of the optimizer's step.
         """
         return self._runner.step(self._read(batch))
 
     def state_dict(self) -> dict[str, object]:
-        """Return what this object itself knows: sizes, counts, the scaler's and scheduler's state.
+        """Return the micro-batch size, the counts, and the state of the scaler and the scheduler.
 
-        Plain values and tensors. The model's and the optimizer's states are theirs to keep.
+        These are plain values and tensors. Save the states of model and optimizer yourself.
         """
         scaler, scheduler = self._runner.update.scaler, self._runner.schedule.scheduler
         return {
@@ -185,10 +140,10 @@ class Accumulator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
+        """Continue from what ``state_dict`` returned.
 
         Raises:
-            ValueError: If it is not of an Accumulator that has the same parts. Nothing has moved.
+            ValueError: The state is of an Accumulator with other parts. Nothing was changed.
         """
         runner = self._runner
         parts = {"scaler": runner.update.scaler, "scheduler": runner.schedule.scheduler}

@@ -55,6 +55,15 @@ class WholeBatch:
             )
         self.loss = loss
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The loss, where it is a module."""
+        return self.loss if isinstance(self.loss, nn.Module) else None
+
+    def objective(self, forward: Forward | None) -> "Whole":
+        """Return what training minimizes."""
+        return Whole(loss=self, forward=forward)
+
     def __call__(self, outputs: Nest, targets: Nest) -> Tensor:
         """Return the loss of the whole.
 

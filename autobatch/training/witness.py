@@ -131,7 +131,8 @@ def refuse_partly_finite(finite: Sequence[bool]) -> None:
     if any(finite) and not all(finite):
         raise InexactStepError(
             f"the loss is not finite for {len(finite) - sum(finite)} of {len(finite)} "
-            "micro-batches, as a mean over valid terms is where a micro-batch has none; return (sum, terms)"
+            "micro-batches, as a mean over valid terms is where a micro-batch has none; return "
+            "(sum, terms)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Names on the command line to models and data."""
+"""Models and data by the names that the command line takes."""
 
 import difflib
 import importlib
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch.batches.regroup import Data
-from autobatch.commands.arguments import DATA_NAMES, MODEL_NAMES, factory_of
+from autobatch.cli.arguments import DATA_NAMES, MODEL_NAMES, factory_of
 from autobatch.commands.vision import import_torchvision
 from autobatch.plan import check_size
 
@@ -30,13 +30,13 @@ class DataSource:
     """Data by its name.
 
     Attributes:
-        train: What ``find_and_train`` takes.
-        test: The same for measuring, or None.
-        classes: How many classes the labels have; None where there are no class labels.
+        train: Data that ``find_and_train`` takes.
+        test: Data for the accuracy, or None.
+        classes: How many classes the labels have; None without class labels.
     """
 
     train: Data
-    test: "Data | None" = None  # The alias is text, which knows no "or".
+    test: "Data | None" = None  # The alias is text, so that | does not work.
     classes: int | None = None
 
 
@@ -49,8 +49,8 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
         classes: Outputs of torchvision's classifiers; None leaves their own 1000.
 
     Raises:
-        ValueError: If there is nothing of that name.
-        TypeError: If the factory returns something else than a module.
+        ValueError: If nothing has that name.
+        TypeError: If the factory returns no module.
     """
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
@@ -76,7 +76,7 @@ def load_data(name: str, *, pixels: int = 64) -> DataSource:
         pixels: Height and width of the images, for the first two.
 
     Raises:
-        ValueError: If there is nothing of that name, or no image in the folder.
+        ValueError: If nothing has that name, or the folder holds no image.
     """
     check_size("pixels", pixels)
     kind, colon, rest = name.partition(":")
@@ -89,7 +89,7 @@ def load_data(name: str, *, pixels: int = 64) -> DataSource:
     if isinstance(data, DataSource):
         return data
     train, test = _train_and_test(data)
-    # What is no data at all is refused by the api, with its own words.
+    # find_and_train refuses what is no data.
     return DataSource(
         train=cast("Data", train),
         test=cast("Data | None", test),
@@ -98,14 +98,14 @@ def load_data(name: str, *, pixels: int = 64) -> DataSource:
 
 
 def accuracy(model: nn.Module, test: object, *, batch: int = 64) -> float:
-    """Return the fraction of ``test`` that ``model`` gets right, in eval mode on its own device.
+    """Return the accuracy of ``model`` on ``test``, in evaluation mode on the model's device.
 
-    The classes are dimension 1 of the outputs. Every module's mode is put back.
+    The outputs have the shape ``(batch, classes, ...)``. The mode of every module is restored.
 
     Args:
         model: Takes the inputs of a batch.
         test: A pair of tensors or arrays, a dataset of pairs, or an iterable of such batches.
-        batch: Examples in a forward; a loader's batches stay as they are.
+        batch: Examples in a forward pass; the batches of a loader stay as they are.
 
     Raises:
         TypeError: If the labels are not integers, or the outputs no tensor.
@@ -146,7 +146,7 @@ def _pairs(test: object, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(inputs.split(batch), labels.split(batch), strict=True)
         return
     if isinstance(test, Dataset):
-        # A generator of its own: opening a loader draws a seed, never the global one.
+        # Opening a loader draws a seed: from this generator, not from the global one.
         test = DataLoader(test, batch_size=batch, generator=torch.Generator())
     if not isinstance(test, Iterable):
         raise TypeError(f"test data must be tensors, a dataset or a loader, got {_kind(test)}")
@@ -226,7 +226,7 @@ def _find(name: str, *, what: str, names: str) -> object:
     module_name, parts = factory_of(name, what=what, names=names)
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # And stays: the module may import more, later.
+        sys.path.insert(0, here)  # For good: the module may import more later.
     found: object = _import(module_name, name)
     for part in parts:
         if not hasattr(found, part):
@@ -239,7 +239,7 @@ def _import(module_name: str, name: str) -> object:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if f"{module_name}.".startswith(f"{error.name}."):  # Itself or a package it is in.
+        if f"{module_name}.".startswith(f"{error.name}."):  # The module or a package that holds it.
             absent = error.name
         else:
             raise
@@ -253,7 +253,7 @@ def _train_and_test(data: object) -> tuple[object, object | None]:
 
 
 def _count_classes(train: object) -> int | None:
-    """From the ``classes`` of a dataset, or the largest of integer labels in a pair."""
+    """Return the length of a dataset's ``classes``, or the largest integer label plus 1."""
     dataset = getattr(train, "dataset", train)
     if isinstance(names := getattr(dataset, "classes", None), list | tuple):
         return len(names)

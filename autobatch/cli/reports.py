@@ -1,4 +1,4 @@
-"""What the command line says at the end: text for people, fields for machines."""
+"""Reports of the command line: text for people, fields for machines."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -15,13 +15,13 @@ Fields = dict[str, object]
 
 
 class Watch(Protocol):
-    """Whoever is told what goes on: events, and lines of text."""
+    """Receives events and lines of text while a command runs."""
 
     def __call__(self, event: Event) -> None:
-        """Take note of ``event``."""
+        """Receive ``event``."""
 
     def log(self, text: str) -> None:
-        """Take note of a line."""
+        """Receive a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,9 @@ class TrainingReport(Report):
     """The outcome of a training.
 
     Attributes:
-        result: What the api returned.
-        before: The fraction of the test data that was right before; None if there is none.
-        after: The same afterwards.
+        result: What ``find_and_train`` returned.
+        before: The accuracy on the test data before training; None without test data.
+        after: The accuracy after training.
     """
 
     result: TrainingResult
@@ -54,7 +54,7 @@ class TrainingReport(Report):
 
 @dataclass(slots=True)
 class Journal:
-    """An observer that can say what was done, when work ends before its end."""
+    """An observer that can say how far a command came that did not finish."""
 
     trials: list[Trial] = field(default_factory=list)
     training: TrainingStarted | None = None
@@ -64,7 +64,7 @@ class Journal:
     last_loss: float | None = None
 
     def __call__(self, event: Event) -> None:
-        """Keep what ``event`` tells."""
+        """Record ``event``."""
         match event:
             case TrialEnded():
                 self.trials.append(event.trial)
@@ -158,7 +158,7 @@ def search_fields(search: SearchResult) -> Fields:
 
 
 def failure_fields(error: BaseException) -> Fields:
-    """Return what an error carries beside its message, as JSON takes it."""
+    """Return the facts of an error beside its message, as JSON takes them."""
     if not isinstance(error, DoesNotFitError) or error.breakdown is None:
         return {}
     return {

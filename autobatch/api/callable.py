@@ -1,4 +1,4 @@
-"""The largest size of any function of one: two optimizers, reinforcement learning, generation."""
+"""The largest size at which a function of the user works."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ from autobatch.results import SearchResult
 from autobatch.state import has_attributes, preserved, reachable, state_tensors
 from autobatch.units import Size
 
-_ONE: Final = (str, Mapping, Tensor, nn.Module)  # Though they can be iterated over.
+_ONE: Final = (str, Mapping, Tensor, nn.Module)  # One object, though it can be iterated over.
 _HELD: Final = (nn.Module, Optimizer, LRScheduler, GradScaler)
 
 
@@ -40,33 +40,44 @@ def find_largest(
     search: SearchOptions = STANDARD_SEARCH,
     progress: bool | Observer = False,
 ) -> SearchResult:
-    """Return the largest size at which ``run`` does its work inside the limit.
+    """Return the largest size at which ``run`` works inside the memory limit.
 
-    For what is no single model with one optimizer. The sizes grow as well as shrink, errors are
-    read as those of training are, and what ``state`` names is put back.
+    For everything that is not one model with one optimizer: two optimizers, reinforcement learning,
+    generation. Sizes grow and shrink, errors are recognised as in training, and everything that
+    ``state`` names is restored::
+
+        model = nn.Linear(1000, 1000)
+
+        def run(size):
+            model(torch.randn(size, 1000)).square().mean().backward()
+
+        print(find_largest(run, ceiling=64, state=model).size)
 
     Args:
-        run: Does at a size what shall be done at it: a whole step, with backward passes and
-            optimizers where there are some. It is called with the smallest sizes first, so that
+        run: Takes a size and does the work of that size: a whole step, with backward passes and
+            optimizers if there are some. It is called with the smallest sizes first, so that
             optimizers have their state.
         ceiling: The largest size of interest.
-        state: What ``run`` changes, one thing or several: modules, optimizers, schedulers, scalers,
-            tensors, generators, containers, objects with attributes. What containers and attributes
-            hold is put back as far as it is one of these kinds of torch's. Gradients of the modules
-            are let go between trials, and those that there were are put back. Arrays of NumPy and
-            what a closure holds are not put back.
-            On the CPU only what is named here, or made by an operation, is counted: name weights
-            that ``run`` reads as well.
-        device: Whose memory counts; None is where the first tensor of ``state`` is, or a GPU if it
-            is on the CPU and there is one. Nothing is moved.
+        state: What ``run`` changes, one object or several: modules, optimizers, schedulers,
+            scalers, tensors, generators, containers, objects with attributes. Modules, optimizers,
+            schedulers, scalers and tensors in containers and attributes are restored too. Gradients
+            of the modules are released between trials, and earlier gradients are restored. NumPy
+            arrays and the variables of a closure are not restored. On the CPU, only the memory of
+            what is named here or made by an operation is counted: name the weights that ``run``
+            reads as well.
+        device: Whose memory counts. None is where the first tensor of ``state`` is, or a GPU if
+            that tensor is on the CPU and there is a GPU. Nothing is moved.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
         search: As for ``find_and_train``; there is no data for a worst case.
         progress: As for ``find_and_train``.
 
+    Returns:
+        The size, what limits it, its memory and the trials.
+
     Raises:
-        TypeError, ValueError: A bad argument, before anything is touched.
-        DoesNotFitError: It does not even run at the smallest size.
+        TypeError, ValueError: An argument is wrong. Nothing was changed.
+        DoesNotFitError: ``run`` does not work even at the smallest size.
         SearchTimeoutError, DeviceLostError: As for ``find_and_train``.
     """
     if not callable(run):
@@ -108,7 +119,7 @@ def find_largest(
 
 
 class _Parts:
-    """What ``state`` names, sorted by what putting it back takes."""
+    """The objects that ``state`` names, sorted by how they are restored."""
 
     def __init__(self, state: object) -> None:
         named: list[object] = [state]
@@ -127,11 +138,11 @@ class _Parts:
 
     @property
     def device(self) -> torch.device:
-        """Where the first tensor is."""
+        """The device of the first tensor."""
         return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
 
     def tensors(self) -> list[Tensor]:
-        """Return all that live between two runs."""
+        """Return all tensors that live between two runs."""
         found = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
         for optimizer in self.optimizers:
             found += state_tensors(optimizer)
@@ -139,7 +150,7 @@ class _Parts:
 
 
 def _has_state(part: object) -> bool:
-    """Whether it can be put back; a class of containers of the user's own may have other rules."""
+    """Whether ``part`` can be restored; a container class of the user may have other rules."""
     if isinstance(part, type):
         return False
     is_generator = any(found is part for found in generators_in(part))
@@ -147,7 +158,7 @@ def _has_state(part: object) -> bool:
 
 
 def _held_by(named: Sequence[object]) -> list[object]:
-    """What of torch's lies in containers, and in the attributes of objects that are not torch's."""
+    """Return torch's objects in containers and in attributes of objects that are not torch's."""
     holders = [part for part in named if has_attributes(part) and not isinstance(part, nn.Module)]
     held: dict[int, object] = {}
     for container in reachable([*named, *map(vars, holders)]):
@@ -161,26 +172,26 @@ def _held_by(named: Sequence[object]) -> list[object]:
 
 
 class _Runs:
-    """``run``, ready to be tried at any size."""
+    """Tries ``run`` at any size."""
 
     def __init__(self, run: Callable[[int], object], modules: Sequence[nn.Module]) -> None:
         self._run = run
         self._modules = modules
 
-    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # It is one phase.
-        """Return the run at a size, not yet run; what it returns is let go."""
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # A run has one phase.
+        """Return a function that runs at a size and discards the result."""
 
         def window() -> None:
             self._run(sizes[0])
 
         return window
 
-    def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's.
-        """Return ``""``: what a run makes is not known."""
+    def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's arguments.
+        """Return ``""``: the results of a run are not known."""
         return ""
 
     def clear(self) -> None:
-        """Let go of gradients."""
+        """Release the gradients of the modules."""
         for module in self._modules:
             for parameter in module.parameters():
                 parameter.grad = None
