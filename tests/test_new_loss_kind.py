@@ -98,5 +98,7 @@ def test_it_is_searched_trained_evaluated_and_noted() -> None:
     (evaluation,) = result.evaluations
     with torch.no_grad():
         outputs = model(data[0])
-    assert evaluation.loss == pytest.approx(float(kind.sum(outputs, data[1])) / 40, rel=1e-12)
+    assert evaluation.loss == pytest.approx(
+        float(kind.sum(outputs, data[1]).detach()) / 40, rel=1e-12
+    )
     assert evaluation.metrics["error"] == pytest.approx(float((outputs - data[1]).abs().mean()))
