@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from autobatch.api import check, find_and_train, find_batch_size
     from autobatch.batches.marks import Shared
-    from autobatch.devices.failures import verdict_of
+    from autobatch.devices.oom import verdict_of
     from autobatch.errors import (
         AutobatchError,
         CheckpointError,
@@ -109,7 +109,7 @@ _HOMES: Final = {
     "find_largest": "autobatch.largest",
     "peak": "autobatch.prediction.predict",
     "predict": "autobatch.prediction.predict",
-    "verdict_of": "autobatch.devices.failures",
+    "verdict_of": "autobatch.devices.oom",
 }
 
 

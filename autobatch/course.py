@@ -11,7 +11,7 @@ from autobatch.advice import torn
 from autobatch.batches.nest import Nest, size_of
 from autobatch.batches.prefetch import crowded
 from autobatch.batches.regroup import Data, Source, open_source
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 from autobatch.events import Observer, Resumed, TrainingStarted
 from autobatch.job import Job
 from autobatch.plan import BatchPlan

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from autobatch.accounts import account_for
 from autobatch.batches.regroup import Data, Source, open_source
 from autobatch.breakdown import Breakdown
-from autobatch.devices.base import Budget, MemoryDevice
-from autobatch.devices.choose import choose_device, open_device
+from autobatch.devices.accounting import account_for
+from autobatch.devices.base import MemoryDevice
+from autobatch.devices.budget import Budget
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import Trial

@@ -14,7 +14,7 @@ import torch
 from autobatch import cli
 from autobatch.cli import ExitCode, main
 from autobatch.commands import runs
-from autobatch.devices.base import Budget
+from autobatch.devices.budget import Budget
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan

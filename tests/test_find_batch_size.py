@@ -26,7 +26,7 @@ from autobatch import (
     state,
 )
 from autobatch.commands.vision import import_torchvision
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.job import Job
 from autobatch.training.driver import Driver
 from autobatch.training.options import StepOptions
@@ -236,7 +236,7 @@ def training_peaks(
         headroom=None,
     )
     device = job.device
-    assert isinstance(device, MeteredDevice)
+    assert isinstance(device, CpuDevice)
     driver = Driver(
         recipe=job.recipe,
         size=MicroBatchSize(size),

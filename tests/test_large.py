@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autobatch import SearchResult, Verdict, WholeBatch, check, find_batch_size
 from autobatch.batches.nest import Nest
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import DeviceLostError
 from autobatch.training import large, rehearsal
 from autobatch.training.evaluation import Inference
@@ -241,7 +241,7 @@ def test_one_size_is_checked_as_a_search_does() -> None:
 
 def recipe(model: nn.Module) -> Recipe:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return StepOptions().recipe(model, optimizer, MeteredDevice())
+    return StepOptions().recipe(model, optimizer, CpuDevice())
 
 
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
@@ -265,7 +265,7 @@ def test_the_kernels_are_those_of_training() -> None:
     model = Looking()
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    complains = LargeCheck(half.recipe(model, optimizer, MeteredDevice()), data(), INDEXED)
+    complains = LargeCheck(half.recipe(model, optimizer, CpuDevice()), data(), INDEXED)
     assert "wrong rows" in complains(500, 10 * INDEXED)
     assert seen == {(False, True)}
 

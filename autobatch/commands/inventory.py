@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from autobatch.commands.reports import Fields
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 from autobatch.devices.nvml import NvmlGpu, NvmlSurvey, survey
 from autobatch.units import format_bytes
 

@@ -30,8 +30,8 @@ from autobatch.commands.reports import (
     training_fields,
 )
 from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
-from autobatch.devices.base import Budget
-from autobatch.devices.choose import choose_device
+from autobatch.devices.budget import Budget
+from autobatch.devices.factory import choose_device
 from autobatch.events import SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from autobatch.devices.base import MemoryDevice, MemoryReading
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 from autobatch.results import OtherProcess
 from autobatch.units import format_bytes
 

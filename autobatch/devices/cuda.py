@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from autobatch.devices.base import MemoryReading
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 from autobatch.devices.nvml import by_uuid
 from autobatch.errors import DeviceUnavailableError
 from autobatch.results import OtherProcess

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe, part, size_of, take
 from autobatch.batches.pieces import largest_piece
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import InexactStepError
-from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.losses import read_pair
 from autobatch.training.objective import Move, Witness
@@ -22,7 +21,6 @@ BatchLoss = Callable[[nn.Module, Any], object]  # The batch is the user's own st
 
 _TOLERANCE: Final = 1e-3  # Of float32 sums; a mean, or a loss that couples, is off by far more.
 _COARSE: Final = 5e-2  # Of 16 bits.
-_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,7 +116,7 @@ class Custom:
         try:
             return ask(training=False)
         except Exception as error:
-            if isinstance(error, InexactStepError) or verdict_of(error) in _TOO_MUCH:
+            if isinstance(error, InexactStepError) or verdict_of(error) in MEMORY_VERDICTS:
                 raise
         try:  # A detector returns its losses in training mode alone.
             return ask(training=True)

@@ -10,7 +10,7 @@ import torch
 
 from autobatch.batches.nest import Nest, describe, size_of
 from autobatch.batches.pieces import cut_to, pieces_of
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import (
     DoesNotFitError,
     InexactStepError,
@@ -40,7 +40,6 @@ _ALONE: Final = (
 )
 _COUNTS: Final = ("steps", "left_out", "agreed", "split_windows")
 _UNLIMITED: Final = nullcontext()  # Keeps nothing of who enters it.
-_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 _Fault = Literal["", "not finite", "overflow"]
 
 
@@ -384,7 +383,7 @@ def _is_too_much(error: Exception, sizes: Sequence[int], replays: int) -> bool:
         return max(sizes) > 1
     # BatchNorm refuses a single example. Where a replay has come to that, memory is the reason.
     cut_to_one = replays > 0 and min(sizes) == 1 and isinstance(error, ValueError)
-    return verdict in _TOO_MUCH or cut_to_one
+    return verdict in MEMORY_VERDICTS or cut_to_one
 
 
 def _is_cut(batch: Nest, examples: int, size: int) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.batches.nest import Nest, size_of, take, tensors
 from autobatch.batches.pieces import largest_piece
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import InexactStepError
 from autobatch.results import Verdict
 from autobatch.training.undisturbed import undisturbed

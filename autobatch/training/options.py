@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.snapshots import check_directory, write_snapshot
+from autobatch.devices.memory_snapshot import check_directory, write_snapshot
 from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm

@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import StepInterruptedError
 from autobatch.results import Verdict
 from autobatch.state import PLAIN_TYPES

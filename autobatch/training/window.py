@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, join, part, size_of
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.randomness import random_state
 from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms, accumulate, rescale

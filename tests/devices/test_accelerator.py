@@ -13,8 +13,8 @@ from autobatch import randomness
 from autobatch.devices import accelerator
 from autobatch.devices.accelerator import AcceleratorDevice, MpsDevice
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.choose import choose_device, open_device
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.factory import choose_device, open_device
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import DeviceUnavailableError
 from autobatch.probing.trial import Stage
 from autobatch.randomness import random_state

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from autobatch.devices.accelerator import open_accelerator
 from autobatch.devices.base import MemoryDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.devices.cuda import CudaDevice
-from autobatch.devices.metered import MeteredDevice
 from autobatch.errors import DeviceUnavailableError
 
 _KNOWN: Final = ("cuda", "xpu", "mps")
@@ -50,7 +50,7 @@ def open_device(
         return CudaDevice(device)
     if device.type != "cpu":
         return open_accelerator(device)
-    return MeteredDevice(residents, counts_host=counts_host)
+    return CpuDevice(residents, counts_host=counts_host)
 
 
 def _preferred() -> torch.device:

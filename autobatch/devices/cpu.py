@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from autobatch.devices.base import MemoryReading
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 from autobatch.results import OtherProcess
-from autobatch.state import uninterrupted
+from autobatch.signals import uninterrupted
 from autobatch.units import format_bytes
 
 
-class MeteredDevice:
+class CpuDevice:
     """The CPU with a memory of any size.
 
     Args:
