@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from autobatch.advice import torn
+from autobatch.advice import fragmented
 from autobatch.batches.nest import Nest, size_of
 from autobatch.batches.prefetch import crowded
 from autobatch.batches.regroup import Data, Source, open_source
@@ -282,8 +282,8 @@ class Course:
             agreed=driver.agreed,
             found=found,
         )
-        reading = job.device.read()
-        pieces = torn(reading.peak_bytes, reading.peak_reserved_bytes, "training")
+        reading, place = job.device.read(), job.device.torch_device
+        pieces = fragmented(place, reading.peak_bytes, reading.peak_reserved_bytes, "training")
         return self._result(found, ended, (*told, *pieces))
 
     def done_before(self) -> TrainingResult:

@@ -113,11 +113,10 @@ class Job:
     def trains_limited(self) -> bool:
         """Whether training itself is held to the limit.
 
-        The CPU is metered only where a limit was asked for: the meter costs time, and without one
-        the search has left the headroom.
+        The CPU is metered only where the user gives a limit: the meter costs time, and without a
+        limit the search has left the headroom.
         """
-        asked = self.budget.memory_limit_bytes is not None
-        return asked or self.device.torch_device.type != "cpu"
+        return self.budget.memory_limit_bytes is not None or not self.device.limit_costs_time
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

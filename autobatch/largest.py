@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autobatch.devices.accounting import account_for
+from autobatch.devices.base import HOST
 from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.display import observer_of
@@ -128,7 +129,7 @@ class _Parts:
     @property
     def device(self) -> torch.device:
         """Where the first tensor is."""
-        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+        return next((tensor.device for tensor in self.tensors()), HOST)
 
     def tensors(self) -> list[Tensor]:
         """Return all that live between two runs."""

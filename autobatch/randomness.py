@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autobatch.devices.factory import BACKENDS
+
 Restore = Callable[[], object]
 
 _DEPTH: Final = 10  # How deep, and how far along a container, generators of the data are sought.
@@ -64,27 +66,13 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
     return put_back
 
 
-# Those that this build of torch has: every window asks whether they are in use.
-_ACCELERATORS: Final = tuple(
-    module
-    for module, version in (
-        (torch.cuda, torch.version.cuda or torch.version.hip),
-        (torch.xpu, torch.version.xpu),
-    )
-    if version
-)
-
-
 def _accelerators() -> list[Restore]:
     """Take the generators of the GPUs that are in use; a GPU that is idle is not started."""
-    found: list[Restore] = [
-        functools.partial(module.set_rng_state_all, module.get_rng_state_all())
-        for module in _ACCELERATORS
-        if module.is_initialized()
+    return [
+        functools.partial(backend.set_rng_states, states)
+        for backend in BACKENDS.values()
+        if (states := backend.rng_states())
     ]
-    if torch.mps.is_available():
-        found.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    return found
 
 
 def generators_in(source: object) -> Iterator[object]:

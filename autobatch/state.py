@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from autobatch.devices.base import HOST, on_host
 from autobatch.randomness import Restore, random_state
 from autobatch.settings import Settings
 from autobatch.signals import uninterrupted
@@ -238,7 +239,7 @@ def _odd_state(optimizer: Optimizer) -> Restore:
 def _tensor(tensor: Tensor) -> Restore:
     """Where the tensor's memory is, and what is in it."""
     home = tensor.data  # Shares the memory: what a move to another device leaves behind.
-    values = tensor.detach().to("cpu", copy=True)
+    values = tensor.detach().to(HOST, copy=True)
     requires_grad = tensor.requires_grad
 
     def put_back() -> None:
@@ -278,11 +279,11 @@ def _gradient_set_aside(parameter: Tensor) -> Restore:
     if gradient is None:
         return lambda: setattr(parameter, "grad", None)
     device = gradient.device
-    moved = device.type != "cpu" and _owns_its_memory(gradient)
-    on_host = gradient.data.cpu() if moved else None
+    moved = not on_host(gradient) and _owns_its_memory(gradient)
+    waiting = gradient.data.cpu() if moved else None
     parameter.grad = None  # Only now: if the copy fails, the gradient is still in its place.
-    if on_host is not None:
-        gradient.data = on_host
+    if waiting is not None:
+        gradient.data = waiting
 
     def put_gradient_back() -> None:
         if moved:

@@ -30,8 +30,9 @@ from autobatch.commands.reports import (
     training_fields,
 )
 from autobatch.commands.sources import DataSource, accuracy, load_data, load_model
+from autobatch.devices.base import HOST
 from autobatch.devices.budget import Budget
-from autobatch.devices.factory import choose_device
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.events import SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
@@ -82,7 +83,7 @@ class Setting:
 
     def load(self, watch: Watch) -> tuple[nn.Module, DataSource]:
         """Return the model and the data, and say what they are."""
-        choose_device(self.device, torch.device("cpu"))  # Refuses, before anything slow.
+        choose_device(self.device, HOST)  # Refuses, before anything slow.
         if self.seed is not None:
             torch.manual_seed(self.seed)
         source = load_data(self.data, pixels=self.pixels)
@@ -324,10 +325,10 @@ def _measure(model: nn.Module, source: DataSource, device: str | None) -> float 
     """Return the accuracy on the test data, measured where training runs; None without labels."""
     if source.test is None or source.classes is None:
         return None
-    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    home = next((parameter.device for parameter in model.parameters()), HOST)
+    chosen = choose_device(device, home)
     try:
-        return accuracy(model.to(choose_device(device, home)), source.test)
+        return accuracy(model.to(chosen), source.test)
     finally:
         model.to(home)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # The search is to find the memory as it was.
+        open_device(chosen).release_cached()  # The search must find the memory as it was.

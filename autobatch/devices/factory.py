@@ -1,4 +1,4 @@
-"""Which device a model trains on."""
+"""Which device a model trains on, and which class knows it."""
 
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -6,31 +6,53 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from autobatch.devices.accelerator import open_accelerator
-from autobatch.devices.base import MemoryDevice
+from autobatch.devices.accelerator import AcceleratorDevice, MpsDevice, XpuDevice
+from autobatch.devices.base import HOST, MemoryDevice
 from autobatch.devices.cpu import CpuDevice
 from autobatch.devices.cuda import CudaDevice
 from autobatch.errors import DeviceUnavailableError
 
-_KNOWN: Final = ("cuda", "xpu", "mps")
+BACKENDS: Final[dict[str, type[MemoryDevice]]] = {
+    "cuda": CudaDevice,  # ROCm as well.
+    "xpu": XpuDevice,
+    "mps": MpsDevice,
+    "cpu": CpuDevice,
+}
+"""The class for each kind of device, the preferred kind first. A new kind is a line here."""
+
+
+def backend_of(device: torch.device) -> type[MemoryDevice]:
+    """Return the class for this kind of device; a general one for an unlisted accelerator."""
+    return BACKENDS.get(device.type, AcceleratorDevice)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating type that a device computes in: float64, except on some GPUs."""
+    return backend_of(device).widest_dtype(device)
 
 
 def choose_device(asked: str | torch.device | None, present: torch.device) -> torch.device:
-    """Return where to train: as asked, else where the parameters are, a GPU before the CPU.
+    """Return where to train: on the requested device, else where the parameters are.
+
+    Parameters on the CPU go to a GPU if there is one.
+
+    Args:
+        asked: What the user requests, or None.
+        present: Where the parameters are.
 
     Raises:
         TypeError, ValueError: If ``asked`` names no device.
-        DeviceUnavailableError: If it is not here, or is no device to train on.
+        DeviceUnavailableError: If the device is not here, or its memory cannot be read.
     """
     if asked is None:
-        return _checked(_preferred() if present.type == "cpu" else present)
+        return _started(_preferred() if present.type == HOST.type else present)
     if not isinstance(asked, str | torch.device):
         raise TypeError(f'device must be text like "cuda:0" or a torch.device, got {asked!r}')
     try:
         device = torch.device(asked)
     except RuntimeError as error:
         raise ValueError(f"device cannot be read from {asked!r}: {error}") from None
-    return _checked(device)
+    return _started(device)
 
 
 def open_device(
@@ -43,60 +65,33 @@ def open_device(
 
     Args:
         device: As ``choose_device`` returns it.
-        residents: Lists the tensors that live on it between steps.
+        residents: Lists the tensors that live on the device between steps.
         counts_host: For the CPU, whether the limit is the host's own memory.
     """
-    if device.type == "cuda":
-        return CudaDevice(device)
-    if device.type != "cpu":
-        return open_accelerator(device)
-    return CpuDevice(residents, counts_host=counts_host)
+    return backend_of(device).open(device, residents, counts_host=counts_host)
 
 
 def _preferred() -> torch.device:
-    """A GPU if there is one, CUDA's or ROCm's before another."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """A GPU if there is one, of the first kind that is here."""
+    for kind, backend in BACKENDS.items():
+        if backend.count(kind):
+            return torch.device(kind)
+    return torch.accelerator.current_accelerator(check_available=True) or HOST
 
 
-def _checked(device: torch.device) -> torch.device:
-    """The device with its index, started; the CPU without one."""
-    if device.type == "cpu":
-        return torch.device("cpu")
-    count = _count(device.type)
-    if count is None:
+def _started(device: torch.device) -> torch.device:
+    """The device with its index, ready for use."""
+    backend = backend_of(device)
+    count = backend.count(device.type)
+    if count == 0 and device.type not in BACKENDS:
+        *kinds, last = map(repr, BACKENDS)
         raise DeviceUnavailableError(
             f"device {str(device)!r} is not supported: its memory cannot be read; use "
-            f"{', '.join(map(repr, _KNOWN))} or 'cpu'"
+            f"{', '.join(kinds)} or {last}"
         )
-    if (device.index or 0) >= count:
+    if count is not None and (device.index or 0) >= count:
         raise DeviceUnavailableError(
             f"device {str(device)!r} is not here: torch {torch.__version__} sees {count} "
             f"{device.type.upper()} devices"
         )
-    if device.type != "cuda":
-        _start(device.type)
-        unnumbered = device == torch.device(device.type)
-        current = torch.accelerator.current_device_index()
-        return torch.device(device.type, current if unnumbered else device.index)
-    torch.cuda.init()  # Now, so that its generators exist before their state is taken.
-    with torch.cuda.device(device):  # Without an index it means the current one.
-        return torch.device("cuda", torch.cuda.current_device())
-
-
-def _count(kind: str) -> int | None:
-    """How many devices of this kind are here; None if torch cannot read the memory of any."""
-    if kind == "cuda":
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is not None and found.type == kind:
-        return torch.accelerator.device_count()
-    return 0 if kind in _KNOWN else None
-
-
-def _start(kind: str) -> None:
-    """Begin as CUDA does, for the same reason."""
-    start = getattr(torch.get_device_module(kind), "init", None)
-    if start is not None:
-        start()
+    return backend.start(device)

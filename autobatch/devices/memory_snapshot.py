@@ -1,17 +1,17 @@
-"""What a GPU's allocator holds at the moment when memory runs out, written down for people."""
+"""What a GPU's allocator holds when memory runs out, written to a file for people."""
 
 import os
 import warnings
 from pathlib import Path
 
-import torch
+from autobatch.devices.factory import BACKENDS
 
 
 def check_directory(name: str, directory: object) -> None:
-    """Refuse what names no folder.
+    """Raise unless ``directory`` can name a folder.
 
     Raises:
-        TypeError, ValueError: With the value that came.
+        TypeError, ValueError: With the value that was passed.
     """
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(f"{name} must be a folder's path or None, got {directory!r}")
@@ -20,21 +20,20 @@ def check_directory(name: str, directory: object) -> None:
 
 
 def write_snapshot(directory: str | os.PathLike[str], step: int) -> None:
-    """Write what CUDA's allocator holds, for https://pytorch.org/memory_viz.
+    """Write what the allocators in use hold: CUDA's for https://pytorch.org/memory_viz.
 
-    Where each block was allocated is in it only if the user has switched that on, with
+    The file says where each block was allocated only if the user has switched that on, with
     ``torch.cuda.memory._record_memory_history()``, which costs time. Warns where nothing can be
-    written: training is not to end for it. Without a GPU in use there is nothing to write.
+    written, because training must not end for a missing file. Writes nothing where no allocator can
+    be written down, as on the CPU.
 
     Args:
         directory: Made if it is missing.
-        step: Names the file; a later failure in the same step takes its place.
+        step: Names the file; a later failure in the same step replaces it.
     """
-    if not torch.cuda.is_initialized():
-        return
     path = Path(directory) / f"out-of-memory-step-{step}.pickle"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
-    except Exception as error:  # noqa: BLE001  # It is private, and the disk may be full.
+        for backend in BACKENDS.values():
+            backend.write_memory_snapshot(path)
+    except Exception as error:  # noqa: BLE001  # Torch's function is private; the disk may be full.
         warnings.warn(f"no snapshot was written to {path}: {error!r}", stacklevel=2)

@@ -137,7 +137,7 @@ class StepOptions:
             precision=Precision(name=self.precision, device_type=kind),
             batch_norm=self.batch_norm,
             gradient_dtype=self.gradient_dtype,
-            feed=Feed(device.torch_device),
+            feed=Feed(device),
             generators=list(generators_in(model)),
             members=Members(model, loss, optimizer),
         )

@@ -132,7 +132,7 @@ class Recipe:
             mark: Called before the second micro-batch, and after the last one. Not where the loss
                 is that of the whole batch, whose memory belongs to no single micro-batch.
         """
-        ledger = Ledger(len(parts), self.device.torch_device)
+        ledger = Ledger(len(parts), self.device)
         parameters = self.members.parameters
         wide = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
         with self.precision.window(), self._statistics(len(parts), start) as pool:
