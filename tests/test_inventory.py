@@ -5,7 +5,8 @@ import torch
 
 from autobatch import cli
 from autobatch.commands import inventory
-from autobatch.commands.inventory import Inventory, TorchGpu, take_inventory
+from autobatch.commands.inventory import Inventory, take_inventory
+from autobatch.devices.cuda import TorchGpu
 from autobatch.devices.nvml import NvmlGpu, NvmlProcess, NvmlSurvey
 
 GIB = 2**30
