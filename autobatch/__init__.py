@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from autobatch.api.callable import find_largest
     from autobatch.api.train import find_and_train
     from autobatch.batches.marks import Shared
-    from autobatch.devices.failures import verdict_of
+    from autobatch.devices.oom import verdict_of
     from autobatch.errors import (
         AutobatchError,
         CheckpointError,
@@ -116,7 +116,7 @@ _HOMES: Final = {
     "find_largest": "autobatch.api.callable",
     "peak": "autobatch.prediction.predict",
     "predict": "autobatch.prediction.predict",
-    "verdict_of": "autobatch.devices.failures",
+    "verdict_of": "autobatch.devices.oom",
 }
 
 

@@ -1,12 +1,11 @@
-"""What else is to be known of a search's memory: where it ran, and in how many pieces it lies."""
+"""What a user should know of a search's memory: where it ran, and whether it is fragmented."""
 
 from collections.abc import Iterator
 from typing import Final
 
 import torch
 
-from autobatch.platforms import spilling_platform
-from autobatch.remedies import JOINED_PIECES
+from autobatch.devices.factory import backend_of
 from autobatch.results import SearchResult
 from autobatch.units import format_bytes
 
@@ -19,42 +18,32 @@ def advice(device: torch.device, search: SearchResult) -> Iterator[str]:
 
     Args:
         device: Where the trials ran.
-        search: What they showed.
+        search: What the trials showed.
     """
-    if device.type != "cuda":  # The others' torch reads nothing of this.
-        return
-    spilling = spilling_platform()
-    if spilling:
-        yield (
-            f"on {spilling} the driver may keep in the host's memory what the GPU cannot hold, and "
-            "slow down instead of running out; the limit and twice the headroom keep away from that"
-        )
-    if torch.backends.cudnn.benchmark:
-        yield (
-            "cudnn.benchmark is on: cuDNN chooses algorithms, and the workspaces that they need, "
-            "at each shape anew, so a smaller size may need more memory; those that ran are known"
-        )
+    yield from backend_of(device).memory_notes()
     chosen = [trial for trial in search.trials if trial.fits and trial.size == search.size]
     if chosen:
-        yield from torn(chosen[-1].peak_bytes, chosen[-1].reserved_bytes, "the trial")
+        last = chosen[-1]
+        yield from fragmented(device, last.peak_bytes, last.reserved_bytes, "the trial")
 
 
-def torn(peak_bytes: int | None, reserved_bytes: int | None, where: str) -> Iterator[str]:
-    """Yield what helps where much is reserved in pieces that did not serve what was asked for."""
+def fragmented(
+    device: torch.device, peak_bytes: int | None, reserved_bytes: int | None, where: str
+) -> Iterator[str]:
+    """Yield what helps where the allocator reserved much more than its tensors took at once.
+
+    Args:
+        device: Whose memory it is.
+        peak_bytes: The most in tensors at once; None where unknown.
+        reserved_bytes: The most that the allocator held; None where nothing is cached.
+        where: What held the memory, in words.
+    """
     gap_bytes = (reserved_bytes or 0) - (peak_bytes or 0)
     if not peak_bytes or gap_bytes < max(_MUCH * (reserved_bytes or 0), _WORTH_BYTES):
         return
-    way_out = "" if spilling_platform() or _expands() else f"; {JOINED_PIECES} may join them"
+    remedy = backend_of(device).fragmentation_remedy()
+    way_out = f"; {remedy} may join them" if remedy else ""
     yield (
         f"{where} held {format_bytes(gap_bytes)} more than its tensors ever took: the allocator's "
-        f"memory is torn into pieces, as batches of many lengths do{way_out}"
+        f"memory is in pieces that are too small, as after batches of many lengths{way_out}"
     )
-
-
-def _expands() -> bool:
-    """Whether the allocator joins pieces already; False where it does not tell."""
-    try:
-        settings = torch.cuda.memory._snapshot()["allocator_settings"]
-        return bool(settings["expandable_segments"])
-    except Exception:  # noqa: BLE001  # It is private: it may be gone, or not speak of it.
-        return False

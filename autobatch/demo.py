@@ -13,7 +13,8 @@ from autobatch.cli.app import ExitCode, conclude
 from autobatch.cli.arguments import OutputArguments, TrainArguments
 from autobatch.cli.commands import train
 from autobatch.cli.reports import Report, TrainingReport, Watch
-from autobatch.devices.cuda import CudaDevice
+from autobatch.devices.base import HOST
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.units import format_bytes
 
 BUDGET_BYTES: Final = 384 * 2**20
@@ -56,13 +57,15 @@ def outside_bytes() -> int:
     A ``memory_limit`` counts the driver's context and libraries, and these alone are more than the
     demo's budget. A step runs first, because its kernels take memory when they are loaded.
     """
-    if not torch.cuda.is_available():
+    device = choose_device(None, HOST)
+    if device == HOST:
         return 0
-    layer = torch.nn.Conv2d(3, 64, 7).cuda()
-    layer(torch.zeros(8, 3, 64, 64, device="cuda")).sum().backward()
+    layer = torch.nn.Conv2d(3, 64, 7).to(device)
+    layer(torch.zeros(8, 3, 64, 64, device=device)).sum().backward()
     del layer
-    torch.cuda.empty_cache()
-    return CudaDevice(torch.device("cuda")).read().outside_bytes
+    memory = open_device(device)
+    memory.release_cached()
+    return memory.read().outside_bytes
 
 
 def introduction(outside: int) -> str:

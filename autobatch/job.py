@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from autobatch.accounts import account_for
 from autobatch.batches.regroup import Data, Source, open_source
 from autobatch.breakdown import Breakdown
-from autobatch.devices.base import Budget, MemoryDevice
-from autobatch.devices.choose import choose_device, open_device
+from autobatch.devices.accounting import account_for
+from autobatch.devices.base import MemoryDevice
+from autobatch.devices.budget import Budget
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import Trial
@@ -112,11 +113,10 @@ class Job:
     def trains_limited(self) -> bool:
         """Whether training itself is held to the limit.
 
-        The CPU is metered only where a limit was asked for: the meter costs time, and without one
-        the search has left the headroom.
+        The CPU is metered only where the user gives a limit: the meter costs time, and without a
+        limit the search has left the headroom.
         """
-        asked = self.budget.memory_limit_bytes is not None
-        return asked or self.device.torch_device.type != "cpu"
+        return self.budget.memory_limit_bytes is not None or not self.device.limit_costs_time
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -7,12 +7,9 @@ the model has afterwards.
 
 import copy
 import functools
-import signal
-import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Final
 
 import torch
@@ -20,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from autobatch.devices.base import HOST, on_host
 from autobatch.randomness import Restore, random_state
 from autobatch.settings import Settings
+from autobatch.signals import uninterrupted
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)
@@ -103,22 +102,6 @@ def training_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end. Only the main thread receives it, so only there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[FrameType | None] = []
-    outer = signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler if outer is None else outer)
-    if held and callable(outer):
-        outer(signal.SIGINT, held[0])
 
 
 def attributes_of(holder: object) -> Restore:
@@ -256,7 +239,7 @@ def _odd_state(optimizer: Optimizer) -> Restore:
 def _tensor(tensor: Tensor) -> Restore:
     """Where the tensor's memory is, and what is in it."""
     home = tensor.data  # Shares the memory: what a move to another device leaves behind.
-    values = tensor.detach().to("cpu", copy=True)
+    values = tensor.detach().to(HOST, copy=True)
     requires_grad = tensor.requires_grad
 
     def put_back() -> None:
@@ -296,11 +279,11 @@ def _gradient_set_aside(parameter: Tensor) -> Restore:
     if gradient is None:
         return lambda: setattr(parameter, "grad", None)
     device = gradient.device
-    moved = device.type != "cpu" and _owns_its_memory(gradient)
-    on_host = gradient.data.cpu() if moved else None
+    moved = not on_host(gradient) and _owns_its_memory(gradient)
+    waiting = gradient.data.cpu() if moved else None
     parameter.grad = None  # Only now: if the copy fails, the gradient is still in its place.
-    if on_host is not None:
-        gradient.data = on_host
+    if waiting is not None:
+        gradient.data = waiting
 
     def put_gradient_back() -> None:
         if moved:

@@ -9,8 +9,8 @@ from typing import Final
 import torch
 
 from autobatch import DeviceUnavailableError
-from autobatch.devices.choose import choose_device
-from autobatch.devices.host import host_memory
+from autobatch.devices.factory import choose_device
+from autobatch.devices.host_memory import host_memory
 from autobatch.prediction.gpus import Gpu, find_gpu
 from autobatch.units import format_bytes
 from benchmarks import engine, exactness, gpu, holdings, prediction, runner, search, zoo

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from autobatch import SearchOptions, SearchResult, SearchTimeoutError, check, find_batch_size
-from autobatch.devices.choose import open_device
+from autobatch.devices.factory import open_device
 from autobatch.prediction.gpus import Gpu, custom_gpu, find_gpu
 from benchmarks import holdings_speed as speed
 from benchmarks.findings import Findings, as_json

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from autobatch.devices.base import standard_headroom
+from autobatch.devices.budget import standard_headroom
 from autobatch.prediction.gpus import Gpu
 from benchmarks.zoo import Subject
 

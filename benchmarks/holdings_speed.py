@@ -19,7 +19,7 @@ from autobatch import (
     StepInterruptedError,
 )
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.choose import open_device
+from autobatch.devices.factory import open_device
 from benchmarks.findings import as_json
 from benchmarks.holdings_case import OPTIMIZERS, Case
 from benchmarks.samples import Samples

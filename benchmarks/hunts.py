@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch import check, find_batch_size
-from autobatch.devices.choose import open_device
+from autobatch.devices.factory import open_device
 from benchmarks.samples import Samples
 from benchmarks.search_peers import PEERS, Task, largest_by_doubling
 from benchmarks.subjects import Subject, residents

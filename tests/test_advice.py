@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_demo import RESULT
 
-from autobatch import advice as module
 from autobatch import platforms
-from autobatch.advice import advice, torn
+from autobatch.advice import advice, fragmented
+from autobatch.devices import cuda
 from autobatch.results import SearchResult, Trial
 
 GIB = 2**30
@@ -30,7 +30,7 @@ def searched(peak: int = GIB, reserved: int | None = GIB) -> SearchResult:
 
 @pytest.fixture(autouse=True)
 def _on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "spilling_platform", lambda: "")
+    monkeypatch.setattr(cuda, "spilling_platform", lambda: "")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
 
@@ -52,7 +52,7 @@ def test_a_driver_that_spills_to_the_host_is_said(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """USERS 1.7.1 and 4.6; nor is a setting suggested that does not work there."""
-    monkeypatch.setattr(module, "spilling_platform", lambda: where)
+    monkeypatch.setattr(cuda, "spilling_platform", lambda: where)
     platform, pieces = advice(CUDA, searched(GIB, 2 * GIB))
     assert platform.startswith(f"on {where} the driver may keep in the host's memory")
     assert "1.0 GiB more" in pieces
@@ -91,7 +91,7 @@ def test_memory_torn_into_pieces_is_said_with_what_may_help(
     peak: int | None, reserved: int | None, said: bool
 ) -> None:
     """USERS 1.8.4, 4.5 and 4.6."""
-    notes = list(torn(peak, reserved, "training"))
+    notes = list(fragmented(CUDA, peak, reserved, "training"))
     assert len(notes) == said
     for note in notes:
         assert "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts" in note
@@ -104,7 +104,7 @@ def test_what_is_in_effect_already_is_not_suggested(
     """USERS 4.5: read from the allocator, not from the environment."""
     told = {"allocator_settings": {"expandable_segments": expands}}
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: told)
-    (note,) = torn(4 * GIB, 5 * GIB, "the trial")
+    (note,) = fragmented(CUDA, 4 * GIB, 5 * GIB, "the trial")
     assert ("PYTORCH_ALLOC_CONF" in note) is not expands
 
 

@@ -14,7 +14,7 @@ import torch
 from autobatch.cli import app as cli
 from autobatch.cli import commands, main
 from autobatch.cli.app import ExitCode
-from autobatch.devices.base import Budget
+from autobatch.devices.budget import Budget
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
 from autobatch.plan import BatchPlan

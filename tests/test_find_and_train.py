@@ -33,7 +33,7 @@ from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import logical_batches
 from autobatch.commands.vision import import_torchvision
 from autobatch.devices.base import MemoryReading
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.events import Event, StepEnded, TrialEnded
 from autobatch.probing.search import Confirm
 from autobatch.training.feed import Feed
@@ -284,13 +284,13 @@ def test_memory_that_training_has_torn_into_pieces_is_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """USERS 1.8.4: batches of many lengths."""
-    real = MeteredDevice.read
+    real = CpuDevice.read
 
-    def read(self: MeteredDevice) -> MemoryReading:
+    def read(self: CpuDevice) -> MemoryReading:
         return replace(real(self), peak_bytes=2**30, peak_reserved_bytes=3 * 2**30)
 
     assert not any("torn" in note for note in train(small_model(), rows(24), 16).notes)
-    monkeypatch.setattr(MeteredDevice, "read", read)
+    monkeypatch.setattr(CpuDevice, "read", read)
     notes = train(small_model(), rows(24), 16).notes
     assert any(note.startswith("training held 2.0 GiB more than its tensors") for note in notes)
 

@@ -26,7 +26,7 @@ from autobatch import (
     state,
 )
 from autobatch.commands.vision import import_torchvision
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.job import Job
 from autobatch.training.options import StepOptions
 from autobatch.training.schedule import Schedule
@@ -234,7 +234,7 @@ def training_peaks(
         headroom=None,
     )
     device = job.device
-    assert isinstance(device, MeteredDevice)
+    assert isinstance(device, CpuDevice)
     runner = job.options.step_runner(
         job.step,
         size,

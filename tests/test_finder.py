@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.breakdown import Breakdown
-from autobatch.devices.base import MemoryReading
+from autobatch.devices.base import MemoryDevice, MemoryReading
 from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Event, SearchEnded, SearchStarted, TrialEnded, TrialStarted
 from autobatch.probing.finder import Finder
@@ -29,7 +29,7 @@ FATAL = "CUDA error: an illegal memory access was encountered"
 
 
 @dataclass
-class Machine:
+class Machine(MemoryDevice):
     """A device and a step on it: memory is a straight line, and ``happens`` may interfere.
 
     Attributes:

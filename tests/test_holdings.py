@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autobatch import SearchResult, SearchTimeoutError, StepInterruptedError, Trial, check
-from autobatch.devices.choose import open_device
+from autobatch.devices.factory import open_device
 from autobatch.prediction.gpus import custom_gpu, find_gpu
 from autobatch.results import Upper
 from benchmarks import holdings, holdings_speed, zoo

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from autobatch import cli
-from autobatch.cli import device_table
-from autobatch.cli.device_table import Inventory, TorchGpu, take_inventory
+from autobatch.cli import device_table, main
+from autobatch.cli.device_table import Inventory, take_inventory
+from autobatch.devices.cuda import TorchGpu
 from autobatch.devices.nvml import NvmlGpu, NvmlProcess, NvmlSurvey
 
 GIB = 2**30
@@ -100,11 +100,11 @@ def test_the_command_shows_the_table(
 ) -> None:
     both = machine(NvmlSurvey(driver="580.1", gpus=(ONE, TWO)), seen("cuda:0", TWO))
     monkeypatch.setattr(device_table, "take_inventory", lambda: both)
-    assert cli.main(["devices"]) == 0
+    assert main(["devices"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[3].split("   ")[0] == device_table.HEADERS[0]
     assert lines[6] == (
         "1     NVIDIA H200   2.0 GiB of 140.0 GiB   41: 1.0 GiB    cuda:0, 139.0 GiB"
     )
-    assert cli.main(["devices", "--json"]) == 0
+    assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["nvml"]["driver"] == "580.1"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autobatch import SearchResult, Verdict, WholeBatch, check, find_batch_size
 from autobatch.batches.nest import Nest
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import DeviceLostError
 from autobatch.training import large, rehearsal
 from autobatch.training.engine.gradient_pass import GradientPass
@@ -242,7 +242,7 @@ def test_one_size_is_checked_as_a_search_does() -> None:
 
 def step(model: nn.Module) -> TrainStep:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return StepOptions().train_step(model, optimizer, MeteredDevice())
+    return StepOptions().train_step(model, optimizer, CpuDevice())
 
 
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
@@ -266,9 +266,7 @@ def test_the_kernels_are_those_of_training() -> None:
     model = Looking()
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    complains = LargeCheck(
-        half.train_step(model, optimizer, MeteredDevice()).gradient, data(), INDEXED
-    )
+    complains = LargeCheck(half.train_step(model, optimizer, CpuDevice()).gradient, data(), INDEXED)
     assert "wrong rows" in complains(500, 10 * INDEXED)
     assert seen == {(False, True)}
 

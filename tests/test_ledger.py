@@ -16,20 +16,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch import Accumulator, NonFiniteLossError, StepResult
+from autobatch.devices.base import MemoryDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.training.engine import gradient_pass
 from autobatch.training.ledger import Entries, Ledger
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 NonFinite = Literal["raise", "skip", "ignore"]
+
+
+class Waiting(CpuDevice):
+    """A device from which numbers are read by waiting for it."""
+
+    reads_at_once = False
 
 
 class DeviceLedger(Ledger):
     """Goes the way of a device other than the CPU, with tensors that are on the CPU."""
 
-    def __init__(self, micro_batches: int, device: torch.device) -> None:
-        super().__init__(micro_batches, torch.device("meta"))
+    def __init__(self, micro_batches: int, _: MemoryDevice) -> None:
+        super().__init__(micro_batches, Waiting())
         assert self._held is not None
-        self._held = torch.zeros_like(self._held, device=device)
 
 
 class Waits:

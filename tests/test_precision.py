@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch import Accumulator, StepInterruptedError, find_and_train, find_batch_size
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.events import TrainingStarted
 from autobatch.training.precision import Precision, scaler_for
 from autobatch.training.update import Update
@@ -471,7 +471,7 @@ def test_fp16_trains() -> None:
 
 def test_update_takes_the_scale_s_step_only_where_a_scaler_is() -> None:
     model = small()
-    update = Update(optimizer=sgd(model), device=MeteredDevice())
+    update = Update(optimizer=sgd(model), device=CpuDevice())
     assert update.scaled() is None
     update.leave_out()
 

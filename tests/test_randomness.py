@@ -1,6 +1,4 @@
-import ctypes
 import random
-import struct
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +15,6 @@ from states import fingerprint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
-from autobatch import randomness
 from autobatch.randomness import random_state
 
 Draw = Callable[[], object]
@@ -283,33 +280,3 @@ def test_a_normal_number_that_waits_is_not_mistaken_for_one_that_was_handed_out(
     expected = np.random.standard_normal()
     again()
     assert np.random.standard_normal() == expected
-
-
-@pytest.mark.parametrize("lies_open", [True, False])
-def test_pythons_state_is_taken_as_it_lies_in_memory_or_as_python_tells_it(
-    monkeypatch: pytest.MonkeyPatch, lies_open: bool
-) -> None:
-    assert randomness._python_memory() is not None, "this is CPython"
-    if not lies_open:
-        monkeypatch.setattr(randomness, "_python_memory", lambda: None)
-    random.seed(7)
-    random.gauss(0, 1)  # The second of a pair waits.
-    before = random.getstate()
-    put_back = random_state()
-    drawn = [random.random() for _ in range(700)], random.gauss(0, 1)
-    put_back()
-    assert random.getstate() == before
-    assert ([random.random() for _ in range(700)], random.gauss(0, 1)) == drawn
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("_memory_at", lambda *_: (ctypes.c_char * 2500)()), ("_WORDS", struct.Struct("i6240I"))],
-)
-def test_a_state_that_lies_elsewhere_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: object
-) -> None:
-    looked_at = randomness._python_memory.__wrapped__
-    assert looked_at() is not None
-    monkeypatch.setattr(randomness, name, value)
-    assert looked_at() is None

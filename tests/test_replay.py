@@ -23,7 +23,7 @@ from autobatch import (
     StepResult,
     find_and_train,
 )
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.cpu import CpuDevice
 from autobatch.plan import BatchPlan
 from autobatch.training.engine import oom_retry
 from autobatch.training.replay import (
@@ -624,7 +624,7 @@ def test_a_step_that_runs_out_twice_is_an_error() -> None:
     model = small_model()
     optimizer = Step(model, ["at once", "at once"]).optimizer()
     with pytest.raises(StepInterruptedError, match="twice"):
-        Update(optimizer=optimizer, device=MeteredDevice()).take()
+        Update(optimizer=optimizer, device=CpuDevice()).take()
 
 
 def test_another_error_in_the_step_passes_through() -> None:
@@ -632,7 +632,7 @@ def test_another_error_in_the_step_passes_through() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("mine")))
     with pytest.raises(KeyError, match="mine"):
-        Update(optimizer=optimizer, device=MeteredDevice()).take()
+        Update(optimizer=optimizer, device=CpuDevice()).take()
 
 
 # Out of memory at every operation of the optimizer's step.
@@ -699,7 +699,7 @@ class Prepared:
             {"params": biases, "weight_decay": 0.0},
         ]
         self.optimizer = OPTIMIZERS[self.kind](groups)
-        device = MeteredDevice(self.model.parameters)
+        device = CpuDevice(self.model.parameters)
         device.read()  # It knows of all there is, and need not collect garbage.
         self.update = Update(optimizer=self.optimizer, device=device, snapshot=self.snapshot)
         for parameter in self.model.parameters():
@@ -772,7 +772,7 @@ def test_a_copy_is_part_of_what_a_trial_measures() -> None:
     peaks = []
     for snapshot in (False, True):
         model = nn.Linear(100, 100)
-        device = MeteredDevice(model.parameters)
+        device = CpuDevice(model.parameters)
         update = Update(
             optimizer=torch.optim.SGD(model.parameters()), device=device, snapshot=snapshot
         )

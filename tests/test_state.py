@@ -39,7 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from autobatch import state
 from autobatch.randomness import random_state
-from autobatch.state import preserved, training_mode, uninterrupted
+from autobatch.signals import uninterrupted
+from autobatch.state import preserved, training_mode
 
 Factory = Callable[[Iterator[nn.Parameter]], Optimizer]
 Disturbance = Callable[[], object]

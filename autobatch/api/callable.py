@@ -10,9 +10,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from autobatch.accounts import account_for
-from autobatch.devices.base import Budget
-from autobatch.devices.choose import choose_device, open_device
+from autobatch.devices.accounting import account_for
+from autobatch.devices.base import HOST
+from autobatch.devices.budget import Budget
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.leftovers import forget_last_error
@@ -139,7 +140,7 @@ class _Parts:
     @property
     def device(self) -> torch.device:
         """The device of the first tensor."""
-        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+        return next((tensor.device for tensor in self.tensors()), HOST)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that live between two runs."""

@@ -34,8 +34,9 @@ from autobatch.cli.reports import (
     search_fields,
     training_fields,
 )
-from autobatch.devices.base import Budget
-from autobatch.devices.choose import choose_device
+from autobatch.devices.base import HOST
+from autobatch.devices.budget import Budget
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.events import SearchEnded
 from autobatch.plot import check_plot
 from autobatch.prediction.answer import Prediction
@@ -196,7 +197,7 @@ def _load_here(arguments: LocalArguments, watch: Watch) -> tuple[nn.Module, Data
     """Return model and data, after what is quickly refused was checked."""
     _step(arguments)
     Budget.parse(arguments.memory_limit, arguments.headroom)
-    choose_device(arguments.device, torch.device("cpu"))
+    choose_device(arguments.device, HOST)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     return _load(arguments, watch)
@@ -260,10 +261,10 @@ def _measure(model: nn.Module, source: DataSource, device: str | None) -> float 
     """Return the accuracy on the test data, measured where training runs; None without labels."""
     if source.test is None or source.classes is None:
         return None
-    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    home = next((parameter.device for parameter in model.parameters()), HOST)
+    chosen = choose_device(device, home)
     try:
-        return accuracy(model.to(choose_device(device, home)), source.test)
+        return accuracy(model.to(chosen), source.test)
     finally:
         model.to(home)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # The search shall see the memory as it was.
+        open_device(chosen).release_cached()  # The search must find the memory as it was.

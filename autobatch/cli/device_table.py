@@ -5,28 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from autobatch.cli.reports import Fields
-from autobatch.devices.host import host_memory
+from autobatch.devices.cuda import TorchGpu, visible_gpus
+from autobatch.devices.host_memory import host_memory
 from autobatch.devices.nvml import NvmlGpu, NvmlSurvey, survey
 from autobatch.units import format_bytes
 
 HEADERS = ("GPU", "name", "in use", "by processes", "torch")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TorchGpu:
-    """A GPU as torch sees it.
-
-    Attributes:
-        device: Its name there, such as ``cuda:0``.
-        uuid: What NVML calls it too, without the prefix.
-        name: The card's name.
-        total_bytes: What can be used of its memory.
-    """
-
-    device: str
-    uuid: str
-    name: str
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +49,14 @@ class Inventory:
     @property
     def rows(self) -> list[tuple[str, ...]]:
         """A row for each GPU under ``HEADERS``; one that torch alone sees comes last."""
-        by_uuid = {gpu.uuid: gpu for gpu in self.torch_gpus}
+        by_uuid = {_bare(gpu.uuid): gpu for gpu in self.torch_gpus}
         rows = [_row(gpu, by_uuid.pop(_bare(gpu.uuid), None)) for gpu in self.nvml.gpus]
         return rows + [("-", gpu.name, "-", "-", _seen(gpu)) for gpu in by_uuid.values()]
 
     @property
     def fields(self) -> Fields:
         """The same and more, as JSON takes it."""
-        by_uuid = {gpu.uuid: gpu.device for gpu in self.torch_gpus}
+        by_uuid = {_bare(gpu.uuid): gpu.device for gpu in self.torch_gpus}
         return {
             "nvml": {
                 "driver": self.nvml.driver,
@@ -95,27 +79,10 @@ def take_inventory() -> Inventory:
     total, free = host_memory()
     return Inventory(
         nvml=survey(),
-        torch_gpus=_torch_gpus(),
+        torch_gpus=visible_gpus(),
         torch_build=_torch_build(),
         host_total_bytes=total,
         host_free_bytes=free,
-    )
-
-
-def _torch_gpus() -> tuple[TorchGpu, ...]:
-    if not torch.cuda.is_available():
-        return ()
-    properties = [
-        torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-    ]
-    return tuple(
-        TorchGpu(
-            device=f"cuda:{index}",
-            uuid=_bare(str(gpu.uuid)),
-            name=gpu.name,
-            total_bytes=gpu.total_memory,
-        )
-        for index, gpu in enumerate(properties)
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from autobatch.batches.regroup import Data
 from autobatch.cli.arguments import DATA_NAMES, MODEL_NAMES, factory_of
 from autobatch.commands.vision import import_torchvision
+from autobatch.devices.base import HOST
 from autobatch.plan import check_size
 
 _DIGITS_TEST: Final = 360
@@ -111,7 +112,7 @@ def accuracy(model: nn.Module, test: object, *, batch: int = 64) -> float:
         TypeError: If the labels are not integers, or the outputs no tensor.
         ValueError: If ``test`` is empty.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), HOST)
     right = total = 0
     with _eval_mode(model), torch.no_grad():
         for inputs, labels in _pairs(test, batch):

@@ -5,25 +5,26 @@ No such device is at hand where this is tested: stand-ins answer as the document
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from autobatch.devices.base import MemoryDevice, MemoryReading
-from autobatch.devices.host import host_memory
-from autobatch.results import OtherProcess
+from autobatch.devices.host_memory import host_memory
 from autobatch.units import format_bytes
 
-_SetLimit = Callable[[int | None], None]  # In bytes; None is what there was before.
+_SetLimit = Callable[[int | None], None]  # In bytes; None is the limit of before.
 
 _MPS_RATIO: Final = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"
 _MPS_STANDARD: Final = 1.7  # Its default, as documented; 0 is no limit at all.
-_LEAST_SHARE: Final = 1e-9  # For MPS takes 0 for no limit.
+_LEAST_SHARE: Final = 1e-9  # MPS takes 0 for no limit.
 
 
-class AcceleratorDevice:
+class AcceleratorDevice(MemoryDevice):
     """A device whose allocator torch.accelerator can read.
 
     Where the backend can hold a process to a share of the memory (XPU, MPS) it does. Where it
@@ -34,40 +35,38 @@ class AcceleratorDevice:
     """
 
     def __init__(self, torch_device: torch.device) -> None:
-        self._device = torch_device
-        self._set_limit = _limiter(torch_device)
+        super().__init__(torch_device)
+        self._set_limit = self._limiter()
         self._limit_bytes: int | None = None
         self._peak_bytes = 0  # Since the limit was set, as far as it was counted before a reset.
 
-    @property
-    def torch_device(self) -> torch.device:
-        """The device, with its index."""
-        return self._device
+    @staticmethod
+    def count(kind: str) -> int:
+        """Return how many devices of this kind are here."""
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.accelerator.device_count() if found is not None and found.type == kind else 0
+
+    @staticmethod
+    def start(torch_device: torch.device) -> torch.device:
+        """Return the device with its index, initialised: its generator exists from here on."""
+        kind = torch_device.type
+        initialise = getattr(torch.get_device_module(kind), "init", None)
+        if initialise is not None:
+            initialise()
+        current = torch.accelerator.current_device_index()
+        return torch.device(kind, current) if torch_device == torch.device(kind) else torch_device
 
     @property
     def name(self) -> str:
-        """The card's name, or the backend's where it tells none."""
-        ask = getattr(torch.get_device_module(self._device.type), "get_device_name", None)
-        return self._device.type.upper() if ask is None else str(ask(self._device))
-
-    @property
-    def counts_host(self) -> bool:
-        """False: even where the memory is one, the limit is that of the device's allocator."""
-        return False
-
-    @property
-    def is_exact(self) -> bool:
-        """False: a caching allocator may have more room, or less, another time."""
-        return False
+        """The card's name, or the backend's where the backend does not name the card."""
+        name_of = getattr(torch.get_device_module(self._device.type), "get_device_name", None)
+        return self._device.type.upper() if name_of is None else str(name_of(self._device))
 
     def read(self) -> MemoryReading:
         """Return the allocator's figures, and the driver's free and total bytes."""
         index, read = self._device.index, torch.accelerator
         reserved, allocated = read.memory_reserved(index), read.memory_allocated(index)
         free, total = self._free_and_total(reserved)
-        outside = max(total - free - reserved, 0)
-        if self._device.type == "mps":  # The memory is the host's too.
-            free, outside = min(free, host_memory()[1]), 0
         return MemoryReading(
             total_bytes=total,
             free_bytes=free,
@@ -75,13 +74,9 @@ class AcceleratorDevice:
             reserved_bytes=reserved,
             peak_bytes=max(read.max_memory_allocated(index), allocated),
             peak_reserved_bytes=max(read.max_memory_reserved(index), reserved),
-            outside_bytes=outside,
+            outside_bytes=max(total - free - reserved, 0),
             retries=read.memory_stats(index).get("num_alloc_retries", 0),
         )
-
-    def others(self) -> tuple[OtherProcess, ...]:
-        """Return nothing: nobody tells."""
-        return ()
 
     @contextmanager
     def limited_to(self, limit_bytes: int) -> Iterator[None]:
@@ -130,19 +125,107 @@ class AcceleratorDevice:
     def _free_and_total(self, reserved: int) -> tuple[int, int]:
         try:
             free, total = torch.accelerator.get_memory_info(self._device.index)
-        except RuntimeError:  # Some drivers do not tell what is free.
+        except RuntimeError:  # Some drivers do not say what is free.
             module = torch.get_device_module(self._device.type)
             total = module.get_device_properties(self._device).total_memory
             free = total - reserved
         return free, total
 
+    def _limiter(self) -> _SetLimit | None:
+        """What holds the allocator to so many bytes; None where the backend cannot."""
+        device, module = self._device, torch.get_device_module(self._device.type)
+        put = getattr(module, "set_per_process_memory_fraction", None)
+        get = getattr(module, "get_per_process_memory_fraction", None)
+        if put is None or get is None:
+            return None
+        before: list[float] = []
+
+        def limit(limit_bytes: int | None) -> None:
+            if limit_bytes is None:
+                while before:
+                    put(before.pop(), device)
+                return
+            if not before:
+                before.append(get(device))
+            total = module.get_device_properties(device).total_memory
+            put(min(max(limit_bytes / total, 0.0), before[0]), device)
+
+        return limit
+
+
+class XpuDevice(AcceleratorDevice):
+    """A GPU of Intel's."""
+
+    @staticmethod
+    def widest_dtype(torch_device: torch.device) -> torch.dtype:
+        """Return float64 if the card has it, else float32."""
+        has_float64 = torch.xpu.get_device_properties(torch_device).has_fp64
+        return torch.float64 if has_float64 else torch.float32
+
+    @staticmethod
+    def rng_states() -> list[Tensor]:
+        """Return the generators' states of all cards, if XPU is in use."""
+        return torch.xpu.get_rng_state_all() if torch.xpu.is_initialized() else []
+
+    @staticmethod
+    def set_rng_states(states: Sequence[Tensor]) -> None:
+        """Put the generators' states back, as far as there are cards."""
+        if torch.xpu.is_available():
+            torch.xpu.set_rng_state_all(list(states[: torch.xpu.device_count()]))
+
 
 class MpsDevice(AcceleratorDevice):
+    """Apple's GPU, whose memory is the host's too."""
+
+    @classmethod
+    def open(
+        cls,
+        torch_device: torch.device,
+        residents: Callable[[], Iterable[Tensor]],  # noqa: ARG003  # The base's.
+        *,
+        counts_host: bool,  # noqa: ARG003  # The base's.
+    ) -> MemoryDevice:
+        """Return the device, read through torch.accelerator if possible, else torch.mps."""
+        try:
+            torch.accelerator.memory_allocated()
+        except RuntimeError:  # "Allocator for mps is not a DeviceAllocator" (pytorch#186430).
+            return UncountedMpsDevice(torch_device)
+        return cls(torch_device)
+
+    def read(self) -> MemoryReading:
+        """Return the allocator's figures; what is free is no more than what the host has left."""
+        reading = super().read()
+        return replace(
+            reading, free_bytes=min(reading.free_bytes, host_memory()[1]), outside_bytes=0
+        )
+
+    @staticmethod
+    def widest_dtype(torch_device: torch.device) -> torch.dtype:  # noqa: ARG004  # The base's.
+        """Return float32: Metal has no float64."""
+        return torch.float32
+
+    @staticmethod
+    def rng_states() -> list[Tensor]:
+        """Return the state of the GPU's generator."""
+        return [torch.mps.get_rng_state()] if torch.mps.is_available() else []
+
+    @staticmethod
+    def set_rng_states(states: Sequence[Tensor]) -> None:
+        """Put the generator's state back, if the GPU is here."""
+        if torch.mps.is_available():
+            for state in states:
+                torch.mps.set_rng_state(state)
+
+    def _limiter(self) -> _SetLimit:
+        return _limit_mps
+
+
+class UncountedMpsDevice(MpsDevice):
     """Apple's GPU where torch.accelerator cannot read its allocator (pytorch#167447).
 
-    ``torch.mps`` counts no peaks. What is read instead is what the driver holds for this process,
-    which keeps all that was needed until its cache is released: so counting begins with an empty
-    cache, and the peak is an upper bound, rounded up to the allocator's blocks.
+    ``torch.mps`` counts no peaks. This class reads what the driver holds instead.
+    The driver keeps all memory that was needed until its cache is released: counting therefore
+    begins with an empty cache, and the peak is an upper bound, rounded up to whole blocks.
     """
 
     def __init__(self, torch_device: torch.device) -> None:
@@ -173,49 +256,6 @@ class MpsDevice(AcceleratorDevice):
         """Collect reference cycles, then give unused blocks back to the driver."""
         gc.collect()
         torch.mps.empty_cache()
-
-
-def open_accelerator(device: torch.device) -> MemoryDevice:
-    """Return the memory of a device that is neither a CPU nor CUDA's.
-
-    Args:
-        device: Of the accelerator that torch was built for, with its index.
-    """
-    if device.type == "mps" and not _is_read_by_torch():
-        return MpsDevice(device)
-    return AcceleratorDevice(device)
-
-
-def _is_read_by_torch() -> bool:
-    try:
-        torch.accelerator.memory_allocated()
-    except RuntimeError:  # "Allocator for mps is not a DeviceAllocator" (pytorch#186430).
-        return False
-    return True
-
-
-def _limiter(device: torch.device) -> _SetLimit | None:
-    """What holds the allocator to so many bytes; None where the backend cannot."""
-    if device.type == "mps":
-        return _limit_mps
-    module = torch.get_device_module(device.type)
-    put = getattr(module, "set_per_process_memory_fraction", None)
-    get = getattr(module, "get_per_process_memory_fraction", None)
-    if put is None or get is None:
-        return None
-    before: list[float] = []
-
-    def limit(limit_bytes: int | None) -> None:
-        if limit_bytes is None:
-            while before:
-                put(before.pop(), device)
-            return
-        if not before:
-            before.append(get(device))
-        total = module.get_device_properties(device).total_memory
-        put(min(max(limit_bytes / total, 0.0), before[0]), device)
-
-    return limit
 
 
 def _limit_mps(limit_bytes: int | None) -> None:

@@ -1,17 +1,22 @@
-"""What probing and training may ask of a device's memory."""
+"""What the library wants of a device: one class for each kind of device answers it."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Final, TypeVar
 
 import torch
+from torch import Tensor
 
-from autobatch.platforms import spilling_platform
 from autobatch.results import OtherProcess
-from autobatch.units import Size, parse_bytes, parse_headroom
 
-HEADROOM_FRACTION: Final = 0.02
-HEADROOM_BYTES: Final = 300 * 2**20
+HOST: Final = torch.device("cpu")
+"""Where copies wait, and where data comes from."""
+
+_Copied = TypeVar("_Copied")
+
 SLACK_BYTES: Final = 16 * 2**20  # Less than any process takes that begins to use a device.
 
 
@@ -41,100 +46,186 @@ class MemoryReading:
     retries: int = 0
 
 
-class MemoryDevice(Protocol):
-    """All that probing and training may ask of a device."""
+class MemoryDevice(ABC):
+    """A device as the library uses it: a new kind of device is one subclass of this.
+
+    Six methods about memory and a name have to be written. Everything else has a default, which is
+    that of an accelerator without streams, with float64, and without random numbers of its own.
+
+    Args:
+        torch_device: Where tensors go, with its index.
+
+    Attributes:
+        counts_host: Whether a batch on the host lies in the memory that is limited.
+        is_exact: Whether memory is read to the byte, and a size that failed will always fail.
+        limit_costs_time: Whether a limit slows every operation down. Then training is held to a
+            limit only where the user gives one.
+        copies_ahead: Whether the next micro-batch is copied while the current one computes.
+        reads_at_once: Whether a number can be read from a tensor without waiting for other work.
+        counts_foreach_writes: Whether a tensor's version counts what an operation on many tensors
+            writes, under a dispatch mode too.
+    """
+
+    counts_host: bool = False
+    is_exact: bool = False
+    limit_costs_time: bool = False
+    copies_ahead: bool = False
+    reads_at_once: bool = False
+    counts_foreach_writes: bool = True
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self._device = torch_device
 
     @property
     def torch_device(self) -> torch.device:
-        """Where tensors go."""
+        """Where tensors go, with its index."""
+        return self._device
+
+    # Memory: what every kind of device has to say.
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The device's name, for people."""
 
-    @property
-    def counts_host(self) -> bool:
-        """Whether a batch on the host lies in the memory that is limited."""
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it reads to the byte, and what failed will always fail."""
-
+    @abstractmethod
     def read(self) -> MemoryReading:
         """Return the memory as it is now."""
 
-    def others(self) -> tuple[OtherProcess, ...]:
-        """Return other processes that compute here, as far as told; for people to read."""
-
+    @abstractmethod
     def limited_to(self, limit_bytes: int) -> AbstractContextManager[None]:
         """Let the allocator hold at most ``limit_bytes`` inside; the old limit is put back."""
 
+    @abstractmethod
     def reset_peak(self) -> None:
         """Count peaks from here on."""
 
+    @abstractmethod
     def release_cached(self) -> None:
         """Give back what nobody uses. Call it only once no exception is alive."""
 
+    @abstractmethod
     def synchronize(self) -> None:
-        """Wait until the device has done, and failed at, all that it was asked."""
+        """Wait until the device has done all work that was given to it; errors surface here."""
 
+    def others(self) -> tuple[OtherProcess, ...]:
+        """Return other processes that compute here, as far as known; for people to read."""
+        return ()
 
-def standard_headroom(total_bytes: int) -> int:
-    """Return what is kept free of a device where nobody says: 2 %, and at least 300 MiB."""
-    return max(int(total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
+    # Copies to the device, and numbers from it.
 
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Return a copy, on the device, of a tensor that lies elsewhere."""
+        return tensor.to(self._device, copy=True)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What the user allows, in bytes.
+    def start_copy(
+        self, copy: Callable[[Callable[[Tensor], Tensor]], _Copied]
+    ) -> tuple[_Copied, Callable[[], None]]:
+        """Begin a copy to the device.
 
-    Attributes:
-        memory_limit_bytes: The whole process's, or None for what is free.
-        headroom_bytes: Kept free, or None for the standard.
-    """
+        Args:
+            copy: Copies its tensors, each by the function that it is given.
 
-    memory_limit_bytes: int | None
-    headroom_bytes: int | None
+        Returns:
+            The copy, and a function that must be called before the copy is used.
+        """
+        return copy(self.copied), _nothing
+
+    def start_reading(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """Begin to bring numbers to the host.
+
+        Args:
+            numbers: On the device, of shape ``(count,)``.
+
+        Returns:
+            A function that waits for the numbers and returns them.
+        """
+        return numbers.tolist
+
+    # The kind of device: these are called on the class.
 
     @classmethod
-    def parse(cls, memory_limit: Size | None, headroom: Size | None) -> "Budget":
-        """Read ``memory_limit`` and ``headroom`` as the public functions take them.
+    def open(
+        cls,
+        torch_device: torch.device,
+        residents: Callable[[], Iterable[Tensor]],  # noqa: ARG003  # Subclasses may read it,
+        *,
+        counts_host: bool,  # noqa: ARG003  # and this too.
+    ) -> "MemoryDevice":
+        """Return the device.
 
-        Raises:
-            TypeError, ValueError: With the value that came.
+        Args:
+            torch_device: As ``start`` returned it.
+            residents: Lists the tensors that live on the device between steps.
+            counts_host: For the CPU, whether the limit is the host's own memory.
         """
-        return cls(
-            memory_limit_bytes=(
-                None if memory_limit is None else parse_bytes(memory_limit, name="memory_limit")
-            ),
-            headroom_bytes=None if headroom is None else parse_headroom(headroom),
-        )
+        return cls(torch_device)
 
-    def limit_bytes(self, reading: MemoryReading) -> int:
-        """Return the bytes that the allocator may hold; zero or less where nothing is left.
+    @staticmethod
+    def count(kind: str) -> int | None:  # noqa: ARG004  # A subclass may serve several kinds.
+        """Return how many devices of this kind are here; None where all indices mean one device.
 
-        Without a ``memory_limit`` that is what is free or held already, less the headroom (2 % of
-        the device, at least 300 MiB; twice that of a GPU on Windows and WSL). A ``memory_limit``
-        is the whole process's, so what the driver's context and other processes hold comes off it,
-        and it needs no headroom: 24 GiB on a larger card plans for a card of 24 GiB.
+        Args:
+            kind: As in ``torch.device.type``.
         """
-        reachable = reading.free_bytes + reading.reserved_bytes
-        if self.memory_limit_bytes is None:
-            headroom_bytes = self.headroom_bytes
-            if headroom_bytes is None:
-                headroom_bytes = standard_headroom(reading.total_bytes)
-                # A GPU's; its ceiling lies below what is said to be free (WSL#41176).
-                if reading.peak_reserved_bytes is not None and spilling_platform():
-                    headroom_bytes *= 2
-            return reachable - headroom_bytes
-        allowed = self.memory_limit_bytes - reading.outside_bytes
-        return min(allowed, reachable) - (self.headroom_bytes or 0)
+        return None
+
+    @staticmethod
+    def start(torch_device: torch.device) -> torch.device:
+        """Return the device with its index, ready for use: its random numbers can be taken.
+
+        Args:
+            torch_device: One that is here; without an index the current one is meant.
+        """
+        return torch_device
+
+    @staticmethod
+    def widest_dtype(torch_device: torch.device) -> torch.dtype:  # noqa: ARG004
+        """Return the widest floating type that the device computes in."""
+        return torch.float64
+
+    @staticmethod
+    def rng_states() -> list[Tensor]:
+        """Return the generators' states of all devices of this kind that are in use.
+
+        A device that is idle is not started. The CPU's own generator is not among them.
+        """
+        return []
+
+    @staticmethod  # noqa: B027  # It need not be written.
+    def set_rng_states(states: Sequence[Tensor]) -> None:
+        """Put back what ``rng_states`` returned, except for devices that are not here."""
+
+    @staticmethod  # noqa: B027  # It need not be written.
+    def write_memory_snapshot(path: Path) -> None:
+        """Write what the allocator holds, if it can say so and is in use."""
+
+    @staticmethod
+    def memory_notes() -> Sequence[str]:
+        """Return what a user should know of how this kind of device takes memory, in sentences."""
+        return ()
+
+    @staticmethod
+    def fragmentation_remedy() -> str:
+        """Return the setting that joins fragmented memory; empty if there is none, or it is on."""
+        return ""
 
 
-def moved(before: MemoryReading, after: MemoryReading, *, slack_bytes: int = SLACK_BYTES) -> bool:
-    """Return whether memory outside this process's allocator came or went.
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in the host's memory, where NumPy can share them."""
+    return tensor.is_cpu
 
-    Then a failure between the two may have another cause than its size. Take ``before`` after a
-    first step: that loads libraries, which lie there as well.
+
+def _nothing() -> None:
+    """Wait for nothing: the copy is there."""
+
+
+def outside_changed(
+    before: MemoryReading, after: MemoryReading, *, slack_bytes: int = SLACK_BYTES
+) -> bool:
+    """Return whether memory outside this process's allocator came or went between two readings.
+
+    If it did, a failure between the two may have another cause than its size. Take ``before`` after
+    a first step, because the first step loads libraries, which lie outside the allocator as well.
     """
     return abs(after.outside_bytes - before.outside_bytes) > slack_bytes

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, cast
 
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import DeviceLostError
 from autobatch.events import Event, TrialEnded, TrialStarted
 from autobatch.isolation.wire import Message, Raised, Returned, Told, unpacked

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-from autobatch.devices.base import standard_headroom
+from autobatch.devices.budget import standard_headroom
 from autobatch.units import format_bytes, parse_bytes
 
 _MIB: Final = 2**20

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, map_tensors, unwrapped
 from autobatch.devices.base import MemoryDevice
+from autobatch.devices.cuda import CudaDevice
 from autobatch.prediction.checkpointing import checkpoint_activations
 from autobatch.prediction.trace import STATE, Recorder
 from autobatch.state import training_mode
@@ -21,6 +21,8 @@ from autobatch.training.options import StepOptions
 from autobatch.training.rehearsal import Rehearsal
 
 Change = Literal["as it is", "fused", "SGD", "checkpointed"]
+
+_Copied = TypeVar("_Copied")
 
 _MOMENTUM: Final = 0.9
 _TIMES: Final = 3  # State is made, then held to the next step, and that is a step like all others.
@@ -131,36 +133,46 @@ class OwnStep:
                 recorder.label(STATE, _state(optimizer))
 
 
-class FakeFeed(Feed):
-    """Micro-batches on a device that is not there: the next one is there as early as on CUDA.
+class TracedDevice(CudaDevice):
+    """A GPU that is not here: the next micro-batch is there as early as on CUDA.
 
-    Copies do not have a stream of their own.
+    Copies do not have a stream of their own. A step uses nothing else of its device, unless memory
+    runs out, and here it never does.
     """
 
-    def move(self, nest: Nest, *, targets_are_read: bool = False) -> Nest:  # noqa: ARG002
+    def __init__(self, torch_device: torch.device) -> None:
+        self._device = torch_device
+        self.copies_ahead = torch_device.type == "cuda"  # Else this torch cannot play a GPU.
+        self.reads_at_once = not self.copies_ahead
+
+    def copied(self, tensor: Tensor) -> Tensor:
         """Return a copy on the device."""
-        return unwrapped(map_tensors(self._copied, nest))
-
-    def _sent(self, part: Nest) -> tuple[Nest, Any]:
-        return map_tensors(self._copied, part), None
-
-    def _copied(self, tensor: Tensor) -> Tensor:
         copy = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device
         )
         return copy.contiguous() if 0 in tensor.stride() else copy
 
-    def _arrived(self, nest: Nest, copied: object) -> Nest:  # noqa: ARG002  # The base's.
-        return unwrapped(nest)
+    def start_copy(
+        self, copy: Callable[[Callable[[Tensor], Tensor]], _Copied]
+    ) -> tuple[_Copied, Callable[[], None]]:
+        """Copy at once."""
+        return MemoryDevice.start_copy(self, copy)
+
+
+class TracedFeed(Feed):
+    """Micro-batches on a device that is not there."""
+
+    def move(self, nest: Nest, *, targets_are_read: bool = False) -> Nest:  # noqa: ARG002
+        """Return a copy on the device."""
+        return unwrapped(map_tensors(self._device.copied, nest))
 
 
 def _train_step(
     options: StepOptions, model: nn.Module, optimizer: Optimizer, recorder: Recorder
 ) -> TrainStep:
-    # A step asks a device only where it is, unless memory runs out, and here it never does.
-    device = cast("MemoryDevice", SimpleNamespace(torch_device=recorder.device))
+    device = TracedDevice(recorder.device)
     step = options.train_step(model, optimizer, device)
-    return replace(step, gradient=replace(step.gradient, feed=FakeFeed(recorder.device)))
+    return replace(step, gradient=replace(step.gradient, feed=TracedFeed(device)))
 
 
 def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:

@@ -9,8 +9,8 @@ from typing import Final
 
 from autobatch.advice import advice
 from autobatch.breakdown import Breakdown
-from autobatch.devices.base import MemoryDevice, moved
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.base import MemoryDevice, outside_changed
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import AutobatchError, DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
 from autobatch.probing.options import SearchOptions
@@ -143,7 +143,7 @@ class Finder:
             size = search.next()
             if size is None:
                 now = self.device.read()
-                if moves < _MOST_MOVES and moved(before, now):
+                if moves < _MOST_MOVES and outside_changed(before, now):
                     before, moves = now, moves + 1
                     search.relimit(self.limit_bytes())
                     self._valid_from = len(self._trials)

@@ -8,15 +8,14 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.probing.trial import Rehearsal
-from autobatch.results import Speed, Verdict
+from autobatch.results import Speed
 
 _SHARES: Final = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # Of the tolerable batch: what is timed.
 _ROUNDS: Final = range(3, 8)  # At least and at most so many windows of each size.
 FEWEST_WINDOWS: Final = 1 + _ROUNDS.start  # Of each size: one is not measured.
 _SECONDS: Final = 5.0  # After which no further round begins.
-_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 def sizes_to_time(candidates: Sequence[int], largest: int) -> tuple[int, ...]:
@@ -100,6 +99,6 @@ def _seconds(run: Callable[[], float]) -> float | None:
     try:
         return run()
     except Exception as error:
-        if verdict_of(error) not in _TOO_MUCH:
+        if verdict_of(error) not in MEMORY_VERDICTS:
             raise
     return None

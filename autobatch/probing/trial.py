@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import requested_bytes, verdict_of
+from autobatch.devices.oom import MEMORY_VERDICTS, requested_bytes, verdict_of
 from autobatch.results import Phase, Trial, Verdict
 
 _MESSAGE_LENGTH: Final = 500
@@ -62,7 +62,7 @@ class Stage:
             larger_ran_out: Whether a larger size ran out of memory. Only then does it count
                 against the size if a single example is refused, as BatchNorm does.
         """
-        counted = {Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE, Verdict.TOO_SLOW}
+        counted = {*MEMORY_VERDICTS, Verdict.TOO_SLOW}
         if larger_ran_out and min(sizes) == 1:
             counted.add(Verdict.OTHER)
         again = counted | {Verdict.SUSPECT}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autobatch.devices.base import HOST
 from autobatch.errors import CheckpointError
 from autobatch.writing import check_folder
 
@@ -192,7 +193,7 @@ def _read(path: Path) -> dict[str, object]:
 
 def _load(file: Path | BinaryIO, *, mmap: bool = False) -> dict[str, object]:
     with torch.serialization.safe_globals(list(_NUMPY_SCALARS)):
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        loaded = torch.load(file, map_location=HOST, weights_only=True, mmap=mmap)
     return cast("dict[str, object]", loaded)
 
 

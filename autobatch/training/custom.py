@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, describe, part, size_of
 from autobatch.batches.pieces import largest_piece, pieces_of
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.base import HOST
+from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import InexactStepError
-from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import Forward
 from autobatch.training.losses import read_pair
@@ -32,7 +32,6 @@ _TOLERANCE: Final = 1e-3  # Of float32 sums; a mean, or a loss that couples, is 
 _COARSE: Final = 5e-2  # Of 16 bits.
 _EXACT: Final = 1e-9  # Of counts in float64.
 _ROUNDED: Final = 1e-6  # Of counts in float32.
-_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +212,7 @@ class Custom(Objective):
         counted = self.batch_loss.count_terms(micro_batch.host)
         if counted is None:
             return loss_sum, terms
-        if not isinstance(terms, Tensor) or terms.device.type == "cpu":
+        if not isinstance(terms, Tensor) or terms.device == HOST:
             _refuse_difference(terms, counted)
         return loss_sum, None
 
@@ -254,7 +253,7 @@ class Custom(Objective):
         try:
             return probe(training=False)
         except Exception as error:
-            if isinstance(error, InexactStepError) or verdict_of(error) in _TOO_MUCH:
+            if isinstance(error, InexactStepError) or verdict_of(error) in MEMORY_VERDICTS:
                 raise
         try:  # A detector returns its losses in training mode alone.
             return probe(training=True)

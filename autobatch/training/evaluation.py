@@ -13,11 +13,11 @@ from autobatch.batches.nest import Nest, size_of, take
 from autobatch.batches.pieces import cut_to, largest_piece
 from autobatch.batches.regroup import Source, logical_batches
 from autobatch.batches.sample import read_sample, repeated
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import DoesNotFitError
 from autobatch.plan import useful_sizes
 from autobatch.randomness import random_state
-from autobatch.results import Evaluation, Verdict
+from autobatch.results import Evaluation
 from autobatch.training.accumulate import Terms
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.forward import outputs_of
@@ -38,7 +38,6 @@ Metric = Callable[..., object]
 Made = TypeVar("Made")
 
 ACCURACY: Final = "accuracy"
-_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 class Inference:
@@ -194,7 +193,7 @@ class Evaluator:
             with self.limited(), torch.no_grad():
                 return [run(part)]
         except Exception as error:
-            if verdict_of(error) not in _TOO_MUCH:
+            if verdict_of(error) not in MEMORY_VERDICTS:
                 raise
             message = str(error)
         # Only here has the error let go of what was made.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, part
 from autobatch.batches.pieces import pieces_of
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.results import Verdict
 from autobatch.training.accumulate import Terms
 from autobatch.training.forward import targets_of

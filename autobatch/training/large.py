@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.batches.nest import Nest, describe, size_of, take, tensors
 from autobatch.batches.pieces import largest_piece
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.results import Verdict
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.objective import (

@@ -1,13 +1,15 @@
 """What the micro-batches of a window add up to, read with one wait for the device."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from autobatch.training.wide import widest
+from autobatch.devices.base import MemoryDevice
+from autobatch.devices.factory import widest_dtype
 
 _ROWS: Final = 32  # Room for this many micro-batches at least: one block of a GPU's allocator.
 
@@ -43,7 +45,7 @@ class Ledger:
         device: Where the losses are.
     """
 
-    def __init__(self, micro_batches: int, device: torch.device) -> None:
+    def __init__(self, micro_batches: int, device: MemoryDevice) -> None:
         self._losses: list[float] = []
         self._terms: list[float] = []
         self._norm: Tensor | None = None
@@ -51,10 +53,12 @@ class Ledger:
         self._counted = False  # Whether the loss gives terms.
         self._count = 0
         self._entries: Entries | None = None
-        self._sent: tuple[Tensor, torch.cuda.Event] | None = None
-        if device.type != "cpu":
+        self._device = device
+        self._sent: Callable[[], list[float]] | None = None
+        if not device.reads_at_once:
+            place = device.torch_device
             rows = max(micro_batches, _ROWS)
-            self._held = torch.zeros(2, rows, dtype=widest(device), device=device)
+            self._held = torch.zeros(2, rows, dtype=widest_dtype(place), device=place)
 
     def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
         """Note one micro-batch's summed loss, and its terms if it gave some."""
@@ -96,12 +100,8 @@ class Ledger:
 
     def send(self) -> None:
         """Begin to bring the numbers to the host, so that reading them waits for no later work."""
-        if self._held is None or not self._held.is_cuda:
-            return
-        numbers = self._together()
-        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        self._sent = host, torch.cuda.current_stream(numbers.device).record_event()
+        if self._held is not None:
+            self._sent = self._device.start_reading(self._together())
 
     def _read(self) -> Entries:
         has_norm = self._norm is not None
@@ -110,12 +110,7 @@ class Ledger:
             norm = None if self._norm is None else self._norm.item()
             return Entries(losses=self._losses, terms=terms, norm=norm)
         rows = self._held.shape[1]
-        if self._sent is None:
-            numbers = self._together().tolist()
-        else:
-            host, arrived = self._sent
-            arrived.synchronize()
-            numbers = host.tolist()
+        numbers = self._together().tolist() if self._sent is None else self._sent()
         return Entries(
             losses=numbers[: self._count],
             terms=math.fsum(numbers[rows : rows + self._count]) if self._counted else None,

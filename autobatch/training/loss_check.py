@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.batches.nest import Nest, cut, join, map_tensors, size_of, tensors
+from autobatch.devices.base import HOST
 from autobatch.errors import InexactStepError
 from autobatch.randomness import random_state
 from autobatch.training.summed import Loss
@@ -257,7 +258,7 @@ def _gradient(summed: Tensor, leaves: Sequence[Tensor], examples: int) -> Tensor
     if leaves and summed.requires_grad:
         # Into no .grad: what else the loss depends on may be learnt.
         found = torch.autograd.grad(summed, leaves, materialize_grads=True)
-    rows = [g.reshape(examples, g.numel() // examples).to("cpu", torch.float64) for g in found]
+    rows = [g.reshape(examples, g.numel() // examples).to(HOST, torch.float64) for g in found]
     return torch.cat([torch.zeros(examples, 1, dtype=torch.float64), *rows], 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.batches.nest import Nest, tensors
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import InexactStepError
 from autobatch.results import Verdict
 from autobatch.training.undisturbed import undisturbed

@@ -12,8 +12,8 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autobatch.devices.base import MemoryDevice
-from autobatch.devices.snapshots import check_directory, write_snapshot
+from autobatch.devices.base import HOST, MemoryDevice
+from autobatch.devices.memory_snapshot import check_directory, write_snapshot
 from autobatch.events import Observer
 from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
@@ -108,7 +108,7 @@ class StepOptions:
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_batch_norm(self.batch_norm)
-        scaler_for("fp32", self.scaler, "cpu")  # Refuses what is no GradScaler.
+        scaler_for("fp32", self.scaler, HOST.type)  # Refuses what is no GradScaler.
         check_nonfinite(self.nonfinite)
         if self.gradient_dtype not in _WIDE:
             raise ValueError(
@@ -182,7 +182,7 @@ class StepOptions:
             batch_norm=self.batch_norm,
             gradient_dtype=self.gradient_dtype,
             scaler=scaler,
-            feed=Feed(device.torch_device),
+            feed=Feed(device),
             generators=list(generators_in(model)),
             members=Members(model, loss, update.parameters),
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autobatch.devices.base import on_host
 from autobatch.training.running_statistics import Statistics, mean_and_variance
 from autobatch.training.watch import Watch
 
@@ -197,7 +198,7 @@ def _moved(
         channels: Of each mean, and then of each variance.
     """
     weights = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
-    if type(before) is Tensor and before.is_cpu:
+    if type(before) is Tensor and on_host(before):
         rows = np.array([row.numpy() for row in calls.rows])
         return torch.from_numpy(_pooled(before.numpy(), rows, *weights))
     there = (torch.from_numpy(weight).to(before) for weight in weights)

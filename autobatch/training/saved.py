@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autobatch.devices.factory import BACKENDS
 from autobatch.errors import CheckpointError
 from autobatch.randomness import generators_in
 
@@ -84,9 +85,7 @@ def packed_random_state(sources: Sequence[object]) -> StateDict:
     own = [found for source in sources for found in generators_in(source)]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "xpu": torch.xpu.get_rng_state_all() if torch.xpu.is_initialized() else [],
-        "mps": [torch.mps.get_rng_state()] if torch.mps.is_available() else [],
+        **{kind: backend.rng_states() for kind, backend in BACKENDS.items()},
         "numpy": _without_arrays(np.random.get_state(legacy=False)),
         "python": random.getstate(),
         "kinds": [_kind_of(generator) for generator in own],
@@ -109,7 +108,8 @@ def put_random_state(fields: Mapping[str, object], sources: Sequence[object]) ->
             "were, or choose another directory"
         )
     torch.set_rng_state(cast("Tensor", fields["torch"]))
-    _put_on_accelerators(fields)
+    for kind, backend in BACKENDS.items():  # Older checkpoints have CUDA's alone.
+        backend.set_rng_states(cast("list[Tensor]", fields.get(kind, [])))
     np.random.set_state(cast("dict[str, object]", fields["numpy"]))
     random.setstate(cast("tuple[object, ...]", fields["python"]))
     for generator, state in zip(own, cast("list[object]", fields["states"]), strict=True):
@@ -232,17 +232,6 @@ def _exact(loaded: object, saved: object) -> object:
         exact = [_exact(*pair) for pair in items]
         return exact if isinstance(loaded, list) else tuple(exact)
     return loaded
-
-
-def _put_on_accelerators(fields: Mapping[str, object]) -> None:
-    """Older checkpoints know of CUDA alone."""
-    for name, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
-        if module.is_available():
-            states = cast("list[Tensor]", fields.get(name, []))
-            module.set_rng_state_all(states[: module.device_count()])
-    if torch.mps.is_available():
-        for state in cast("list[Tensor]", fields.get("mps", [])):
-            torch.mps.set_rng_state(state)
 
 
 def _kind_of(generator: object) -> str:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest
 from autobatch.batches.reading import Reading
-from autobatch.devices.choose import choose_device, open_device
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.plan import check_size
 from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
-from autobatch.advice import torn
+from autobatch.advice import fragmented
 from autobatch.batches.prefetch import crowded
 from autobatch.batches.regroup import Data, Source, open_source
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 from autobatch.events import Observer, TrainingStarted
 from autobatch.job import Job
 from autobatch.plan import BatchPlan
@@ -302,8 +302,8 @@ class Trainer:
             mutated=sorted(runner.gradient.mutated),
             found=self.found,
         )
-        reading = job.device.read()
-        pieces = torn(reading.peak_bytes, reading.peak_reserved_bytes, "training")
+        reading, place = job.device.read(), job.device.torch_device
+        pieces = fragmented(place, reading.peak_bytes, reading.peak_reserved_bytes, "training")
         return result_of(training, start, self.found, ended, (*found_out, *pieces))
 
     def _runner(self) -> StepRunner:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from autobatch.devices.metered import eagerly
+from autobatch.devices.cpu import eagerly
 from autobatch.randomness import generators_in
 from autobatch.training.moving import parameters_at_rest
 from autobatch.training.replay import window_start

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.base import HOST, MemoryDevice
+from autobatch.devices.factory import backend_of
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import StepInterruptedError
 from autobatch.results import Verdict
 from autobatch.state import PLAIN_TYPES
@@ -150,7 +151,7 @@ class _Before:
         self._versions = self._written()
         self._copies: list[Tensor] | None = None
         if copied:
-            self._copies = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors]
+            self._copies = [tensor.detach().to(HOST, copy=True) for tensor in self._tensors]
 
     @torch.no_grad()
     def put_back(self) -> bool:
@@ -184,13 +185,13 @@ class _Before:
         """Whether a kernel may have written to tensors without counting it as writing.
 
         Fused ones do not count, but before they run the steps are counted; only SGD counts none.
-        On the CPU those of many tensors at once do not count either where a dispatch mode, such
-        as the meter's, looks on.
+        On some devices those of many tensors at once do not count either where a dispatch mode,
+        such as the CPU's meter, looks on.
         """
         groups = self._optimizer.param_groups
         fused = [p for group in groups if group.get("fused") for p in group["params"]]
         at_once = fused + [p for group in groups if group.get("foreach") for p in group["params"]]
-        if any(parameter.device.type == "cpu" for parameter in at_once):
+        if any(not backend_of(p.device).counts_foreach_writes for p in at_once):
             return True
         if isinstance(self._optimizer, torch.optim.SGD):
             return bool(fused)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from autobatch.devices.factory import widest_dtype
+
 
 class WideSums:
     """Adds up 16-bit gradients in another dtype, and rounds the sum once.
@@ -46,15 +48,6 @@ class WideSums:
         self._sums.clear()
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """Return the widest floating type that a device computes in: float64, but for some GPUs."""
-    if device.type == "mps":
-        return torch.float32
-    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
-        return torch.float32
-    return torch.float64
-
-
 def in_widest(tensor: Tensor) -> Tensor:
     """Return a tensor's values in the widest floating type of its device."""
-    return tensor.to(widest(tensor.device))
+    return tensor.to(widest_dtype(tensor.device))

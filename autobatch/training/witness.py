@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from autobatch.batches.nest import Nest, describe, map_tensors, part, size_of, tensors
 from autobatch.batches.pieces import pieces_of, put_together
+from autobatch.devices.base import HOST
 from autobatch.errors import InexactStepError
 from autobatch.training.loss_check import check_splits
 from autobatch.training.objective import Move, Record, Verifier
@@ -149,4 +150,4 @@ def _common_length(outputs: Nest, targets: Nest) -> int:
 
 
 def _on_host(nest: Nest) -> Nest:
-    return map_tensors(lambda t: t.detach().to("cpu", copy=True), nest)
+    return map_tensors(lambda t: t.detach().to(HOST, copy=True), nest)

@@ -269,7 +269,7 @@ def test_a_window_waits_for_the_gpu_once_or_never(nonfinite: NonFinite, waits: i
 
 
 def test_a_micro_batch_is_right_though_the_next_one_moves_meanwhile() -> None:
-    feed = Feed(torch.device("cuda"))
+    feed = Feed(CudaDevice(torch.device("cuda")))
     parts = [(torch.full((2**20,), float(place)),) for place in range(20)]
     for place, part in enumerate(feed(parts)):
         assert isinstance(part, tuple)
@@ -281,7 +281,7 @@ def test_a_micro_batch_is_right_though_the_next_one_moves_meanwhile() -> None:
 
 
 def test_tensors_of_any_strides_reach_the_gpu_with_their_values() -> None:
-    feed = Feed(torch.device("cuda"))
+    feed = Feed(CudaDevice(torch.device("cuda")))
     grid = torch.arange(24.0).reshape(4, 6)
     odd = [grid[:1].expand(4, 6), grid.T[:4], grid[:, ::2], grid[0, 0].expand(4)]
     (moved,) = feed([tuple(odd)])

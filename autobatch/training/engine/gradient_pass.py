@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 
 from autobatch.batches.nest import Nest
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import verdict_of
 from autobatch.results import Verdict
 from autobatch.training.accumulate import rescale
 from autobatch.training.batch_norm import (
@@ -131,7 +131,7 @@ class GradientPass:
         Returns:
             The losses, and the gradient's norm where ``finish`` gave one.
         """
-        losses = Ledger(len(parts), self.device.torch_device)
+        losses = Ledger(len(parts), self.device)
         parameters = self.members.parameters
         sums = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
         normalizes = self.batch_norm == "micro" and normalises_by_batch(self.members.batch_norms)

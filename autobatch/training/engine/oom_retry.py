@@ -6,14 +6,12 @@ from typing import Final
 
 from autobatch.batches.nest import Nest, describe, size_of
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import DoesNotFitError, ReplayLimitError
 from autobatch.results import Verdict
 from autobatch.training.replay import MicroBatchSize
 
 MOST_RETRIES: Final = 16  # For one logical batch: by then it is cut into 65536 times as many parts.
-
-_TOO_MUCH: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class OomRetry:
             return max(sizes) > 1
         # BatchNorm refuses a single example. Where a retry has come to that, memory is the reason.
         cut_to_one = bool(self.failures) and min(sizes) == 1 and isinstance(error, ValueError)
-        return verdict in _TOO_MUCH or cut_to_one
+        return verdict in MEMORY_VERDICTS or cut_to_one
 
     def smaller_size(self, failed: int, message: str) -> int:
         """Return the micro-batch size to try next, after the failed one was released.

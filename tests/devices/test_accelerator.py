@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autobatch import randomness
 from autobatch.devices import accelerator
-from autobatch.devices.accelerator import AcceleratorDevice, MpsDevice
+from autobatch.devices.accelerator import MpsDevice, UncountedMpsDevice, XpuDevice
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.choose import choose_device, open_device
-from autobatch.devices.failures import verdict_of
+from autobatch.devices.factory import BACKENDS, choose_device, open_device, widest_dtype
+from autobatch.devices.oom import verdict_of
 from autobatch.errors import DeviceUnavailableError
 from autobatch.probing.trial import Stage
 from autobatch.randomness import random_state
 from autobatch.results import Verdict
 from autobatch.training.feed import Feed
 from autobatch.training.options import StepOptions
-from autobatch.training.wide import in_widest, widest
+from autobatch.training.wide import in_widest
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -216,7 +215,7 @@ def opened(kind: str) -> MemoryDevice:
 
 def test_an_xpu_is_read_through_torch_accelerator(put: Put) -> None:
     card, device = put("xpu"), opened("xpu")
-    assert type(device) is AcceleratorDevice
+    assert type(device) is XpuDevice
     assert (device.name, device.torch_device) == ("Intel Arc 0", torch.device("xpu", 0))
     assert not device.counts_host
     assert not device.is_exact
@@ -281,7 +280,7 @@ def test_mps_takes_zero_for_no_limit_so_it_is_never_told_zero(
 
 def test_mps_is_read_through_torch_accelerator_where_that_answers(put: Put) -> None:
     card, device = put("mps"), opened("mps")
-    assert type(device) is AcceleratorDevice
+    assert type(device) is MpsDevice
     assert device.name == "MPS"
     card.allocate(GIB)
     found = device.read()
@@ -294,7 +293,7 @@ def test_where_it_does_not_the_driver_is_read_and_each_trial_begins_without_a_ca
     put: Put,
 ) -> None:
     card, device = put("mps", counts=False), opened("mps")
-    assert type(device) is MpsDevice
+    assert type(device) is UncountedMpsDevice
     card.allocate(GIB)
     card.free(GIB)
     device.reset_peak()
@@ -386,12 +385,14 @@ def test_only_cuda_copies_while_it_computes(kind: str, monkeypatch: pytest.Monke
     asked: list[object] = []
 
     def to(self: Tensor, device: object, **how: object) -> Tensor:
-        asked.append((device, how["non_blocking"]))
+        asked.append((device, how.get("non_blocking", False)))
         return self.clone()
 
     monkeypatch.setattr(Tensor, "to", to)
     device = torch.device(kind, 0)
-    feed = Feed(device)
+    opened = BACKENDS[kind].__new__(BACKENDS[kind])  # There is no card to open.
+    opened._device = device
+    feed = Feed(opened)
     feed.move((torch.ones(3),))
     assert asked == [(device, kind == "cuda")]
     if kind != "cuda":
@@ -400,9 +401,9 @@ def test_only_cuda_copies_while_it_computes(kind: str, monkeypatch: pytest.Monke
 
 def test_sums_are_as_wide_as_the_device_computes(put: Put) -> None:
     put("xpu")
-    assert widest(CPU) == widest(torch.device("cuda", 0)) == torch.float64
-    assert widest(torch.device("mps", 0)) == torch.float32
-    assert widest(torch.device("xpu", 0)) == torch.float32, "this card has no float64"
+    assert widest_dtype(CPU) == widest_dtype(torch.device("cuda", 0)) == torch.float64
+    assert widest_dtype(torch.device("mps", 0)) == torch.float32
+    assert widest_dtype(torch.device("xpu", 0)) == torch.float32, "this card has no float64"
     assert in_widest(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
 
 
@@ -412,7 +413,8 @@ def test_its_random_numbers_are_put_back(kind: str, monkeypatch: pytest.MonkeyPa
     module = getattr(torch, kind)
     every = "_all" if kind == "xpu" else ""
     started = "is_initialized" if kind == "xpu" else "is_available"
-    monkeypatch.setattr(randomness, "_ACCELERATORS", (torch.xpu,))
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(module, "device_count", lambda: 1)
     monkeypatch.setattr(module, started, lambda: True)
     monkeypatch.setattr(module, f"get_rng_state{every}", lambda: list(state))
     monkeypatch.setattr(module, f"set_rng_state{every}", state.extend)

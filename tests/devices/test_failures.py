@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.devices.failures import TABLE, verdict_of
+from autobatch.devices.oom import TABLE, verdict_of
 from autobatch.results import Verdict
 
 FATAL, TOO_LARGE = Verdict.FATAL, Verdict.TOO_LARGE

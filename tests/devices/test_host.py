@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autobatch.devices.host import host_memory
+from autobatch.devices.host_memory import host_memory
 
 TOTAL, AVAILABLE = 1_000_000, 600_000  # The machine's.
 UNLIMITED_V1 = 9_223_372_036_854_771_712

@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from autobatch.devices import base, choose
-from autobatch.devices.base import (
-    HEADROOM_BYTES,
-    Budget,
-    MemoryReading,
-)
-from autobatch.devices.choose import choose_device, open_device
+from autobatch.devices import budget, factory
+from autobatch.devices.base import MemoryReading
+from autobatch.devices.budget import HEADROOM_BYTES, Budget
+from autobatch.devices.cpu import CpuDevice
 from autobatch.devices.cuda import CudaDevice
-from autobatch.devices.metered import MeteredDevice
+from autobatch.devices.factory import choose_device, open_device
 from autobatch.errors import DeviceUnavailableError
 
 CPU = torch.device("cpu")
@@ -187,13 +184,13 @@ def test_a_gpu_is_opened_as_one_and_the_cpu_with_a_meter(gpus: Gpus) -> None:
     assert opened.torch_device == torch.device("cuda", 1)
     held = [torch.ones(4)]
     metered = open_device(CPU, lambda: held)
-    assert isinstance(metered, MeteredDevice)
+    assert isinstance(metered, CpuDevice)
     assert metered.read().allocated_bytes == 16
     assert open_device(CPU).read().allocated_bytes == 0
 
 
 def test_importing_the_choice_starts_no_gpu() -> None:
-    assert choose is not None
+    assert factory is not None
     assert not torch.cuda.is_initialized() or torch.cuda.is_available()
 
 
@@ -217,7 +214,7 @@ def test_a_gpu_whose_driver_spills_to_the_host_keeps_twice_the_headroom(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """USERS 1.7.1 and 1.7.2: its ceiling lies below what it says is free."""
-    monkeypatch.setattr(base, "spilling_platform", lambda: where)
+    monkeypatch.setattr(budget, "spilling_platform", lambda: where)
     host = reading(total=100 * GIB, free=50 * GIB)
     gpu = replace(host, peak_reserved_bytes=0)
     free = Budget(memory_limit_bytes=None, headroom_bytes=None)

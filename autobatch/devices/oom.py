@@ -8,6 +8,9 @@ import torch
 
 from autobatch.results import Verdict
 
+MEMORY_VERDICTS: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
+"""The verdicts after which a smaller size may run."""
+
 _GITHUB: Final = "https://github.com/"
 _TORCH: Final = _GITHUB + "pytorch/pytorch/issues/"
 _TORCH_SOURCE: Final = _GITHUB + "pytorch/pytorch/blob/main/"

@@ -26,9 +26,9 @@ from torch import nn
 
 from autobatch import DoesNotFitError, find_batch_size
 from autobatch.devices import cuda
-from autobatch.devices.base import SLACK_BYTES, MemoryReading, moved
+from autobatch.devices.base import SLACK_BYTES, MemoryReading, outside_changed
+from autobatch.devices.cpu import CpuDevice
 from autobatch.devices.cuda import CudaDevice
-from autobatch.devices.metered import MeteredDevice
 from autobatch.events import Event, SearchStarted
 from autobatch.results import OtherProcess
 
@@ -140,18 +140,20 @@ def test_memory_has_moved_when_more_than_the_slack_came_or_went(
     before: int, change: int, slack: int
 ) -> None:
     one, other = reading(before), reading(before + change)
-    assert moved(one, other, slack_bytes=slack) == (abs(change) > slack)
-    assert moved(one, other, slack_bytes=slack) == moved(other, one, slack_bytes=slack)
-    assert moved(one, other) == (abs(change) > SLACK_BYTES)
+    assert outside_changed(one, other, slack_bytes=slack) == (abs(change) > slack)
+    assert outside_changed(one, other, slack_bytes=slack) == outside_changed(
+        other, one, slack_bytes=slack
+    )
+    assert outside_changed(one, other) == (abs(change) > SLACK_BYTES)
 
 
 def test_what_is_our_own_does_not_count_as_moved() -> None:
     ours = replace(reading(GIB), allocated_bytes=9 * GIB, reserved_bytes=9 * GIB)
-    assert not moved(reading(GIB), ours)
+    assert not outside_changed(reading(GIB), ours)
 
 
 def test_a_search_tells_and_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MeteredDevice, "others", lambda _: TOLD)
+    monkeypatch.setattr(CpuDevice, "others", lambda _: TOLD)
     data, events = (torch.ones(8, 1000), torch.ones(8, 1)), list[Event]()
     found = find_batch_size(nn.Linear(1000, 1), data, progress=events.append)
     assert found.others == TOLD
@@ -162,7 +164,7 @@ def test_where_nothing_fits_the_others_are_among_the_reasons(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told = (*TOLD, OtherProcess(pid=7, used_bytes=None))
-    monkeypatch.setattr(MeteredDevice, "others", lambda _: told)
+    monkeypatch.setattr(CpuDevice, "others", lambda _: told)
     data = torch.ones(8, 1000), torch.ones(8, 1)
     with pytest.raises(DoesNotFitError) as caught:
         find_batch_size(nn.Linear(1000, 1), data, memory_limit=4100)
@@ -174,4 +176,4 @@ def test_where_nothing_fits_the_others_are_among_the_reasons(
 
 
 def test_on_the_cpu_nobody_is_named() -> None:
-    assert MeteredDevice().others() == ()
+    assert CpuDevice().others() == ()

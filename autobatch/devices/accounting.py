@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from autobatch.breakdown import Breakdown, break_down
-from autobatch.devices.base import Budget, MemoryDevice
+from autobatch.devices.base import MemoryDevice
+from autobatch.devices.budget import Budget
 from autobatch.remedies import needed_bytes
 from autobatch.results import OtherProcess, Trial
 

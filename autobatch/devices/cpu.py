@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from autobatch.devices.base import MemoryReading
-from autobatch.devices.host import host_memory
-from autobatch.results import OtherProcess
-from autobatch.state import uninterrupted
+from autobatch.devices.base import HOST, MemoryDevice, MemoryReading, on_host
+from autobatch.devices.host_memory import host_memory
+from autobatch.signals import uninterrupted
 from autobatch.units import format_bytes
 
 
-class MeteredDevice:
+class CpuDevice(MemoryDevice):
     """The CPU with a memory of any size.
 
     Args:
@@ -35,32 +34,39 @@ class MeteredDevice:
         counts_host: Whether the limit is the host's own, so that batches which wait there count.
     """
 
+    is_exact = True  # It counts, and holds no cache.
+    limit_costs_time = True
+    reads_at_once = True
+    counts_foreach_writes = False
+
     def __init__(
         self, residents: Callable[[], Iterable[Tensor]] = tuple, *, counts_host: bool = False
     ) -> None:
+        super().__init__(HOST)
         self._residents = residents
-        self._counts_host = counts_host
+        self.counts_host = counts_host
         self._meter = _Meter()
 
-    @property
-    def torch_device(self) -> torch.device:
-        """The CPU."""
-        return torch.device("cpu")
+    @classmethod
+    def open(
+        cls,
+        torch_device: torch.device,  # noqa: ARG003  # There is one CPU.
+        residents: Callable[[], Iterable[Tensor]],
+        *,
+        counts_host: bool,
+    ) -> "CpuDevice":
+        """Return the CPU, with a meter of its own."""
+        return cls(residents, counts_host=counts_host)
+
+    @staticmethod
+    def start(torch_device: torch.device) -> torch.device:  # noqa: ARG004  # All indices are one.
+        """Return the CPU, which has no index."""
+        return HOST
 
     @property
     def name(self) -> str:
         """The device's name, for people."""
         return "CPU"
-
-    @property
-    def counts_host(self) -> bool:
-        """Whether this is the host itself, and not a stand-in for a device beside it."""
-        return self._counts_host
-
-    @property
-    def is_exact(self) -> bool:
-        """True: it counts, and holds no cache."""
-        return True
 
     def read(self) -> MemoryReading:
         """Return the meter's figures, and what the host has left."""
@@ -76,10 +82,6 @@ class MeteredDevice:
             peak_reserved_bytes=None,
             outside_bytes=0,
         )
-
-    def others(self) -> tuple[OtherProcess, ...]:
-        """Return nothing: what others hold of the host is no memory of this device."""
-        return ()
 
     @contextmanager
     def limited_to(self, limit_bytes: int) -> Iterator[None]:
@@ -203,7 +205,7 @@ def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    if tensor.device.type != "cpu":
+    if not on_host(tensor):
         return ()
     if tensor.layout is torch.strided:
         return (tensor,)

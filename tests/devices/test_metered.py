@@ -17,8 +17,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from autobatch.devices.failures import verdict_of
-from autobatch.devices.metered import MeteredDevice, _Meter
+from autobatch.devices.cpu import CpuDevice, _Meter
+from autobatch.devices.oom import verdict_of
 from autobatch.results import Verdict
 
 ROOMY = 10**15
@@ -27,7 +27,7 @@ KIB = 256  # So many float32 numbers are 1 KiB.
 Step = Callable[[], None]
 
 
-def live(device: MeteredDevice) -> int:
+def live(device: CpuDevice) -> int:
     return device.read().allocated_bytes
 
 
@@ -56,7 +56,7 @@ def profiled(step: Step) -> tuple[int, int]:
 
 def metered(step: Step, residents: Callable[[], list[Tensor]]) -> tuple[int, int]:
     """What the meter says of the same."""
-    device = MeteredDevice(residents)
+    device = CpuDevice(residents)
     before = live(device)
     with device.limited_to(ROOMY):
         device.reset_peak()
@@ -135,7 +135,7 @@ def test_the_first_step_of_an_optimizer_leaves_its_state() -> None:
 
 
 def test_sparse_gradients_count_their_indices_and_values() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     table = nn.Embedding(50, 8, sparse=True)
     rows = torch.tensor([1, 2, 2])
     with device.limited_to(ROOMY):
@@ -156,7 +156,7 @@ def test_a_training_step_with_sparse_gradients_leaves_nothing() -> None:
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
 def test_compressed_tensors_count_their_parts(layout: torch.layout) -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         starts, places, values = torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2)
         compressed = torch.sparse_compressed_tensor(starts, places, values, layout=layout)
@@ -167,7 +167,7 @@ def test_compressed_tensors_count_their_parts(layout: torch.layout) -> None:
 
 
 def test_a_tensor_that_wraps_others_counts_what_is_inside() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         rows = [torch.ones(2), torch.ones(3)]
         jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
@@ -179,7 +179,7 @@ def test_a_tensor_that_wraps_others_counts_what_is_inside() -> None:
 
 
 def test_a_tensor_counts_its_bytes_until_it_is_gone() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         one = torch.ones(KIB)
         two = torch.ones(KIB, dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_a_tensor_counts_its_bytes_until_it_is_gone() -> None:
 
 
 def test_views_and_operations_in_place_count_nothing() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         rows = torch.ones(KIB)
         views = [rows[1:], rows.view(16, 16), rows.view(16, 16).T, rows.expand(9, KIB)]
@@ -208,7 +208,7 @@ def test_views_and_operations_in_place_count_nothing() -> None:
 
 
 def test_the_memory_of_an_array_counts_as_long_as_the_array() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         array = torch.ones(KIB).numpy()
         assert live(device) == 1024
@@ -217,7 +217,7 @@ def test_the_memory_of_an_array_counts_as_long_as_the_array() -> None:
 
 
 def test_resizing_counts_the_new_size() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         rows = torch.ones(KIB)
         rows.resize_(4 * KIB)
@@ -232,7 +232,7 @@ def test_resizing_counts_the_new_size() -> None:
 
 
 def test_a_tensor_set_to_other_memory_lets_its_own_go() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         rows, other = torch.ones(KIB), torch.ones(2 * KIB)
         rows.set_(other)  # type: ignore[call-overload]  # torch does not say that it may.
@@ -244,7 +244,7 @@ def test_a_tensor_set_to_other_memory_lets_its_own_go() -> None:
 
 
 def test_what_autograd_saves_counts_until_backward_has_freed_it() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         weight = torch.ones(KIB, requires_grad=True)
         loss = weight.exp().exp().sum()  # Each exp saves its result.
@@ -256,7 +256,7 @@ def test_what_autograd_saves_counts_until_backward_has_freed_it() -> None:
 
 
 def test_tensors_without_memory_on_the_host_do_not_count() -> None:
-    device = MeteredDevice(lambda: [torch.ones(KIB, device="meta")])
+    device = CpuDevice(lambda: [torch.ones(KIB, device="meta")])
     with device.limited_to(1024):
         nn.Linear(10_000, 10_000, device="meta")(torch.ones(9, 10_000, device="meta")).sum()
         assert live(device) == 0
@@ -266,7 +266,7 @@ def test_a_part_of_a_batch_counts_once_it_is_copied() -> None:
     """Cut outside, copied inside: the copy stands for the transfer to a device."""
     batch = torch.ones(100, KIB)
     micro_batch = batch[:3]
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         moved = micro_batch.to("cpu", copy=True)
         assert live(device) == 3 * 1024
@@ -275,7 +275,7 @@ def test_a_part_of_a_batch_counts_once_it_is_copied() -> None:
 
 def test_residents_count_from_before_the_meter_saw_them() -> None:
     held = [torch.ones(KIB)]
-    device = MeteredDevice(lambda: held)
+    device = CpuDevice(lambda: held)
     assert live(device) == 1024
     held.append(held[0][4:])  # A view of what is known.
     held.append(torch.ones(KIB))
@@ -288,19 +288,19 @@ def test_residents_count_from_before_the_meter_saw_them() -> None:
 
 
 def test_a_reading_has_the_host_beside_the_meter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autobatch.devices.metered.host_memory", lambda: (1000, 400))
-    reading = MeteredDevice(lambda: [torch.ones(2)]).read()
+    monkeypatch.setattr("autobatch.devices.cpu.host_memory", lambda: (1000, 400))
+    reading = CpuDevice(lambda: [torch.ones(2)]).read()
     assert (reading.total_bytes, reading.free_bytes) == (1000, 400)
     assert (reading.allocated_bytes, reading.reserved_bytes) == (0, 0), "it is gone already"
     assert (reading.peak_reserved_bytes, reading.outside_bytes) == (None, 0)
     assert reading.peak_bytes == 8
-    device = MeteredDevice()
+    device = CpuDevice()
     assert (device.torch_device, device.name) == (torch.device("cpu"), "CPU")
     device.synchronize()
 
 
 def test_the_peak_is_counted_from_where_it_was_reset() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         torch.ones(10 * KIB)
         kept = torch.ones(KIB)
@@ -313,7 +313,7 @@ def test_the_peak_is_counted_from_where_it_was_reset() -> None:
 
 
 def test_passing_the_limit_raises_what_a_gpu_raises() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(4 * 1024):
         kept = torch.ones(4 * KIB)
         with pytest.raises(torch.OutOfMemoryError, match=r"4\.0 KiB") as caught:
@@ -327,7 +327,7 @@ def test_passing_the_limit_raises_what_a_gpu_raises() -> None:
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6), limit=st.integers(1, 1200))
 def test_the_limit_is_exact(sizes: list[int], limit: int) -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     kept: list[Tensor] = []
     raised = False
     try:
@@ -339,7 +339,7 @@ def test_the_limit_is_exact(sizes: list[int], limit: int) -> None:
     assert raised == (4 * sum(sizes) > limit)
 
 
-def fails(device: MeteredDevice, model: nn.Module, inputs: Tensor, limit_bytes: int) -> Verdict:
+def fails(device: CpuDevice, model: nn.Module, inputs: Tensor, limit_bytes: int) -> Verdict:
     """A trial that runs out of memory, in a function that returns a plain value."""
     try:
         with device.limited_to(limit_bytes):
@@ -352,7 +352,7 @@ def fails(device: MeteredDevice, model: nn.Module, inputs: Tensor, limit_bytes: 
 def test_sixty_failures_in_a_row_leave_not_a_byte_before_any_collection() -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
     inputs = torch.ones(64, 32)
-    device = MeteredDevice(lambda: [*model.parameters(), inputs])
+    device = CpuDevice(lambda: [*model.parameters(), inputs])
     before = live(device)
     with without_collection():
         for extra in range(60):  # Somewhere in the forward, or in the backward.
@@ -365,7 +365,7 @@ def test_sixty_failures_in_a_row_leave_not_a_byte_before_any_collection() -> Non
 
 def test_the_control_keeps_the_error_and_with_it_the_bytes() -> None:
     model, inputs = nn.Linear(32, 32), torch.ones(64, 32)
-    device = MeteredDevice(lambda: [*model.parameters(), inputs])
+    device = CpuDevice(lambda: [*model.parameters(), inputs])
     before = live(device)
     kept: list[Exception] = []
     try:
@@ -384,7 +384,7 @@ def test_cycles_that_hold_tensors_are_collected_on_release() -> None:
             self.tensor, self.itself = torch.ones(KIB), self
 
     resident = torch.ones(KIB)
-    device = MeteredDevice(lambda: [resident])
+    device = CpuDevice(lambda: [resident])
     with without_collection():
         with device.limited_to(ROOMY):
             Cycle()
@@ -396,7 +396,7 @@ def test_cycles_that_hold_tensors_are_collected_on_release() -> None:
 
 
 def test_a_limit_inside_a_limit_counts_once_and_can_only_be_tighter() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(3 * 1024):
         with device.limited_to(2 * 1024):
             one = torch.ones(KIB)
@@ -417,7 +417,7 @@ def test_a_limit_inside_a_limit_counts_once_and_can_only_be_tighter() -> None:
 def test_inside_two_limits_an_operation_passes_the_meter_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     noted: list[Tensor] = []
     rows = torch.ones(1)
     monkeypatch.setattr(device._meter, "note", noted.append)
@@ -428,7 +428,7 @@ def test_inside_two_limits_an_operation_passes_the_meter_once(
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
 def test_the_old_limit_is_put_back_after_an_error_too(error: type[BaseException]) -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(2 * 1024):
         with pytest.raises(error), device.limited_to(1024):
             raise error
@@ -440,7 +440,7 @@ def test_the_old_limit_is_put_back_after_an_error_too(error: type[BaseException]
 
 
 def test_two_devices_do_not_disturb_each_other() -> None:
-    one, other = MeteredDevice(), MeteredDevice()
+    one, other = CpuDevice(), CpuDevice()
     with one.limited_to(ROOMY), other.limited_to(ROOMY):
         kept = torch.ones(KIB)
         assert (live(one), live(other)) == (1024, 1024)
@@ -449,7 +449,7 @@ def test_two_devices_do_not_disturb_each_other() -> None:
 
 
 def test_the_meter_keeps_no_tensor_alive() -> None:
-    device = MeteredDevice()
+    device = CpuDevice()
     with without_collection(), device.limited_to(ROOMY):
         tensor = torch.ones(KIB)
         watch = weakref.ref(tensor)
@@ -485,7 +485,7 @@ def doubled(rows: Tensor) -> Tensor:
 
 def test_a_compiled_function_runs_eagerly_inside_and_is_not_spoiled(compiler: Compiler) -> None:
     function = torch.compile(doubled, backend=compiler)
-    device = MeteredDevice()
+    device = CpuDevice()
     with device.limited_to(ROOMY):
         kept = function(torch.ones(KIB))
         assert live(device) == 1024
@@ -497,7 +497,7 @@ def test_a_compiled_function_runs_eagerly_inside_and_is_not_spoiled(compiler: Co
 def test_the_control_spoils_a_compiled_function(compiler: Compiler) -> None:
     """When this fails, torch compiles under a dispatch mode, and ``_eager`` can go."""
     function = torch.compile(doubled, backend=compiler)
-    with MeteredDevice()._meter:
+    with CpuDevice()._meter:
         function(torch.ones(KIB))
     function(torch.ones(KIB))
     assert compiler.runs == 0
@@ -506,7 +506,7 @@ def test_the_control_spoils_a_compiled_function(compiler: Compiler) -> None:
 def test_a_function_that_was_compiled_before_stays_so(compiler: Compiler) -> None:
     function = torch.compile(doubled, backend=compiler)
     function(torch.ones(KIB))
-    with MeteredDevice().limited_to(ROOMY):
+    with CpuDevice().limited_to(ROOMY):
         function(torch.ones(KIB))
     function(torch.ones(KIB))
     assert compiler.runs == 1
@@ -517,7 +517,7 @@ def test_nothing_is_imported_for_those_who_compile_nothing(
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda _: pytest.fail("touched"))
-    with MeteredDevice().limited_to(ROOMY):
+    with CpuDevice().limited_to(ROOMY):
         torch.ones(1)
 
 
@@ -526,7 +526,7 @@ def test_nothing_is_imported_for_those_who_compile_nothing(
 
 def test_a_tensor_that_dies_runs_no_line_of_python() -> None:
     """Ctrl-C in what a weak reference calls would be printed, ignored and lost."""
-    device = MeteredDevice()
+    device = CpuDevice()
     called: list[str] = []
     with device.limited_to(1 << 20):
         held = [torch.zeros(100)]
@@ -549,7 +549,7 @@ def test_ctrl_c_while_the_meter_begins_or_ends_leaves_none_behind(
         return result
 
     monkeypatch.setattr(_Meter, method, pressed)
-    device = MeteredDevice()
+    device = CpuDevice()
     with pytest.raises(KeyboardInterrupt), device.limited_to(100):
         pass
     assert _get_current_dispatch_mode() is None

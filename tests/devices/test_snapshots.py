@@ -8,7 +8,7 @@ import torch
 from test_replay import Flaky, adam, windows
 
 from autobatch import Accumulator, find_and_train, find_batch_size
-from autobatch.devices.snapshots import write_snapshot
+from autobatch.devices.memory_snapshot import write_snapshot
 
 
 @pytest.fixture
