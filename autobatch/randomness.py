@@ -1,4 +1,4 @@
-"""Random number generators: seeded, taken, and put back."""
+"""Random number generators: seeding them, taking their state, restoring it."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from autobatch.devices.factory import BACKENDS
 
 Restore = Callable[[], object]
 
-_DEPTH: Final = 10  # How deep, and how far along a container, generators of the data are sought.
+_DEPTH: Final = 10  # How deep, and how far along a container, to search for generators.
 _WIDTH: Final = 64
 _OPAQUE: Final = (
     *(str, bytes, int, float, complex, type(None), type, ModuleType),
@@ -27,7 +27,7 @@ _KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, ra
 
 
 def seed_all(seed: int | None) -> None:
-    """Seed torch, NumPy and Python; None leaves them alone."""
+    """Seed torch, NumPy and Python; None seeds nothing."""
     if seed is None:
         return
     torch.manual_seed(seed)
@@ -36,7 +36,11 @@ def seed_all(seed: int | None) -> None:
 
 
 def check_seed(seed: object) -> None:
-    """Refuse what cannot seed all three generators, before one of them is seeded."""
+    """Raise unless ``seed`` can seed all three generators.
+
+    Raises:
+        TypeError, ValueError: With the value that was passed.
+    """
     if seed is None:
         return
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -46,10 +50,13 @@ def check_seed(seed: object) -> None:
 
 
 def random_state(sources: Iterable[object] = ()) -> Restore:
-    """Take the generators of torch, NumPy and Python, and those found in ``sources``.
+    """Take the state of torch's, NumPy's and Python's generators, and of those in ``sources``.
+
+    Args:
+        sources: Objects that may hold generators of their own, such as data loaders.
 
     Returns:
-        A function that puts all of them back, as often as it is called.
+        A function that restores all of them, as often as it is called.
     """
     torch_cpu = torch.get_rng_state()
     accelerators = _accelerators()
@@ -67,7 +74,7 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
 
 
 def _accelerators() -> list[Restore]:
-    """Take the generators of the GPUs that are in use; a GPU that is idle is not started."""
+    """Take the generators' state of the GPUs that are in use; an idle GPU is not started."""
     return [
         functools.partial(backend.set_rng_states, states)
         for backend in BACKENDS.values()
@@ -76,7 +83,7 @@ def _accelerators() -> list[Restore]:
 
 
 def generators_in(source: object) -> Iterator[object]:
-    """Yield every random number generator that an object, or what it is made of, holds."""
+    """Yield every random number generator that an object holds, directly or in its parts."""
     seen: set[int] = set()
     level: list[object] = [source]
     for _ in range(_DEPTH):
@@ -87,7 +94,7 @@ def generators_in(source: object) -> Iterator[object]:
             seen.add(id(item))
             if isinstance(item, _KINDS):
                 yield item
-            elif isinstance(item, nn.Module):  # However deep its layers lie: all at once.
+            elif isinstance(item, nn.Module):  # All layers at once, however deep.
                 for child in item.modules():
                     seen.add(id(child))
                     inside += vars(child).values()
@@ -117,7 +124,7 @@ def _inside(item: object) -> list[object]:
 def _is_filled(cell: CellType) -> bool:
     try:
         return cell.cell_contents is not cell
-    except ValueError:  # A name of the enclosing function that has no value yet.
+    except ValueError:  # The name in the enclosing function has no value yet.
         return False
 
 

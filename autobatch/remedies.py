@@ -1,4 +1,4 @@
-"""What would help a batch that does not fit, and by how much."""
+"""What helps a batch that does not fit, and by how much."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _ALLOCATED: Final = re.compile(r"(\d+\.\d\d) ([KMGT])iB is allocated by PyTorch"
 _UNALLOCATED: Final = re.compile(
     r"(\d+\.\d\d) ([KMGT])iB is reserved by PyTorch but unallocated", re.IGNORECASE
 )
-_ROUNDED: Final = 0.005  # Of a unit: two decimals are told.
+_ROUNDED: Final = 0.005  # Of a unit: the text has two decimals.
 
 # Torch 2.11 and later, which alone are supported, know the setting by this name.
 JOINED_PIECES: Final = "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts,"
@@ -21,11 +21,11 @@ JOINED_PIECES: Final = "PYTORCH_ALLOC_CONF=expandable_segments:True, set before 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """Something to do about it.
+    """One thing that the user can change.
 
     Attributes:
-        action: What to do.
-        effect: What that changes, and by how much.
+        action: The change.
+        effect: The effect of the change, and its size.
         bytes: The figure in ``effect``.
     """
 
@@ -40,15 +40,15 @@ class Remedy:
 def what_would_help(
     breakdown: Breakdown, message: str = "", *, predicted: bool = False
 ) -> tuple[Remedy, ...]:
-    """Return what follows from the numbers: what frees most first, more memory last.
+    """Return the remedies that the numbers suggest: the one that frees most first.
 
-    Whether one of them is enough is not known: what is missing is known as a lower bound only, and
-    so is the optimizer's state, which may not have fitted either.
+    More memory comes last. Whether one remedy is enough is unknown: the missing bytes are known as
+    a lower bound only, and so is the optimizer's state, which may not have fitted either.
 
     Args:
-        breakdown: Of a size that does not fit.
-        message: What its failure said.
-        predicted: Whether it is of a GPU that is not here, where there is no limit to raise.
+        breakdown: The memory of a size that does not fit.
+        message: The text of its failure.
+        predicted: Whether the GPU is not here, so that there is no limit to raise.
     """
     gradients, state = breakdown.gradient_bytes, breakdown.optimizer_state_bytes
     activations = breakdown.activation_bytes
@@ -73,7 +73,7 @@ def what_would_help(
             "lowers activations and temporaries, which take at least {}",
         ),
     ]
-    # Where all of a step's own would not make up for what is missing, none of it is advice.
+    # If all bytes of the step together are less than what is missing, none of these helps.
     known = of_step if breakdown.missing_bytes <= gradients + state + activations else []
     known += [
         _remedy("ending other processes", breakdown.other_process_bytes, "frees up to {}"),
@@ -89,9 +89,9 @@ def what_would_help(
 
 
 def needed_bytes(message: str) -> int:
-    """Return what a CUDA failure's text says was needed at that moment, or 0 where it does not.
+    """Return the bytes that were needed, from the text of a CUDA failure; 0 if it has none.
 
-    That is what tensors held and what was asked for, rounded down as far as two decimals allow.
+    The bytes are those of all tensors and of the request, rounded down as two decimals allow.
     """
     figures = [_REQUEST.search(message), _ALLOCATED.search(message)]
     read = [_at_least(found[1], found[2]) for found in figures if found]
@@ -99,9 +99,9 @@ def needed_bytes(message: str) -> int:
 
 
 def torn_bytes(message: str) -> int:
-    """Return what a CUDA failure's text says is reserved and unused, if it would have been enough.
+    """Return the reserved and unused bytes, from the text of a CUDA failure, if they were enough.
 
-    0 otherwise, and on Windows and WSL, where the allocator cannot join it (pytorch#192330).
+    0 otherwise, and on Windows and WSL, where the allocator cannot join pieces (pytorch#192330).
     """
     unused, request = _UNALLOCATED.search(message), _REQUEST.search(message)
     if unused is None or request is None or spilling_platform():

@@ -1,4 +1,4 @@
-"""Ctrl-C, held back while something must be done in one piece."""
+"""Ctrl-C, delayed while something must be done in one piece."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end. Only the main thread receives it, so only there."""
+    """Delay Ctrl-C until the end. Only the main thread receives it: elsewhere nothing is done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

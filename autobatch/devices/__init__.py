@@ -1,1 +1,1 @@
-"""Devices: how much memory they have, how much is used, and what their errors mean."""
+"""Devices: how much memory they have and use, how data reaches them, what their errors mean."""

@@ -1,4 +1,4 @@
-"""GPUs of other makes: XPU through torch.accelerator, MPS through that or through torch.mps.
+"""GPUs of other makes: XPU through torch.accelerator, MPS through the same or torch.mps.
 
 No such device is at hand where this is tested: stand-ins answer as the documentation says.
 """
@@ -27,8 +27,8 @@ _LEAST_SHARE: Final = 1e-9  # MPS takes 0 for no limit.
 class AcceleratorDevice(MemoryDevice):
     """A device whose allocator torch.accelerator can read.
 
-    Where the backend can hold a process to a share of the memory (XPU, MPS) it does. Where it
-    cannot, the limit is judged once the work is done: a peak above it counts as out of memory.
+    Some backends (XPU, MPS) can hold a process to a share of the memory, which sets the limit. For
+    the others the limit is checked after the work: a peak above it counts as out of memory.
 
     Args:
         torch_device: With its index.
@@ -103,7 +103,7 @@ class AcceleratorDevice(MemoryDevice):
         torch.accelerator.empty_cache()
 
     def synchronize(self) -> None:
-        """Wait for the device: its errors surface here, and so does a limit it could not hold.
+        """Wait for the device: errors surface here, and so does a limit that was not enforced.
 
         Raises:
             torch.OutOfMemoryError: If the peak is above a limit that the backend cannot enforce.
@@ -132,7 +132,7 @@ class AcceleratorDevice(MemoryDevice):
         return free, total
 
     def _limiter(self) -> _SetLimit | None:
-        """What holds the allocator to so many bytes; None where the backend cannot."""
+        """A function that holds the allocator to so many bytes; None where the backend has none."""
         device, module = self._device, torch.get_device_module(self._device.type)
         put = getattr(module, "set_per_process_memory_fraction", None)
         get = getattr(module, "get_per_process_memory_fraction", None)
@@ -233,7 +233,7 @@ class UncountedMpsDevice(MpsDevice):
         self._held_bytes = 0  # The most since the peak was reset.
 
     def read(self) -> MemoryReading:
-        """Return what Metal holds for this process, and what it recommends to hold at most."""
+        """Return the bytes that Metal holds for this process, and the most that it recommends."""
         total, reserved = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
         self._held_bytes = max(self._held_bytes, reserved)
         return MemoryReading(
@@ -247,7 +247,7 @@ class UncountedMpsDevice(MpsDevice):
         )
 
     def reset_peak(self) -> None:
-        """Empty the cache: what the driver holds afterwards is what is needed from here on."""
+        """Empty the cache: the driver then holds only memory that is needed from here on."""
         torch.mps.synchronize()
         torch.mps.empty_cache()
         self._held_bytes = 0
@@ -259,9 +259,9 @@ class UncountedMpsDevice(MpsDevice):
 
 
 def _limit_mps(limit_bytes: int | None) -> None:
-    """Limit what Metal holds for this process, as a share of what it recommends.
+    """Limit what Metal holds for this process, as a share of the size that Metal recommends.
 
-    The share cannot be read: what is put back is the environment's, or the standard one.
+    The share cannot be read, so None restores the environment's share, or the standard one.
     """
     before = float(os.environ.get(_MPS_RATIO, _MPS_STANDARD))
     if limit_bytes is None:

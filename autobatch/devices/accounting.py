@@ -1,4 +1,4 @@
-"""What a device's memory holds at a trial, from what can be read of it."""
+"""Where a device's memory goes at a trial."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,19 +17,20 @@ def account_for(
     limit_bytes: int,
     trial: Trial | None,
 ) -> Breakdown:
-    """Return where the memory goes at a trial; where it failed, what is needed at least.
+    """Return where the memory goes at a trial; if the trial failed, the least that it needs.
 
     Args:
-        needs: What lives on the device whatever the size, by the names of ``Breakdown.parts``.
+        needs: Bytes that live on the device whatever the size, by the names of
+            ``Breakdown.parts``.
         device: Whose memory it is.
         budget: What the user allows.
-        limit_bytes: What a step might allocate.
-        trial: None before there is one.
+        limit_bytes: The most that a step may allocate.
+        trial: None before the first one.
     """
     reading = device.read()
     outside = max(reading.total_bytes - reading.free_bytes - reading.reserved_bytes, 0)
     total = reading.total_bytes
-    if budget.memory_limit_bytes is not None:  # Which plans for a device of its own.
+    if budget.memory_limit_bytes is not None:  # The limit plans for a smaller device.
         outside = reading.outside_bytes
         total = limit_bytes + outside + (budget.headroom_bytes or 0)
     return break_down(
@@ -50,6 +51,6 @@ def _peak_bytes(trial: Trial) -> int:
 
 
 def _held_by(others: Sequence[OtherProcess]) -> int | None:
-    """What other processes hold; None where it is not told of one of them."""
+    """The bytes that other processes hold; None where those of one process are unknown."""
     held = [other.used_bytes for other in others]
     return None if None in held else sum(count or 0 for count in held)

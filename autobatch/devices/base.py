@@ -17,7 +17,7 @@ HOST: Final = torch.device("cpu")
 
 _Copied = TypeVar("_Copied")
 
-SLACK_BYTES: Final = 16 * 2**20  # Less than any process takes that begins to use a device.
+SLACK_BYTES: Final = 16 * 2**20  # A process that begins to use a device takes more than this.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +25,15 @@ class MemoryReading:
     """A device's memory at one moment, in bytes.
 
     Attributes:
-        total_bytes: What the device has.
-        free_bytes: What nobody holds.
+        total_bytes: All memory of the device.
+        free_bytes: Memory that no process holds.
         allocated_bytes: Live tensors of this process.
         reserved_bytes: Held by this process's allocator, live or cached; at least ``allocated``.
         peak_bytes: The most ``allocated_bytes`` since the peak was reset.
         peak_reserved_bytes: The most ``reserved_bytes``; None where nothing is cached.
-        outside_bytes: Held on the device but not by this process's allocator: the driver's
+        outside_bytes: Held on the device outside of this process's allocator: the driver's
             context, libraries, other processes.
-        retries: How often the allocator had to give its cache back before it found room.
+        retries: How often the allocator had to release its cache before it found room.
     """
 
     total_bytes: int
@@ -49,7 +49,7 @@ class MemoryReading:
 class MemoryDevice(ABC):
     """A device as the library uses it: a new kind of device is one subclass of this.
 
-    Six methods about memory and a name have to be written. Everything else has a default, which is
+    A name and five methods about memory have to be written. Everything else has a default, which is
     that of an accelerator without streams, with float64, and without random numbers of its own.
 
     Args:
@@ -102,7 +102,7 @@ class MemoryDevice(ABC):
 
     @abstractmethod
     def release_cached(self) -> None:
-        """Give back what nobody uses. Call it only once no exception is alive."""
+        """Release unused memory. Call it when no exception is alive: an exception holds tensors."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -202,7 +202,7 @@ class MemoryDevice(ABC):
 
     @staticmethod
     def memory_notes() -> Sequence[str]:
-        """Return what a user should know of how this kind of device takes memory, in sentences."""
+        """Return sentences on how this kind of device takes memory, for the user to read."""
         return ()
 
     @staticmethod

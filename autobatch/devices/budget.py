@@ -1,4 +1,4 @@
-"""How much of a device's memory a step may take: a limit of the user's, or what is free."""
+"""How much of a device's memory a step may take: the user's limit, or what is free."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -12,7 +12,7 @@ HEADROOM_BYTES: Final = 300 * 2**20
 
 
 def standard_headroom(total_bytes: int) -> int:
-    """Return what is kept free of a device where nobody says: 2 %, and at least 300 MiB."""
+    """Return the bytes kept free where the user gives no headroom: 2 %, and at least 300 MiB."""
     return max(int(total_bytes * HEADROOM_FRACTION), HEADROOM_BYTES)
 
 
@@ -21,8 +21,8 @@ class Budget:
     """What the user allows, in bytes.
 
     Attributes:
-        memory_limit_bytes: The whole process's, or None for what is free.
-        headroom_bytes: Kept free, or None for the standard.
+        memory_limit_bytes: The limit of the whole process; None stands for what is free.
+        headroom_bytes: Bytes to keep free; None stands for ``standard_headroom``.
     """
 
     memory_limit_bytes: int | None
@@ -30,10 +30,10 @@ class Budget:
 
     @classmethod
     def parse(cls, memory_limit: Size | None, headroom: Size | None) -> "Budget":
-        """Read ``memory_limit`` and ``headroom`` as the public functions take them.
+        """Return the budget for ``memory_limit`` and ``headroom`` of the public functions.
 
         Raises:
-            TypeError, ValueError: With the value that came.
+            TypeError, ValueError: With the value that was passed.
         """
         return cls(
             memory_limit_bytes=(
@@ -45,17 +45,21 @@ class Budget:
     def limit_bytes(self, reading: MemoryReading) -> int:
         """Return the bytes that the allocator may hold; zero or less where nothing is left.
 
-        Without a ``memory_limit`` that is what is free or held already, less the headroom (2 % of
-        the device, at least 300 MiB; twice that of a GPU on Windows and WSL). A ``memory_limit``
-        is the whole process's, so what the driver's context and other processes hold comes off it,
-        and it needs no headroom: 24 GiB on a larger card plans for a card of 24 GiB.
+        Without a ``memory_limit`` the allocator may hold what is free or held already, less the
+        headroom (2 % of the device, at least 300 MiB; for a GPU on Windows and WSL twice as much).
+        A ``memory_limit`` is the limit of the whole process: the bytes of the driver's context and
+        of other processes are subtracted, and no headroom is needed. 24 GiB on a larger card plans
+        for a card of 24 GiB.
+
+        Args:
+            reading: The device's memory now.
         """
         reachable = reading.free_bytes + reading.reserved_bytes
         if self.memory_limit_bytes is None:
             headroom_bytes = self.headroom_bytes
             if headroom_bytes is None:
                 headroom_bytes = standard_headroom(reading.total_bytes)
-                # A GPU's; its ceiling lies below what is said to be free (WSL#41176).
+                # A GPU's ceiling lies below the free bytes that are reported (WSL#41176).
                 if reading.peak_reserved_bytes is not None and spilling_platform():
                     headroom_bytes *= 2
             return reachable - headroom_bytes

@@ -1,9 +1,10 @@
-"""A budget on the bytes of live tensors: the CPU's device, and the stand-in for any GPU.
+"""The CPU with a limit on the bytes of live tensors, and the stand-in for any GPU.
 
-Every operation passes a dispatch mode that notes the storages of its results, and takes the bytes
-off when a storage dies: views count once, in-place operations nothing. It sees what PyTorch
-allocates as tensors, backward and optimizer included, to the byte; it does not see workspaces
-inside a kernel, nor tensors that other threads make. It costs 10 to 15 microseconds an operation.
+Every operation passes a dispatch mode, the meter. The meter adds the storages of the operation's
+results, and subtracts a storage when the storage dies: views count once, in-place operations
+nothing. The meter sees every tensor that PyTorch allocates, in backward passes and optimizers too,
+to the byte. It does not see workspaces inside a kernel, or tensors of other threads. It costs 10 to
+15 microseconds an operation.
 """
 
 import gc
@@ -30,8 +31,8 @@ class CpuDevice(MemoryDevice):
 
     Args:
         residents: Lists the tensors that live on the device between steps (parameters, buffers,
-            optimizer state). They were made before the meter could see them.
-        counts_host: Whether the limit is the host's own, so that batches which wait there count.
+            optimizer state). These tensors were made before the meter could see them.
+        counts_host: Whether the limit is that of the host's memory, so that waiting batches count.
     """
 
     is_exact = True  # It counts, and holds no cache.
@@ -69,7 +70,7 @@ class CpuDevice(MemoryDevice):
         return "CPU"
 
     def read(self) -> MemoryReading:
-        """Return the meter's figures, and what the host has left."""
+        """Return the meter's figures, and the bytes that the host has left."""
         self._adopt()
         total, available = host_memory()
         live = self._meter.live_bytes
@@ -92,7 +93,7 @@ class CpuDevice(MemoryDevice):
         self._adopt()
         outer, stack = self._meter.limit_bytes, ExitStack()
         try:
-            with uninterrupted():  # Ctrl-C in between would leave the mode behind.
+            with uninterrupted():  # Ctrl-C in between would leave the mode on.
                 stack.enter_context(eagerly())
                 if outer is None:  # A limit inside a limit must not count everything twice.
                     stack.callback(self._meter.leave)
@@ -109,7 +110,7 @@ class CpuDevice(MemoryDevice):
         self._meter.peak_bytes = self._meter.live_bytes
 
     def release_cached(self) -> None:
-        """Collect reference cycles, if they can hold tensors: it takes a tenth of a second."""
+        """Collect reference cycles if they can hold tensors: a collection takes 0.1 seconds."""
         residents = [part for tensor in self._residents() for part in _strided(tensor)]
         storages = {part.untyped_storage()._cdata: part for part in residents}
         resident_bytes = sum(part.untyped_storage().nbytes() for part in storages.values())
@@ -117,7 +118,7 @@ class CpuDevice(MemoryDevice):
             gc.collect()
 
     def synchronize(self) -> None:
-        """Return at once: the CPU has done what it was asked."""
+        """Return at once: the CPU finishes each operation before the next one."""
 
     def _adopt(self) -> None:
         for tensor in self._residents():
@@ -136,12 +137,12 @@ class _Meter(TorchDispatchMode):
         self.peak_bytes = 0
         self._live_bytes = 0
         self._storages: dict[int, tuple[_Reference, int]] = {}
-        # Filled without a line of Python: Ctrl-C in the callback of a reference would be lost.
+        # Filled without a line of Python: a Ctrl-C in a callback of Python would be lost.
         self._dead: deque[_Reference] = deque()
 
     @property
     def live_bytes(self) -> int:
-        """What is alive now."""
+        """The bytes that are alive now."""
         while self._dead:
             _, freed_bytes = self._storages.pop(self._dead.popleft().key)
             self._live_bytes -= freed_bytes
@@ -165,12 +166,12 @@ class _Meter(TorchDispatchMode):
         return result
 
     def leave(self) -> None:
-        """End the mode, if it is on: whoever puts all back after Ctrl-C may have ended it."""
+        """End the mode, if it is on: the code that restores all after Ctrl-C may have ended it."""
         if any(mode is self for mode in _get_current_dispatch_mode_stack()):
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's.
 
     def note(self, tensor: Tensor) -> None:
-        """Count the tensor's storage, if it is not known at its present size."""
+        """Count the tensor's storage, unless it is counted at its present size."""
         for part in _strided(tensor):
             self._count(part.untyped_storage())
 
@@ -218,7 +219,7 @@ def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-_eager: Final[list[AbstractContextManager[object]]] = []  # Whoever came first; then stand-ins.
+_eager: Final[list[AbstractContextManager[object]]] = []  # The stance; then stand-ins.
 _turn: Final = threading.Lock()
 
 
@@ -226,7 +227,7 @@ _turn: Final = threading.Lock()
 def eagerly() -> Iterator[None]:
     """Run compiled functions eagerly: one compiled under a dispatch mode would stay eager.
 
-    The stance is the process's: of threads that ask for it at a time, the last one puts it back.
+    The stance belongs to the process: if several threads are inside, the last one restores it.
     """
     if "torch._dynamo" not in sys.modules:  # Nothing was compiled; its import takes seconds.
         yield

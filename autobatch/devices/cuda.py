@@ -22,7 +22,7 @@ from autobatch.results import OtherProcess
 
 _Copied = TypeVar("_Copied")
 
-# By a card's number: whose thread holds its allocator to a limit, which is all the process's.
+# By a card's index: the thread that limits its allocator. The limit is the whole process's.
 _holders: Final[defaultdict[int, threading.RLock]] = defaultdict(threading.RLock)
 
 
@@ -53,7 +53,7 @@ class CudaDevice(MemoryDevice):
         reserved = torch.cuda.memory_reserved(self._device)
         outside = max(total - free - reserved, 0)
         if getattr(torch.cuda.get_device_properties(self._device), "is_integrated", False):
-            # The memory is the host's too, and a host without any hangs (pytorch#174358).
+            # The memory is the host's too, and a host without memory hangs (pytorch#174358).
             free, outside = min(free, host_memory()[1]), 0
         return MemoryReading(
             total_bytes=total,
@@ -89,7 +89,7 @@ class CudaDevice(MemoryDevice):
         The share bounds reserved bytes: context and libraries come on top (pytorch#58466).
 
         Raises:
-            DeviceUnavailableError: If another thread of this process does so already.
+            DeviceUnavailableError: If another thread of this process limits the card already.
         """
         holder = _holders[self._device.index]
         if not holder.acquire(blocking=False):

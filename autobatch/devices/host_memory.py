@@ -1,4 +1,4 @@
-"""How much memory the host lets this process have."""
+"""How much memory of the host this process may use."""
 
 from pathlib import Path
 from typing import Final
@@ -12,8 +12,8 @@ _MEMBERSHIP: Final = Path("/proc/self/cgroup")
 def host_memory(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> tuple[int, int]:
     """Return the total and the available bytes: the machine's, or a control group's if smaller.
 
-    In a container the machine's own figures may be far above what the kernel allows; passing the
-    allowance means being killed, not an exception.
+    In a container the machine's figures may be far above the kernel's limit for the container. A
+    process that passes that limit is killed; it gets no exception.
     """
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
@@ -25,7 +25,7 @@ def host_memory(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> tup
 
 
 def _folders(cgroups: Path, membership: Path) -> list[tuple[Path, int]]:
-    """This process's memory groups, each with its ancestors: any of them may hold the limit."""
+    """This process's memory groups, each with its ancestors: any of them may have the limit."""
     folders: list[tuple[Path, int]] = []
     for line in _read(membership).splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
@@ -38,7 +38,7 @@ def _folders(cgroups: Path, membership: Path) -> list[tuple[Path, int]]:
 
 
 def _allowance(folder: Path, version: int) -> tuple[int | None, int]:
-    """A group's limit in bytes, None if it has none, and what it uses without droppable cache."""
+    """A group's limit in bytes (None without one), and its use without droppable cache."""
     limit = "memory.max" if version == 2 else "memory.limit_in_bytes"
     usage = "memory.current" if version == 2 else "memory.usage_in_bytes"
     cache = "inactive_file" if version == 2 else "total_inactive_file"
@@ -57,5 +57,5 @@ def _number(file: Path, absent: int) -> int:
 def _read(file: Path) -> str:
     try:
         return file.read_text()
-    except OSError:  # No such group, or not for us to see: no limit is known there.
+    except OSError:  # The group is missing or not readable: no limit is known.
         return ""

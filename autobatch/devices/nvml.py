@@ -1,8 +1,8 @@
-"""What NVIDIA's driver says of its GPUs: information, never the budget.
+"""GPUs as NVIDIA's driver reports them: for people to read, never for the budget.
 
-NVML creates no context, so it can survey idle GPUs; it also sees what other processes hold. But it
-may be absent, refuse, not know, or be wrong: each fact that it does not give, or that cannot be
-true, is unknown here, and nothing raises.
+NVML creates no context, so it can list idle GPUs; it also sees what other processes hold. NVML may
+be absent, refuse an answer, or be wrong: a fact that is missing, or that cannot be true, is unknown
+here, and nothing raises.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ class NvmlProcess:
     """A compute process on a GPU.
 
     Attributes:
-        pid: Its number where the driver lives: in a container, not the number known inside.
-        used_bytes: What it holds; None where that is not told (Windows, containers).
+        pid: Its number on the host: in a container, not the number known inside.
+        used_bytes: The bytes that it holds; None where they are unknown (Windows, containers).
     """
 
     pid: int
@@ -40,11 +40,12 @@ class NvmlGpu:
         uuid: With its prefix ``GPU-`` or ``MIG-``; ``""`` where unknown.
         name: The model; ``""`` where unknown.
         total_bytes: All memory; None where unknown, as are the next two.
-        used_bytes: What all processes hold; with old drivers, the reserved bytes too.
-        reserved_bytes: What driver and firmware keep for themselves.
-        processes: Others that compute here, as far as told: ``()`` may also mean "not told". Our
-            own number is left out. In a container the numbers are the host's, so we may be among
-            them, or hide a namesake: show them, and compute nothing from them.
+        used_bytes: The bytes of all processes; with old drivers, the reserved bytes too.
+        reserved_bytes: The bytes that driver and firmware keep for themselves.
+        processes: Other processes that compute here, as far as known: ``()`` may also mean
+            "unknown". This process's number is skipped. In a container the numbers are the host's,
+            so this process may be listed, or may hide another with the same number: show them, and
+            compute nothing from them.
         mig: Whether this is a slice, or a card cut into slices that could not be listed: such a
             card's memory is unknown, since no one process can have the whole.
     """
@@ -87,7 +88,7 @@ def survey() -> NvmlSurvey:
     try:
         return _survey(pynvml)
     finally:
-        _ask(pynvml, "nvmlShutdown")  # NVML counts: whoever else has it open keeps it.
+        _ask(pynvml, "nvmlShutdown")  # NVML counts its users: it stays open for others.
 
 
 def by_uuid(uuid: object) -> NvmlGpu | None:
@@ -112,13 +113,13 @@ def _survey(nvml: ModuleType) -> NvmlSurvey:
     if count is None:
         return NvmlSurvey(driver=driver, problem="the GPUs cannot be counted")
     cards = [(i, _ask(nvml, "nvmlDeviceGetHandleByIndex", i)) for i in range(count)]
-    mute = [str(index) for index, card in cards if card is None]
+    silent = [str(index) for index, card in cards if card is None]
     return NvmlSurvey(
         driver=driver,
         gpus=tuple(
             gpu for index, card in cards if card is not None for gpu in _gpus(nvml, index, card)
         ),
-        problem=f"no access to GPU {', '.join(mute)}" if mute else "",
+        problem=f"no access to GPU {', '.join(silent)}" if silent else "",
     )
 
 
@@ -193,7 +194,7 @@ def _text(value: object) -> str:
 
 
 def _ask(nvml: ModuleType, function: str, *args: object, **options: int) -> object:
-    """The answer, or None: no function's refusal makes more than its own fact unknown."""
+    """The answer, or None: a function that fails makes only its own fact unknown."""
     try:
         return getattr(nvml, function)(*args, **options)
     except _refusals(nvml):
@@ -201,7 +202,7 @@ def _ask(nvml: ModuleType, function: str, *args: object, **options: int) -> obje
 
 
 def _refusals(nvml: ModuleType) -> tuple[type[BaseException], ...]:
-    """What a call of NVML may raise, beside NVML's own errors.
+    """The errors that a call of NVML may raise: NVML's own, and five of Python's.
 
     ``AttributeError`` and ``TypeError``: the bindings lack the function, or an option of it.
     ``OSError``, ``ValueError`` and ``ArgumentError``: ctypes cannot make the call, or the answer

@@ -1,4 +1,4 @@
-"""What an error says about the size that raised it."""
+"""Whether an error means that a batch was too large for the device's memory."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,8 +21,8 @@ _LIBRARIES: Final = r"\b(?:CU|HIP)(?:BLAS(?:LT)?|DNN|SOLVER|SPARSE|FFT|RAND)"
 _CLAUSE_ENDS: Final = r"(?=[ \t]*(?:$|[\r\n]|[^\w\s-]|at\b))"  # Not "out of memory slots".
 
 TABLE: Final[Mapping[Verdict, Mapping[str, str]]] = {
-    # What a text says, the gravest first: pattern (searched in any case) and source.
-    # Bare "device-side assert" would not do: the hint under every CUDA error speaks of them.
+    # Verdict, the gravest first, then pattern (upper and lower case are equal) and source.
+    # "device-side assert" alone is too wide: the hint under every CUDA error has these words.
     Verdict.FATAL: {
         r"illegal memory access|misaligned address": _TORCH + "190139",
         r"device-side assert triggered|device-side assertion failures were found": _TORCH_SOURCE
@@ -67,7 +67,7 @@ TABLE: Final[Mapping[Verdict, Mapping[str, str]]] = {
         r"\b(?:UR|ZE)_RESULT_ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY\b": _TORCH + "177714",
         r"\bkIOGPUCommandBufferCallbackErrorOutOfMemory\b": _GITHUB
         + "ggml-org/llama.cpp/pull/22673",
-        # On MIG and Jetson NVML fails while torch words the error that it is about to raise.
+        # On MIG and Jetson NVML fails while torch writes the text of its own error.
         r"NVML_SUCCESS == r\b.{0,9}INTERNAL ASSERT": _TORCH + "112377",
         r"Failed to CUDA (?:host )?[cm]?alloc\b": _GITHUB + "NVIDIA/nccl/issues/962",
         r"DefaultCPUAllocator: (?:can't allocate|not enough) memory": _TORCH + "73841",
@@ -86,26 +86,26 @@ TABLE: Final[Mapping[Verdict, Mapping[str, str]]] = {
         r"INTERNAL ASSERT.{0,250}CachingAllocator": _TORCH + "119452",
         r"\bUR_RESULT_ERROR_OUT_OF_RESOURCES\b": _TORCH + "190972",
         r"\bout of resource: ": _GITHUB + "meta-pytorch/torchtune/issues/2572",
-        # Sizes that no batch reaches: garbage, though it may be a large batch that made it.
+        # No batch reaches these sizes: they are garbage, perhaps made by a large batch.
         r"Storage size calculation overflowed|numel: integer multiplication overflow": _TORCH
         + "91552",
     },
 }
 _GRAVEST_FIRST: Final = (*TABLE, Verdict.OTHER)
 
-_ADDRESSABLE_BYTES: Final = 1 << 47  # A process addresses no more, so nobody means to ask for it.
-_ABSURD_FACTOR: Final = 100  # As many devices in one tensor are an overflow, not a batch.
+_ADDRESSABLE_BYTES: Final = 1 << 47  # A process cannot address more.
+_ABSURD_FACTOR: Final = 100  # A request of so many devices' memory is an overflow, not a batch.
 _SIZE: Final = r"(\d+(?:\.\d*)?) ?(bytes|[KMGTPE]i?B)"
 _REQUEST: Final = rf"\btried to allocate (?:more than )?{_SIZE}"
 _CAPACITY: Final = rf"\btotal capacity of {_SIZE}|\b{_SIZE} total capacity"
 
 
 def verdict_of(error: BaseException) -> Verdict:
-    """Return what ``error`` says about the size that raised it: the gravest along its causes.
+    """Return what ``error`` says about the size that raised it: the gravest of its causes.
 
-    ``torch.OutOfMemoryError`` and ``MemoryError`` are known by type. Text counts only in a
-    ``RuntimeError``, torch's ``AcceleratorError`` among them: an ``IndexError`` is the user's,
-    whatever it says. An order to stop, such as Ctrl-C, is obeyed, whatever caused it.
+    ``torch.OutOfMemoryError`` and ``MemoryError`` are recognised by type. Text is read only in a
+    ``RuntimeError``, which torch's ``AcceleratorError`` is as well: an ``IndexError`` is the
+    user's, whatever its text. ``KeyboardInterrupt`` and other exits are never a matter of memory.
     """
     if not isinstance(error, Exception):
         return Verdict.OTHER
@@ -113,7 +113,7 @@ def verdict_of(error: BaseException) -> Verdict:
 
 
 def requested_bytes(error: BaseException) -> int:
-    """Return what an allocation that failed had asked for; 0 where ``error`` does not say."""
+    """Return the size of an allocation that failed; 0 where ``error`` does not say."""
     return int(max((_first_size(_REQUEST, _text_of(cause)) for cause in _causes(error)), default=0))
 
 
@@ -122,7 +122,7 @@ def _gravest(verdicts: Iterator[Verdict]) -> Verdict:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes, each once: a chain may close in a circle."""
+    """The error and its causes, each once: a chain of causes may be circular."""
     seen: set[int] = set()  # By identity: an exception need not be hashable; NVML's are not.
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

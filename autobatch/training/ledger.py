@@ -1,4 +1,4 @@
-"""What the micro-batches of a window add up to, read with one wait for the device."""
+"""The losses of a window's micro-batches, read with one wait for the device."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Entries:
 
     Attributes:
         losses: The summed loss of each micro-batch.
-        terms: What only the loss could count, or None where the denominator was known before.
-        norm: The gradient's 2-norm, or None where it was not asked for.
+        terms: The number of loss terms, where only the loss could count them; else None.
+        norm: The gradient's 2-norm; None where nothing needs it.
     """
 
     losses: list[float]
@@ -35,14 +35,15 @@ class Entries:
 
 
 class Ledger:
-    """Keeps one loss for each micro-batch, and terms where only the loss knows them.
+    """Keeps one loss for each micro-batch, and the number of terms where only the loss knows it.
 
-    On the CPU there is nothing to wait for, and they are numbers at once. On any other device they
-    stay there, in float64 where it has that: a sum of 16 bits forgets small parts.
+    Where reading costs no wait, as on the CPU, losses become numbers at once. On any other device
+    losses stay there until they are read, in the device's widest type: a sum of 16 bits loses small
+    parts.
 
     Args:
         micro_batches: How many the window has.
-        device: Where the losses are.
+        device: The device of the losses.
     """
 
     def __init__(self, micro_batches: int, device: MemoryDevice) -> None:
@@ -50,7 +51,7 @@ class Ledger:
         self._terms: list[float] = []
         self._norm: Tensor | None = None
         self._held: Tensor | None = None
-        self._counted = False  # Whether the loss gives terms.
+        self._counted = False  # Whether the loss returns terms.
         self._count = 0
         self._entries: Entries | None = None
         self._device = device
@@ -61,7 +62,7 @@ class Ledger:
             self._held = torch.zeros(2, rows, dtype=widest_dtype(place), device=place)
 
     def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
-        """Note one micro-batch's summed loss, and its terms if it gave some."""
+        """Keep one micro-batch's summed loss, and its number of terms if the loss returned one."""
         if self._held is None:
             self._losses.append(loss.item())
             if terms is not None:
@@ -74,17 +75,17 @@ class Ledger:
         self._count += 1
 
     def note_norm(self, norm: Tensor) -> None:
-        """Note the gradient's norm."""
+        """Keep the gradient's norm."""
         self._norm = norm
 
     @property
     def counted(self) -> bool:
-        """Whether the loss gave terms."""
+        """Whether the loss returned a number of terms."""
         return self._counted
 
     @property
     def terms(self) -> Tensor | float | None:
-        """The sum of the terms so far, where it is; None if the loss gave none."""
+        """The sum of the terms so far, on its device; None if the loss returned none."""
         if not self._counted:
             return None
         if self._entries is not None:
@@ -95,11 +96,11 @@ class Ledger:
         """Return the numbers: the first call waits for the device, once."""
         if self._entries is None:
             self._entries = self._read()
-            self._held = self._norm = self._sent = None  # Who keeps the result keeps no more.
+            self._held = self._norm = self._sent = None  # A kept result keeps no tensors.
         return self._entries
 
     def send(self) -> None:
-        """Begin to bring the numbers to the host, so that reading them waits for no later work."""
+        """Begin to copy the numbers to the host, so that reading them waits for no later work."""
         if self._held is not None:
             self._sent = self._device.start_reading(self._together())
 
@@ -119,7 +120,7 @@ class Ledger:
 
     def _together(self) -> Tensor:
         """All numbers in one row: losses, terms, the norm."""
-        assert self._held is not None, "on the CPU nothing is held"
+        assert self._held is not None, "numbers that were read at once are not held"
         flat = self._held.flatten()
         if self._norm is None:
             return flat

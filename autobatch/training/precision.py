@@ -1,4 +1,4 @@
-"""What forward passes compute in: the model's own dtype, or autocast to 16 bits."""
+"""The precision of forward passes: the model's own dtype, or autocast to 16 bits."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Precision:
     """Autocast for one device, or none.
 
     Attributes:
-        name: ``"fp32"`` is no autocast: the model's own dtype, float64 too.
+        name: ``"fp32"`` means no autocast: the model's own dtype is used, float64 too.
         device_type: As in ``torch.device``.
     """
 
@@ -32,9 +32,9 @@ class Precision:
     def window(self) -> AbstractContextManager[object]:
         """Return the context for all micro-batches between two optimizer steps.
 
-        Autocast keeps the weights that it has cast until the outermost context ends, so inside
-        this one they are cast once a window and not once a micro-batch. It ends before the
-        optimizer moves the weights.
+        Autocast keeps its casts of the weights until the outermost context ends. Inside this
+        context weights are therefore cast once a window, not once a micro-batch. The context must
+        end before the optimizer changes the weights.
         """
         if _DTYPES[self.name] is None:
             return nullcontext()
@@ -42,10 +42,10 @@ class Precision:
 
 
 def check_precision(precision: object) -> PrecisionName:
-    """Return the precision, or refuse it.
+    """Return the precision if it is one of the three.
 
     Raises:
-        ValueError: If it is none of the three.
+        ValueError: With the value that was passed.
     """
     for name in ("fp32", "bf16", "fp16"):
         if precision == name:
@@ -57,7 +57,7 @@ def scaler_for(precision: PrecisionName, scaler: object, device_type: str) -> Gr
     """Return the user's GradScaler, a new one where fp16 needs it, or None.
 
     Raises:
-        TypeError: If it is no GradScaler.
+        TypeError: If ``scaler`` is no GradScaler.
     """
     if scaler is None:
         return GradScaler(device_type) if precision == "fp16" else None

@@ -1,4 +1,4 @@
-"""What a training needs to go on, as values that can be saved, and put back."""
+"""The state of a training as values that can be saved, and restored."""
 
 import copy
 import itertools
@@ -28,13 +28,13 @@ class Stateful(Protocol):
         """Return its state."""
 
     def load_state_dict(self, state_dict: StateDict, /) -> object:
-        """Take a state over."""
+        """Restore a state."""
 
 
 def packed(
     model: nn.Module, optimizer: Optimizer, scheduler: Stateful | None, scaler: Stateful | None
 ) -> StateDict:
-    """Return everything of theirs that a step depends on. It shares their memory: save it now."""
+    """Return all state that a step depends on. It shares the objects' memory: save it at once."""
     return {
         "model": model.state_dict(),
         "buffers": _other_buffers(model),
@@ -52,20 +52,20 @@ def unpack(
     scheduler: Stateful | None,
     scaler: Stateful | None,
 ) -> None:
-    """Put back what ``packed`` returned, bit for bit; parameters and buffers stay the same objects.
+    """Restore what ``packed`` returned, bit for bit; parameters and buffers stay the same objects.
 
-    Warns of buffers outside of the ``state_dict`` that have another shape now: they stay as they
-    are.
+    Warns of buffers outside of the ``state_dict`` whose shape has changed: their values stay.
 
     Args:
-        fields: As loaded. The optimizer may keep its tensors: not to be used again.
-        model: Built as the one that was saved was, as are the others.
+        fields: As loaded. The optimizer may keep its tensors: do not use it again.
+        model: Built as the model that was saved.
         optimizer: Over the same parameters in the same order.
-        scheduler: None where there was none.
-        scaler: None where there was none.
+        scheduler: Of the same kind; None where there was none.
+        scaler: Of the same kind; None where there was none.
 
     Raises:
-        CheckpointError: If they are not like those that were saved. Nothing has changed then.
+        CheckpointError: If one of the objects differs from the one that was saved. Nothing has
+            changed then.
     """
     was = cast("dict[str, str]", _part(fields, "description"))
     _check_same(was, _description(model, optimizer, scheduler, scaler))
@@ -76,12 +76,12 @@ def unpack(
             buffer.copy_(values)
         _load_optimizer(optimizer, _part(fields, "optimizer"))
     for name, part in (("scheduler", scheduler), ("scaler", scaler)):
-        if part is not None:  # A copy: some of torch's schedulers take out of it what they read.
+        if part is not None:  # A copy: some of torch's schedulers remove what they read.
             part.load_state_dict(copy.deepcopy(_part(fields, name)))
 
 
 def packed_random_state(sources: Sequence[object]) -> StateDict:
-    """Return the state of all global generators, and of those that the sources hold, in order."""
+    """Return the state of all global generators, and of the sources' own generators in order."""
     own = [found for source in sources for found in generators_in(source)]
     return {
         "torch": torch.get_rng_state(),
@@ -94,7 +94,7 @@ def packed_random_state(sources: Sequence[object]) -> StateDict:
 
 
 def put_random_state(fields: Mapping[str, object], sources: Sequence[object]) -> None:
-    """Put back what ``packed_random_state`` returned; a GPU that is not here is passed over.
+    """Restore what ``packed_random_state`` returned; a GPU that is not here is skipped.
 
     Raises:
         CheckpointError: If the sources hold other generators now. Nothing has changed then.
@@ -126,7 +126,7 @@ def _part(fields: Mapping[str, object], name: str) -> StateDict:
 def _description(
     model: nn.Module, optimizer: Optimizer, scheduler: Stateful | None, scaler: Stateful | None
 ) -> dict[str, str]:
-    """What must be the same for a state to fit, line by line."""
+    """Facts that must be equal for a state to fit, by name."""
     lines = {f"model: {name}": _looks(name, value) for name, value in model.state_dict().items()}
     lines["optimizer"] = type(optimizer).__name__
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -142,7 +142,7 @@ def _description(
 
 
 def _looks(name: str, value: object) -> str:
-    if name.endswith("_extra_state"):  # Whatever get_extra_state returns; it may grow.
+    if name.endswith("_extra_state"):  # It is what get_extra_state returns, and may grow.
         return "extra state"
     if not isinstance(value, Tensor):
         return type(value).__name__
@@ -150,7 +150,7 @@ def _looks(name: str, value: object) -> str:
 
 
 def _kinds(part: object) -> str:
-    """Its class, and of those in it: ``SequentialLR(LinearLR, StepLR)``."""
+    """The class of a part, and the classes inside it: ``SequentialLR(LinearLR, StepLR)``."""
     if part is None:
         return "none"
     inside = ", ".join(map(_kinds, getattr(part, "_schedulers", ())))
@@ -176,21 +176,21 @@ def _check_same(was: dict[str, str], now: dict[str, str]) -> None:
 
 
 def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Those that the ``state_dict`` leaves out."""
+    """The buffers that are not in the ``state_dict``."""
     inside = model.state_dict().keys()
     buffers = model.named_buffers(remove_duplicate=False)
     return {name: buffer for name, buffer in buffers if name not in inside}
 
 
 def _fillable(saved: dict[str, Tensor], model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a buffer and its values; those already equal are left out: they may be expanded."""
+    """Pairs of a buffer and its values; equal ones are skipped, since they may be expanded."""
     present = _other_buffers(model)
     both = [name for name in saved if name in present]
     same = [name for name in both if _looks(name, saved[name]) == _looks(name, present[name])]
     if odd := sorted((saved.keys() | present.keys()) - set(same)):
         warnings.warn(
             f"the buffers {', '.join(odd)} are outside of the model's state_dict, and had another "
-            "shape or were missing when the checkpoint was saved; they keep their values of now",
+            "shape or were missing when the checkpoint was saved; their present values stay",
             stacklevel=3,
         )
     pairs = [(present[name], saved[name]) for name in same]
@@ -204,7 +204,7 @@ def _load_optimizer(optimizer: Optimizer, saved: StateDict) -> None:
     ]
     optimizer.load_state_dict(saved)
     for group, tensors in zip(optimizer.param_groups, of_groups, strict=True):
-        for name, tensor in tensors.items():  # A rate in a tensor stays that tensor, where it is.
+        for name, tensor in tensors.items():  # A rate in a tensor stays the same tensor.
             if isinstance(group.get(name), Tensor):
                 group[name] = tensor.copy_(group[name])
     groups = cast("list[dict[str, list[int]]]", saved["param_groups"])
@@ -217,9 +217,9 @@ def _load_optimizer(optimizer: Optimizer, saved: StateDict) -> None:
 
 
 def _exact(loaded: object, saved: object) -> object:
-    """What ``Optimizer.load_state_dict`` has made of it, with the dtypes that were saved.
+    """The state that ``Optimizer.load_state_dict`` has made, with the dtypes that were saved.
 
-    It casts every floating tensor to its parameter's dtype, and takes text for a list of letters.
+    It casts floating tensors to the parameter's dtype, and turns text into letters.
     """
     if isinstance(saved, str | bytes):
         return saved
@@ -267,7 +267,7 @@ def _put(generator: object, state: object) -> None:
 
 
 def _without_arrays(value: object) -> object:
-    """Lists of numbers in place of NumPy's arrays, which ``weights_only`` refuses."""
+    """The value with lists in place of NumPy's arrays, which ``weights_only`` refuses."""
     if isinstance(value, dict):
         return {key: _without_arrays(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value

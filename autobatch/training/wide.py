@@ -1,4 +1,4 @@
-"""Sums in a wider type than what they are made of."""
+"""Gradients summed in a wider type than that of the parameters."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from autobatch.devices.factory import widest_dtype
 class WideSums:
     """Adds up 16-bit gradients in another dtype, and rounds the sum once.
 
-    A ``.grad`` of bfloat16 holds 8 bits: what a 300th micro-batch adds is rounded away. Costs one
-    more copy of the gradients, in the wider type, for the length of a window.
+    A ``.grad`` of bfloat16 holds 8 bits: the part of a 300th micro-batch is rounded away. The sums
+    take one more copy of the gradients, in the wider type, for the length of a window.
 
     Args:
-        parameters: Whose ``.grad`` is meant; those of other than 16 bits are left alone.
-        dtype: Of the sums.
+        parameters: The parameters to sum for; those that are not of 16 bits are skipped.
+        dtype: The type of the sums.
     """
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -25,7 +25,7 @@ class WideSums:
         self._sums: dict[Tensor, Tensor] = {}
 
     def absorb(self) -> None:
-        """Move every gradient into its sum."""
+        """Add every ``.grad`` to its sum, and empty it."""
         for parameter in self._narrow:
             gradient = parameter.grad
             if gradient is None:
@@ -42,7 +42,7 @@ class WideSums:
         return list(self._sums.values())
 
     def give_back(self) -> None:
-        """Leave the sums in ``.grad``, in the parameters' own dtype."""
+        """Store the sums in ``.grad``, in the parameters' own dtype."""
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()
