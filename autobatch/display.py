@@ -2,26 +2,13 @@
 
 import functools
 import math
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
-
-from rich.console import Console
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
-from rich.text import Text
 
 from autobatch.events import (
     EpochEnded,
@@ -48,6 +35,23 @@ from autobatch.results import (
     trial_row,
 )
 from autobatch.units import count, format_bytes
+
+with ExitStack() as _stack:
+    # The import of rich draws a number from Python's generator: draw it and put the state back.
+    _stack.callback(random.setstate, random.getstate())
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column, Table
+    from rich.text import Text
 
 _REASONS: Final[dict[LimitedBy, str]] = {
     "memory": "limited by memory",
