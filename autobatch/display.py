@@ -124,10 +124,8 @@ class Display:
         """Write nothing: an event of a later version is none of our business."""
 
     @_show.register
-    def _(self, event: ErrorForgotten) -> None:
-        if event.freed_bytes:
-            freed = format_bytes(event.freed_bytes)
-            self.log(f"let go of the last error, which kept at least {freed} of tensors")
+    def _(self, event: ErrorForgotten) -> None:  # noqa: ARG002  # Its type says it all.
+        self.log("the last error was deleted, with the tensors that its traceback kept")
 
     @_show.register
     def _(self, event: Resumed) -> None:
