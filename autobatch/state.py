@@ -7,12 +7,9 @@ the model has afterwards.
 
 import copy
 import functools
-import signal
-import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Final
 
 import torch
@@ -22,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from autobatch.randomness import Restore, random_state
 from autobatch.settings import Settings
+from autobatch.signals import deferred_interrupt
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)
@@ -74,7 +72,7 @@ def preserved(
         tensors = _tensors(modules, [*map(vars, holders), *loose])
         restores += [_tensor(tensor) for tensor in tensors]
         # No comprehension: each is undone if a later one fails, or Ctrl-C comes.
-        with uninterrupted():
+        with deferred_interrupt():
             for tensor in tensors:
                 if tensor.is_leaf:
                     restores.append(_gradient_set_aside(tensor))
@@ -103,22 +101,6 @@ def training_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end. Only the main thread receives it, so only there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[FrameType | None] = []
-    outer = signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler if outer is None else outer)
-    if held and callable(outer):
-        outer(signal.SIGINT, held[0])
 
 
 def attributes_of(holder: object) -> Restore:
@@ -200,7 +182,7 @@ def _put_back(restores: Iterable[Restore]) -> Exception | None:
     late: list[KeyboardInterrupt] = []
     while failures is None:  # Ctrl-C may come before it can be held back.
         try:
-            with uninterrupted():
+            with deferred_interrupt():
                 failures = [error for restore in restores if (error := _error_of(restore))]
         except KeyboardInterrupt as interrupt:
             late.append(interrupt)

@@ -39,7 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from autobatch import state
 from autobatch.randomness import random_state
-from autobatch.state import preserved, training_mode, uninterrupted
+from autobatch.signals import deferred_interrupt
+from autobatch.state import preserved, training_mode
 
 Factory = Callable[[Iterator[nn.Parameter]], Optimizer]
 Disturbance = Callable[[], object]
@@ -819,9 +820,9 @@ def test_ctrl_c_before_it_can_be_held_back_loses_nothing(
         pressed.append(1)
         if len(pressed) in range(2, 2 + calls):  # The first is for the gradients.
             raise KeyboardInterrupt
-        return uninterrupted()
+        return deferred_interrupt()
 
-    monkeypatch.setattr(state, "uninterrupted", hold)
+    monkeypatch.setattr(state, "deferred_interrupt", hold)
 
     def interrupted() -> None:
         with preserved(played.modules, played.optimizers):
@@ -857,89 +858,6 @@ def test_ctrl_c_after_an_error_keeps_both(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         raise ValueError("the first")
     assert isinstance(caught.value.__context__, ValueError)
-
-
-def test_ctrl_c_is_held_back_to_the_end_and_delivered_once() -> None:
-    reached = []
-
-    def press_twice() -> None:
-        with uninterrupted():
-            press_ctrl_c()
-            press_ctrl_c()
-            reached.append("end")
-
-    with pytest.raises(KeyboardInterrupt):
-        press_twice()
-    assert reached == ["end"]
-
-
-def test_the_control_is_interrupted_at_once() -> None:
-    reached = []
-
-    def press() -> None:
-        press_ctrl_c()
-        reached.append("end")
-
-    with pytest.raises(KeyboardInterrupt):
-        press()
-    assert reached == []
-
-
-@pytest.fixture
-def own_handler() -> Iterator[list[int]]:
-    """A handler of the user's, which notes that it was called."""
-    called: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: called.append(number))
-    yield called
-    signal.signal(signal.SIGINT, before)
-
-
-def test_the_users_own_handler_is_called_afterwards_and_stays(own_handler: list[int]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with uninterrupted():
-        press_ctrl_c()
-        assert own_handler == []
-    assert own_handler == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with uninterrupted():
-            press_ctrl_c()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_nothing_is_held_back_where_nothing_is_pressed(own_handler: list[int]) -> None:
-    with uninterrupted():
-        pass
-    assert own_handler == []
-
-
-def test_an_error_while_uninterrupted_puts_the_handler_back() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="inside"), uninterrupted():
-        raise ValueError("inside")
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_outside_the_main_thread_no_handler_is_touched() -> None:
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with uninterrupted():
-                pass
-        except ValueError as error:  # What signal.signal raises there.
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert errors == []
 
 
 # Modes.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autobatch.errors import CheckpointError
+from autobatch.signals import GracefulStop
 from autobatch.training.checkpoint import CheckpointStore
 from autobatch.training.driver import Driver
 from autobatch.training.progress import Place, Progress
@@ -18,7 +19,6 @@ from autobatch.training.saved import (
     unpack,
 )
 from autobatch.training.schedule import Schedule
-from autobatch.training.stopping import Stop
 from autobatch.training.window import Recipe
 
 Fields = Mapping[str, Any]
@@ -42,7 +42,7 @@ class Keeper:
     sources: Sequence[object]
     desired: int
     loss_module: nn.Module | None
-    stop: Stop = field(default_factory=Stop)
+    stop: GracefulStop = field(default_factory=GracefulStop)
     facts: dict[str, object] = field(default_factory=dict)
     path: Path | None = None
 

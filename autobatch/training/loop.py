@@ -7,10 +7,10 @@ from autobatch.batches.nest import Nest
 from autobatch.errors import StepInterruptedError
 from autobatch.events import EpochEnded, Evaluated, Observer, StepEnded
 from autobatch.results import Evaluation, StepResult
+from autobatch.signals import deferred_signals
 from autobatch.training.driver import Driver
 from autobatch.training.keeper import Keeper
 from autobatch.training.progress import Place, Progress
-from autobatch.training.stopping import held_back
 
 
 class Loop:
@@ -59,7 +59,7 @@ class Loop:
         if self._keeper is None:
             self._epochs(epochs)
             return
-        with held_back() as stop:
+        with deferred_signals() as stop:
             self._keeper.stop = stop
             try:
                 self._epochs(epochs)
