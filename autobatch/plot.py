@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from autobatch.files import atomic_file, check_file
 from autobatch.units import format_bytes
-from autobatch.writing import check_file, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def save(figure: "Figure", path: str | Path) -> None:
     """
     path = Path(path)
     check_plot(path)
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         figure.savefig(unfinished, format=_format(path), dpi="figure", facecolor="white")
 
 

@@ -271,7 +271,7 @@ def test_where_nothing_can_be_written_is_refused_at_once(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
-    with pytest.raises(ValueError, match=f"cannot be written to .*: {tmp_path} takes none"):
+    with pytest.raises(ValueError, match=f"cannot be written to .*: {tmp_path} is read-only"):
         CheckpointStore(tmp_path / name)
     CheckpointStore(tmp_path.parent)
 

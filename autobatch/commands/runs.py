@@ -33,6 +33,7 @@ from autobatch.commands.sources import DataSource, accuracy, load_data, load_mod
 from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device
 from autobatch.events import SearchEnded
+from autobatch.files import atomic_file, check_file
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
 from autobatch.prediction.answer import Prediction
@@ -42,7 +43,6 @@ from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
 from autobatch.units import count
-from autobatch.writing import check_file, whole_file
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # As many images as a trace repeats.
@@ -191,7 +191,7 @@ class TrainingRun(Setting):
         )
         after = _measure(model, source, self.device)
         if self.save is not None:
-            with whole_file(self.save) as unfinished:
+            with atomic_file(self.save) as unfinished:
                 torch.save(model.state_dict(), unfinished)
         names = {"model": self.model, "data": self.data}
         text, measured = str(result), {"test_accuracy": {"before": before, "after": after}}
