@@ -18,7 +18,6 @@ from autobatch.events import Observer
 from autobatch.isolation.parent import try_isolated
 from autobatch.job import Job, OptimizerFactory
 from autobatch.leftovers import forget_last_error
-from autobatch.plan import check_size
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial
@@ -45,6 +44,7 @@ from autobatch.training.options import LossLike, NonFinite, StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
 from autobatch.units import Size
+from autobatch.validation import check_size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.

@@ -15,12 +15,12 @@ from autobatch.breakdown import Breakdown
 from autobatch.devices.base import Budget, MemoryDevice
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
-from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import Trial
 from autobatch.state import attributes_of, preserved, state_tensors, training_mode
 from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
 from autobatch.units import Size, format_bytes
+from autobatch.validation import check_model, check_one_process, check_optimizer
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

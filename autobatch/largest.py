@@ -16,14 +16,13 @@ from autobatch.devices.choose import choose_device, open_device
 from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.leftovers import forget_last_error
-from autobatch.plan import check_size
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import generators_in
-from autobatch.refusals import check_one_process
 from autobatch.results import SearchResult
 from autobatch.state import has_attributes, preserved, reachable, state_tensors
 from autobatch.units import Size
+from autobatch.validation import check_one_process, check_size
 
 _ONE: Final = (str, Mapping, Tensor, nn.Module)  # Though they can be iterated over.
 _HELD: Final = (nn.Module, Optimizer, LRScheduler, GradScaler)

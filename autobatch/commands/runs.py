@@ -34,7 +34,6 @@ from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device
 from autobatch.events import SearchEnded
 from autobatch.files import atomic_file, check_file
-from autobatch.plan import check_size
 from autobatch.plot import check_plot
 from autobatch.prediction.answer import Prediction
 from autobatch.prediction.gpus import custom_gpu
@@ -43,6 +42,7 @@ from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision
 from autobatch.units import count
+from autobatch.validation import check_size
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # As many images as a trace repeats.

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.snapshots import check_directory, write_snapshot
-from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
 from autobatch.training.custom import BatchLoss, Custom
@@ -32,6 +31,7 @@ from autobatch.training.precision import (
 from autobatch.training.update import Update
 from autobatch.training.whole_batch import Whole, WholeBatch
 from autobatch.training.window import Recipe
+from autobatch.validation import check_positive
 
 NonFinite = Literal["raise", "skip", "ignore"]
 LossLike = Callable[..., object]

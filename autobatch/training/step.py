@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 from autobatch.batches.nest import Nest
 from autobatch.batches.reading import Reading
 from autobatch.devices.choose import choose_device, open_device
-from autobatch.plan import check_size
-from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
@@ -23,6 +21,7 @@ from autobatch.training.options import NonFinite, StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.replay import MicroBatchSize
 from autobatch.training.schedule import Scheduler, SchedulerFactory, resolve_schedule
+from autobatch.validation import check_model, check_one_process, check_optimizer, check_size
 
 
 class Accumulator:
