@@ -17,7 +17,6 @@ from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.isolation.parent import try_isolated
 from autobatch.job import Job, OptimizerFactory
-from autobatch.leftovers import forget_last_error
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import SearchResult, StepResult, TrainingResult, Trial
@@ -36,6 +35,7 @@ from autobatch.searching import (
     try_alone,
     try_size,
 )
+from autobatch.state.last_error import forget_last_error
 from autobatch.training.batch_norm import BatchNormMode
 from autobatch.training.custom import BatchLoss
 from autobatch.training.evaluation import Metric

@@ -16,7 +16,7 @@ from autobatch.devices.base import Budget, MemoryDevice
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.errors import DoesNotFitError
 from autobatch.results import Trial
-from autobatch.state import attributes_of, preserved, state_tensors, training_mode
+from autobatch.state.snapshot import attributes_of, preserved, state_tensors, training_mode
 from autobatch.training.options import StepOptions
 from autobatch.training.window import Recipe
 from autobatch.units import Size, format_bytes

@@ -15,12 +15,12 @@ from autobatch.devices.base import Budget
 from autobatch.devices.choose import choose_device, open_device
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.leftovers import forget_last_error
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import generators_in
 from autobatch.results import SearchResult
-from autobatch.state import has_attributes, preserved, reachable, state_tensors
+from autobatch.state.last_error import forget_last_error
+from autobatch.state.snapshot import has_attributes, preserved, reachable, state_tensors
 from autobatch.units import Size
 from autobatch.validation import check_one_process, check_size
 

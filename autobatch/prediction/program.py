@@ -13,7 +13,7 @@ from autobatch.batches.nest import Nest, map_tensors, unwrapped
 from autobatch.devices.base import MemoryDevice
 from autobatch.prediction.checkpointing import checkpoint_activations
 from autobatch.prediction.trace import STATE, Recorder
-from autobatch.state import training_mode
+from autobatch.state.snapshot import training_mode
 from autobatch.training.evaluation import inference
 from autobatch.training.feed import Feed
 from autobatch.training.options import StepOptions

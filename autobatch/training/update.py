@@ -13,7 +13,7 @@ from autobatch.devices.base import MemoryDevice
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import StepInterruptedError
 from autobatch.results import Verdict
-from autobatch.state import PLAIN_TYPES
+from autobatch.state.snapshot import PLAIN_TYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,10 +37,10 @@ from torch.optim import (
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from autobatch import state
 from autobatch.randomness import random_state
 from autobatch.signals import deferred_interrupt
-from autobatch.state import preserved, training_mode
+from autobatch.state import snapshot
+from autobatch.state.snapshot import preserved, training_mode
 
 Factory = Callable[[Iterator[nn.Parameter]], Optimizer]
 Disturbance = Callable[[], object]
@@ -705,7 +705,7 @@ def test_what_cannot_be_put_back_hides_no_error_and_keeps_nothing_else_from_it(
     def disturb(error: Exception | None) -> None:
         with preserved(played.modules, played.optimizers):
             played.disturb()
-            monkeypatch.setattr(state, "_fill", lost)
+            monkeypatch.setattr(snapshot, "_fill", lost)
             if error is not None:
                 raise error
 
@@ -742,7 +742,7 @@ def test_a_snapshot_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.M
     def fail(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(state, "random_state", fail)
+    monkeypatch.setattr(snapshot, "random_state", fail)
     with pytest.raises(MemoryError), preserved(played.modules, played.optimizers):
         pytest.fail("it was entered")
     assert fingerprint(*played.everything()) == values
@@ -796,8 +796,8 @@ def test_ctrl_c_during_the_restoring_comes_when_it_is_complete(
     played = SCENES["adam warm"]()
     values = fingerprint(*played.everything())
     objects = identities(*played.everything())
-    fill = Pressing(state._fill, at_call)
-    monkeypatch.setattr(state, "_fill", fill)
+    fill = Pressing(snapshot._fill, at_call)
+    monkeypatch.setattr(snapshot, "_fill", fill)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), preserved(played.modules, played.optimizers):
         played.disturb()
@@ -822,7 +822,7 @@ def test_ctrl_c_before_it_can_be_held_back_loses_nothing(
             raise KeyboardInterrupt
         return deferred_interrupt()
 
-    monkeypatch.setattr(state, "deferred_interrupt", hold)
+    monkeypatch.setattr(snapshot, "deferred_interrupt", hold)
 
     def interrupted() -> None:
         with preserved(played.modules, played.optimizers):
@@ -842,7 +842,9 @@ def test_ctrl_c_while_gradients_are_set_aside_loses_none(
     played = SCENES["adam warm"]()
     values = fingerprint(*played.everything())
     objects = identities(*played.everything())
-    monkeypatch.setattr(state, "_gradient_set_aside", Pressing(state._gradient_set_aside, at_call))
+    monkeypatch.setattr(
+        snapshot, "_gradient_set_aside", Pressing(snapshot._gradient_set_aside, at_call)
+    )
     with pytest.raises(KeyboardInterrupt), preserved(played.modules, played.optimizers):
         pytest.fail("it was entered")
     assert fingerprint(*played.everything()) == values
@@ -851,7 +853,7 @@ def test_ctrl_c_while_gradients_are_set_aside_loses_none(
 
 def test_ctrl_c_after_an_error_keeps_both(monkeypatch: pytest.MonkeyPatch) -> None:
     played = SCENES["adam warm"]()
-    monkeypatch.setattr(state, "_fill", Pressing(state._fill, 1))
+    monkeypatch.setattr(snapshot, "_fill", Pressing(snapshot._fill, 1))
     with (
         pytest.raises(KeyboardInterrupt) as caught,
         preserved(played.modules, played.optimizers),
