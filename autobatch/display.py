@@ -2,26 +2,13 @@
 
 import functools
 import math
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
-
-from rich.console import Console
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column, Table
-from rich.text import Text
 
 from autobatch.events import (
     EpochEnded,
@@ -48,6 +35,23 @@ from autobatch.results import (
     trial_row,
 )
 from autobatch.units import count, format_bytes
+
+with ExitStack() as _stack:
+    # The import of rich draws a number from Python's generator: draw it and put the state back.
+    _stack.callback(random.setstate, random.getstate())
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column, Table
+    from rich.text import Text
 
 _REASONS: Final[dict[LimitedBy, str]] = {
     "memory": "limited by memory",
@@ -120,10 +124,8 @@ class Display:
         """Write nothing: an event of a later version is none of our business."""
 
     @_show.register
-    def _(self, event: ErrorForgotten) -> None:
-        if event.freed_bytes:
-            freed = format_bytes(event.freed_bytes)
-            self.log(f"let go of the last error, which kept at least {freed} of tensors")
+    def _(self, event: ErrorForgotten) -> None:  # noqa: ARG002  # Its type says it all.
+        self.log("the last error was deleted, with the tensors that its traceback kept")
 
     @_show.register
     def _(self, event: Resumed) -> None:

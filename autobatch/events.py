@@ -140,13 +140,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorForgotten:
-    """The error that a notebook or a prompt kept was let go of.
-
-    Attributes:
-        freed_bytes: Of tensors that its frames held themselves: at least so much is free again.
-    """
-
-    freed_bytes: int
+    """The error that a notebook or a prompt kept was deleted, and its frames were cleared."""
 
 
 Event = (

@@ -16,12 +16,12 @@ from autobatch.devices.base import MemoryDevice
 from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.errors import DoesNotFitError
-from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import Trial
-from autobatch.state import attributes_of, preserved, state_tensors, training_mode
+from autobatch.state.snapshot import attributes_of, preserved, state_tensors, training_mode
 from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.options import StepOptions
 from autobatch.units import Size, format_bytes
+from autobatch.validation import check_model, check_one_process, check_optimizer
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

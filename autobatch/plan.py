@@ -1,42 +1,8 @@
 """How a desired batch is cut into micro-batches."""
 
-import math
-import operator
 from dataclasses import dataclass
 
-
-def check_size(name: str, size: object) -> int:
-    """Return ``size`` as an ``int``, or refuse it by ``name``.
-
-    Raises:
-        TypeError: If it is not an integer (a ``bool`` is not one).
-        ValueError: If it is below 1.
-    """
-    if isinstance(size, bool):
-        raise TypeError(f"{name} must be an integer of at least 1, got {size!r}")
-    try:
-        count = operator.index(size)  # type: ignore[arg-type]  # Refusing what is not one is its job.
-    except TypeError:
-        raise TypeError(f"{name} must be an integer of at least 1, got {size!r}") from None
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-    return count
-
-
-def check_positive(name: str, value: object) -> float | None:
-    """Return ``value`` as a number above 0, or None, or refuse it by ``name``.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not above 0.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number above 0 or None, got {value!r}")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-    return float(value)
+from autobatch.validation import check_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,12 @@
-"""Memory over size, as a picture."""
+"""The plot of a search: memory over size. Other plots share its helpers."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from autobatch.files import atomic_file, check_file
 from autobatch.units import format_bytes
-from autobatch.writing import check_file, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +18,16 @@ RESERVED: Final = "#56B4E9"
 FAILED: Final = "#D55E00"
 INK: Final = "#333333"
 FAINT: Final = "#999999"
-_FAR: Final = 5.0  # A limit so many times the largest peak is told, not drawn.
-_REACH: Final = 2.0  # Failures beyond so many times the tolerable batch are told, not drawn.
+_FAR: Final = 5.0  # A limit so many times the largest peak is written, not drawn.
+_REACH: Final = 2.0  # Failures beyond so many times the tolerable batch are counted, not drawn.
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _TICKS: Final = 6
-_FORMATS: Final = ("png", "svg", "pdf")  # What matplotlib draws without anything else.
+_FORMATS: Final = ("png", "svg", "pdf")  # The formats that matplotlib needs nothing else for.
 _ENDINGS: Final = ".png, .svg or .pdf"
 
 
 class Tried(Protocol):
-    """A trial."""
+    """A trial, as a plot reads it."""
 
     @property
     def size(self) -> int:
@@ -35,7 +35,7 @@ class Tried(Protocol):
 
     @property
     def fits(self) -> bool:
-        """Whether it ran inside the limit."""
+        """Whether the trial ran inside the limit."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -47,7 +47,7 @@ class Tried(Protocol):
 
 
 class Searched(Protocol):
-    """A search and its trials."""
+    """A search and its trials, as a plot reads them."""
 
     @property
     def size(self) -> int:
@@ -55,11 +55,11 @@ class Searched(Protocol):
 
     @property
     def trials(self) -> Sequence[Tried]:
-        """Every trial."""
+        """All trials."""
 
     @property
     def limit_bytes(self) -> int:
-        """What a step was allowed to allocate."""
+        """The bytes that a step may allocate."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -67,11 +67,11 @@ class Searched(Protocol):
 
 
 def check_plot(path: str | Path) -> None:
-    """Refuse a path that no plot can be written to, before there is one.
+    """Refuse a path that no plot can be written to.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If its suffix is no format that is drawn, or its folder takes no file.
+        ValueError: If the suffix is none of .png, .svg and .pdf, or the folder takes no file.
     """
     path = Path(path)
     new_figure()
@@ -81,9 +81,9 @@ def check_plot(path: str | Path) -> None:
 
 
 def memory_over_size(search: Searched) -> "Figure":
-    """Return the picture of every trial: what it allocated, or that it failed, under the limit.
+    """Return the plot of all trials under the limit: their peaks, and the sizes that failed.
 
-    It belongs to no window and no global state of matplotlib.
+    The figure belongs to no window and to no global state of matplotlib.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -98,7 +98,7 @@ def memory_over_size(search: Searched) -> "Figure":
     tallest = max(
         [0, *(t.peak_bytes or 0 for t in fitting), *(t.reserved_bytes or 0 for t in fitting)]
     )
-    _draw_points(axes, fitting, near, search.limit_bytes)
+    _draw_trials(axes, fitting, near, search.limit_bytes)
     is_far = not failed and search.limit_bytes > _FAR * tallest > 0
     _draw_limit(axes, search.limit_bytes, is_far=is_far)
     scale(axes, widest, tallest if is_far else max(tallest, search.limit_bytes))
@@ -109,14 +109,15 @@ def memory_over_size(search: Searched) -> "Figure":
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Write the picture whole or not at all.
+    """Write a figure to a file, whole or not at all.
 
     Raises:
-        ValueError: As ``check_plot`` does.
+        ImportError: If matplotlib is not installed.
+        ValueError: If the path is refused by ``check_plot``.
     """
     path = Path(path)
     check_plot(path)
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         figure.savefig(unfinished, format=_format(path), dpi="figure", facecolor="white")
 
 
@@ -125,7 +126,7 @@ def _format(path: Path) -> str:
 
 
 def new_figure() -> "Figure":
-    """Return an empty picture, of no window and no style.
+    """Return an empty figure that belongs to no window and follows no style of the user's.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -135,7 +136,7 @@ def new_figure() -> "Figure":
     except ModuleNotFoundError as error:
         missing = error.name
     else:
-        # What is set here is not taken from the user's own style, which may be a dark one.
+        # These settings are not taken from the user's own style, which may be a dark one.
         return Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
     raise ImportError(
         f"a plot needs {missing}, which is not installed: pip install 'torch-autobatch[plot]'",
@@ -143,32 +144,14 @@ def new_figure() -> "Figure":
     )
 
 
-def _draw_points(
+def _draw_trials(
     axes: "Axes", fitting: Sequence[Tried], failed: Sequence[int], limit_bytes: int
 ) -> None:
-    cached = [trial for trial in fitting if trial.reserved_bytes is not None]
+    cached = [(t.size, t.reserved_bytes) for t in fitting if t.reserved_bytes is not None]
     if cached:
-        axes.plot(
-            [trial.size for trial in cached],
-            [trial.reserved_bytes or 0 for trial in cached],
-            *("o",),
-            color=RESERVED,
-            markerfacecolor="white",
-            markersize=7,
-            label="reserved by the allocator",
-            clip_on=False,  # Size 1 of a million lies on the axis.
-            zorder=3,
-        )
-    axes.plot(
-        [trial.size for trial in fitting],
-        [trial.peak_bytes or 0 for trial in fitting],
-        *("o",),
-        color=ALLOCATED,
-        markersize=7,
-        label="fits: peak allocated",
-        clip_on=False,
-        zorder=4,
-    )
+        draw_points(axes, cached, RESERVED, "reserved by the allocator", hollow=True)
+    peaks = [(trial.size, trial.peak_bytes or 0) for trial in fitting]
+    draw_points(axes, peaks, ALLOCATED, "fits: peak allocated")
     if failed:
         axes.plot(
             failed,
@@ -178,31 +161,60 @@ def _draw_points(
             markersize=9,
             markeredgewidth=2.2,
             label="failed",
-            zorder=3,  # Below the points: what failed may be the tolerable batch's neighbour.
+            zorder=3,  # Below the points: a failed size may lie beside the tolerable batch.
         )
 
 
-def _draw_limit(axes: "Axes", limit_bytes: int, *, is_far: bool) -> None:
-    """A line at the limit; its figure alone where the points would lie at the bottom."""
-    told = f"limit {format_bytes(limit_bytes)}"
-    if is_far:
-        axes.text(0.01, 0.97, f"↑ {told}", transform=axes.transAxes, va="top", color=INK)
-        return
-    axes.axhline(limit_bytes, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+def draw_points(
+    axes: "Axes",
+    points: Sequence[tuple[int, int]],
+    color: str,
+    name: str,
+    *,
+    marker: str = "o",
+    hollow: bool = False,
+) -> None:
+    """Draw points (size, bytes) that the legend names; hollow ones lie below the others."""
+    axes.plot(
+        [size for size, _ in points],
+        [height for _, height in points],
+        marker,
+        ls="",
+        color=color,
+        markerfacecolor="white" if hollow else color,
+        markersize=7,
+        label=name,
+        clip_on=False,  # Size 1 of a million lies on the axis.
+        zorder=3 if hollow else 4,
+    )
+
+
+def write_at(axes: "Axes", height: int, text: str, *, below: bool = False) -> None:
+    """Write at the left end of a horizontal line, above or below the line."""
     axes.annotate(
-        told,
-        (0.01, limit_bytes),
+        text,
+        (0.01, height),
         xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 4),
+        xytext=(0, -4 if below else 4),
         textcoords="offset points",
-        va="bottom",
+        va="top" if below else "bottom",
         color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # Over a line of the grid.
     )
 
 
+def _draw_limit(axes: "Axes", limit_bytes: int, *, is_far: bool) -> None:
+    """Draw a line at the limit; only its number where the points would lie at the bottom."""
+    text = f"limit {format_bytes(limit_bytes)}"
+    if is_far:
+        axes.text(0.01, 0.97, f"↑ {text}", transform=axes.transAxes, va="top", color=INK)
+        return
+    axes.axhline(limit_bytes, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+    write_at(axes, limit_bytes, text)
+
+
 def scale(axes: "Axes", widest: int, tallest: int) -> None:
-    """Draw both axes from 0: sizes in steps that are read at a glance, bytes in powers of two."""
+    """Scale both axes from 0: sizes in round steps, bytes in powers of two."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
     step = 2 ** math.ceil(math.log2(max(tallest, 1) / _TICKS))
@@ -227,7 +239,7 @@ def scale(axes: "Axes", widest: int, tallest: int) -> None:
 
 
 def draw_tolerable(axes: "Axes", size: int, peak_bytes: int | None) -> None:
-    """Draw a drop line, named near its foot where there is room, above a point that is low."""
+    """Draw a vertical line at the tolerable batch, and write its name beside the line."""
     peak_bytes = peak_bytes or 0
     peak = f"\npeak {format_bytes(peak_bytes)}" if peak_bytes else ""
     axes.vlines(size, 0, peak_bytes, color=ALLOCATED, linewidth=1, linestyle=":", zorder=1)
@@ -258,7 +270,7 @@ def _draw_beyond(axes: "Axes", count: int, largest: int) -> None:
 
 
 def draw_legend(axes: "Axes") -> None:
-    """Name what is drawn, above the picture, where no point can be."""
+    """Draw the legend above the axes, where no point can lie."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),

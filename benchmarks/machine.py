@@ -9,13 +9,13 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Final
 
 import torch
 
 from autobatch.devices import nvml
+from autobatch.files import atomic_file
 from benchmarks.findings import SEED, Fields
 
 _M_TRIM_THRESHOLD: Final = -1  # Of malloc.h.
@@ -65,14 +65,8 @@ def write_atomically(path: Path, fields: Fields) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
     text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)  # Else nobody but the owner could read it.
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _name(device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """The report of one device: Markdown, one page, and a picture for the README."""
 
-import os
 from pathlib import Path
 
+from autobatch.files import atomic_file
 from benchmarks.reporting import chapters, overview, pictures
 from benchmarks.reporting.markdown import markdown
 from benchmarks.reporting.page import page
@@ -26,15 +26,6 @@ def write(folder: Path) -> list[Path]:
     if panels:
         files[folder / "overview.png"] = pictures.png(panels, overview.stamp(results))
     for path, content in files.items():
-        _write(path, content)
+        with atomic_file(path) as unfinished:
+            unfinished.write_bytes(content)
     return list(files)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -271,7 +271,7 @@ def test_where_nothing_can_be_written_is_refused_at_once(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
-    with pytest.raises(ValueError, match=f"cannot be written to .*: {tmp_path} takes none"):
+    with pytest.raises(ValueError, match=f"cannot be written to .*: {tmp_path} is read-only"):
         CheckpointStore(tmp_path / name)
     CheckpointStore(tmp_path.parent)
 
@@ -570,7 +570,7 @@ def test_what_could_not_be_loaded_again_is_refused_when_it_is_saved(
     assert contents(tmp_path) == ["step-00000001.pt"]
 
 
-def test_a_whole_file_with_a_class_that_is_not_trusted_here_is_refused(tmp_path: Path) -> None:
+def test_a_atomic_file_with_a_class_that_is_not_trusted_here_is_refused(tmp_path: Path) -> None:
     store = stored(tmp_path, 1)
     with torch.serialization.safe_globals([Odd]):
         store.save({"step": 2, "odd": Odd()}, step=2)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.plan import BatchPlan, check_size, useful_sizes
+from autobatch.plan import BatchPlan, useful_sizes
+from autobatch.validation import check_size
 
 drawn = settings(deadline=None, derandomize=True)
 sizes = st.integers(1, 3_000)

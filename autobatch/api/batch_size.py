@@ -13,8 +13,6 @@ from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.isolation.parent import try_isolated
 from autobatch.job import Job, OptimizerFactory
-from autobatch.leftovers import forget_last_error
-from autobatch.plan import check_size
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.results import SearchResult, Trial
 from autobatch.searching import (
@@ -28,10 +26,12 @@ from autobatch.searching import (
     try_alone,
     try_size,
 )
+from autobatch.state.last_error import forget_last_error
 from autobatch.training.options import StepOptions
 from autobatch.training.resolve import LossLike
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 from autobatch.units import Size
+from autobatch.validation import check_size
 
 _SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
 _UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.

@@ -16,15 +16,14 @@ from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.leftovers import forget_last_error
-from autobatch.plan import check_size
 from autobatch.probing.finder import Finder
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import generators_in
-from autobatch.refusals import check_one_process
 from autobatch.results import SearchResult
-from autobatch.state import has_attributes, preserved, reachable, state_tensors
+from autobatch.state.last_error import forget_last_error
+from autobatch.state.snapshot import has_attributes, preserved, reachable, state_tensors
 from autobatch.units import Size
+from autobatch.validation import check_one_process, check_size
 
 _ONE: Final = (str, Mapping, Tensor, nn.Module)  # One object, though it can be iterated over.
 _HELD: Final = (nn.Module, Optimizer, LRScheduler, GradScaler)

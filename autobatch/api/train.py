@@ -14,8 +14,6 @@ from autobatch.batches.regroup import Data
 from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.job import Job, OptimizerFactory
-from autobatch.leftovers import forget_last_error
-from autobatch.plan import check_size
 from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.randomness import check_seed, seed_all
 from autobatch.results import StepResult, TrainingResult
@@ -28,6 +26,7 @@ from autobatch.searching import (
     sample_to_send,
     size_for_inference,
 )
+from autobatch.state.last_error import forget_last_error
 from autobatch.training.evaluation import Metric
 from autobatch.training.options import StepOptions
 from autobatch.training.resolve import LossLike
@@ -35,6 +34,7 @@ from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 from autobatch.training.trainer import Trainer, Training, finished_before
 from autobatch.units import Size
+from autobatch.validation import check_size
 
 
 @shows_step_options

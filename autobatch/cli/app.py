@@ -68,7 +68,9 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; None takes the process's own arguments."""
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="autobatch")
+        # Calling ``app`` itself would replace ``sys.excepthook``, and leave it replaced.
+        command = typer.main.get_command(app)
+        command(args=None if arguments is None else list(arguments), prog_name="autobatch")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else ExitCode.DONE
     return ExitCode.DONE

@@ -38,6 +38,7 @@ from autobatch.devices.base import HOST
 from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.events import SearchEnded
+from autobatch.files import atomic_file, check_file
 from autobatch.plot import check_plot
 from autobatch.prediction.answer import Prediction
 from autobatch.prediction.gpus import custom_gpu
@@ -48,7 +49,6 @@ from autobatch.training.batch_norm import check_batch_norm
 from autobatch.training.options import StepOptions
 from autobatch.training.precision import check_precision
 from autobatch.units import count
-from autobatch.writing import check_file, whole_file
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # Blank images in the sample of a prediction.
@@ -87,7 +87,7 @@ def train(arguments: TrainArguments, watch: Watch) -> TrainingReport:
     if after is not None:
         text += f"\ntest accuracy {before:.1%} before, {after:.1%} after"
     if arguments.save is not None:
-        with whole_file(arguments.save) as unfinished:
+        with atomic_file(arguments.save) as unfinished:
             torch.save(model.state_dict(), unfinished)
         text += f"\nthe weights are in {arguments.save}"
     return TrainingReport(

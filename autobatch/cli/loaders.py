@@ -19,7 +19,7 @@ from autobatch.batches.regroup import Data
 from autobatch.cli.arguments import DATA_NAMES, MODEL_NAMES, factory_of
 from autobatch.commands.vision import import_torchvision
 from autobatch.devices.base import HOST
-from autobatch.plan import check_size
+from autobatch.validation import check_size
 
 _DIGITS_TEST: Final = 360
 _IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from autobatch.devices.base import HOST, MemoryDevice, MemoryReading, on_host
 from autobatch.devices.host_memory import host_memory
-from autobatch.signals import uninterrupted
+from autobatch.signals import deferred_interrupt
 from autobatch.units import format_bytes
 
 
@@ -93,7 +93,7 @@ class CpuDevice(MemoryDevice):
         self._adopt()
         outer, stack = self._meter.limit_bytes, ExitStack()
         try:
-            with uninterrupted():  # Ctrl-C in between would leave the mode on.
+            with deferred_interrupt():  # Ctrl-C in between would leave the mode behind.
                 stack.enter_context(eagerly())
                 if outer is None:  # A limit inside a limit must not count everything twice.
                     stack.callback(self._meter.leave)
@@ -101,7 +101,7 @@ class CpuDevice(MemoryDevice):
                 self._meter.limit_bytes = limit_bytes if outer is None else min(limit_bytes, outer)
             yield
         finally:
-            with uninterrupted():
+            with deferred_interrupt():
                 self._meter.limit_bytes = outer
                 stack.close()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from autobatch.breakdown import Breakdown
-from autobatch.plan import BatchPlan, check_size
+from autobatch.plan import BatchPlan
 from autobatch.plot import save
 from autobatch.prediction.allocator import replay
 from autobatch.prediction.gpus import Gpu, safe_bytes
@@ -16,6 +16,7 @@ from autobatch.probing.prior import Prior
 from autobatch.results import LimitedBy
 from autobatch.training.precision import PrecisionName
 from autobatch.units import format_bytes
+from autobatch.validation import check_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

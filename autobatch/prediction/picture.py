@@ -10,9 +10,11 @@ from autobatch.plot import (
     INK,
     RESERVED,
     draw_legend,
+    draw_points,
     draw_tolerable,
     new_figure,
     scale,
+    write_at,
 )
 from autobatch.prediction.gpus import Gpu, possible_bytes
 from autobatch.units import format_bytes
@@ -124,46 +126,17 @@ def _draw_limits(axes: "Axes", prediction: Predicted) -> None:
     axes.axhspan(safe, possible, color=RESERVED, alpha=0.25, linewidth=0, zorder=1)
     axes.axhline(safe, color=INK, linewidth=1.2, linestyle=_DASHES, zorder=2)
     axes.axhline(possible, color=INK, linewidth=0.8, zorder=2)
-    _tell(axes, f"{gpu.name}: safe limit {format_bytes(safe)}", safe, below=True)
-    _tell(axes, f"at most {format_bytes(possible)}", possible, below=False)
-    axes.plot(
-        [prediction.size],
-        [prediction.peak_reserved_bytes],
-        *("o",),
-        color=RESERVED,
-        markerfacecolor="white",
-        markersize=7,
-        label="reserved by the allocator",
-        clip_on=False,
-        zorder=3,
-    )
+    write_at(axes, safe, f"{gpu.name}: safe limit {format_bytes(safe)}", below=True)
+    write_at(axes, possible, f"at most {format_bytes(possible)}")
+    reserved = (prediction.size, prediction.peak_reserved_bytes)
+    draw_points(axes, [reserved], RESERVED, "reserved by the allocator", hollow=True)
     for batch, marker, color, name in (
         (prediction.largest, "D", FAILED, f"larger than {prediction.largest:,} runs out"),
         (prediction.tolerable, "o", ALLOCATED, "tolerable batch"),
     ):
-        axes.plot(
-            [batch],
-            [prediction.peak_bytes(max(batch, 1))],
-            marker,
-            color=color,
-            markersize=7,
-            label=name,
-            clip_on=False,
-            zorder=4,
-        )
+        point = (batch, prediction.peak_bytes(max(batch, 1)))
+        draw_points(axes, [point], color, name, marker=marker)
     draw_tolerable(axes, prediction.tolerable, prediction.peak_bytes(max(prediction.tolerable, 1)))
-
-
-def _tell(axes: "Axes", text: str, height: int, *, below: bool) -> None:
-    axes.annotate(
-        text,
-        (0.01, height),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, -4 if below else 4),
-        textcoords="offset points",
-        va="top" if below else "bottom",
-        color=INK,
-    )
 
 
 def _draw_gpus(axes: "Axes", predictions: Sequence[Predicted]) -> None:

@@ -11,7 +11,6 @@ from autobatch.batches.regroup import Data
 from autobatch.breakdown import break_down
 from autobatch.errors import DoesNotFitError
 from autobatch.job import Job, OptimizerFactory
-from autobatch.plan import check_size
 from autobatch.prediction.allocator import replay
 from autobatch.prediction.answer import Prediction, WhatIf, interval
 from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
@@ -22,6 +21,7 @@ from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
 from autobatch.training.resolve import LossLike
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
+from autobatch.validation import check_size
 
 GpuName = str | Gpu
 

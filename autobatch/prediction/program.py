@@ -13,7 +13,7 @@ from autobatch.devices.base import MemoryDevice
 from autobatch.devices.cuda import CudaDevice
 from autobatch.prediction.checkpointing import checkpoint_activations
 from autobatch.prediction.trace import STATE, Recorder
-from autobatch.state import training_mode
+from autobatch.state.snapshot import training_mode
 from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.evaluation import inference
 from autobatch.training.feed import Feed

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from autobatch.batches.worst import WorstCase, check_worst_case
-from autobatch.plan import check_positive, check_size
 from autobatch.probing.prior import HasTolerable, Prior, as_prior
 from autobatch.probing.search import Confirm
+from autobatch.validation import check_positive, check_size
 
 _CONFIRM: Final = get_args(Confirm)
 

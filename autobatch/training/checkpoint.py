@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autobatch.devices.base import HOST
 from autobatch.errors import CheckpointError
-from autobatch.writing import check_folder
+from autobatch.files import atomic_file, check_folder
 
 _NAME: Final = re.compile(r"step-(\d{8,})\.pt")
 _TEMPORARY: Final = re.compile(r"step-\d{8,}\.pt\.tmp")
@@ -73,12 +73,8 @@ class CheckpointStore:
         for file in self.directory.iterdir():
             if _TEMPORARY.fullmatch(file.name):
                 file.unlink()
-        temporary = path.with_name(f"{path.name}.tmp")
-        try:
+        with atomic_file(path, temporary=path.with_name(f"{path.name}.tmp")) as temporary:
             _write(temporary, {name: _on_host(value) for name, value in fields.items()})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._refused.discard(path)
         _sync_directory(self.directory)
         for old in self._own()[:-_KEPT]:

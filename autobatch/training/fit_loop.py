@@ -7,10 +7,10 @@ from autobatch.batches.nest import Nest
 from autobatch.errors import StepInterruptedError
 from autobatch.events import EpochEnded, Evaluated, Observer, StepEnded
 from autobatch.results import Evaluation, StepResult
+from autobatch.signals import GracefulStop, deferred_signals
 from autobatch.training.checkpointing.manager import CheckpointManager
 from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.progress import Place, Progress
-from autobatch.training.stopping import Stop, held_back
 
 
 class FitLoop:
@@ -50,7 +50,7 @@ class FitLoop:
         self._evaluate = evaluate
         self._checkpoints = checkpoints
         self._metadata = metadata or {}
-        self._stop = Stop()
+        self._stop = GracefulStop()
         self._counted = 0.0  # Up to this moment, as perf_counter shows it, seconds are counted.
 
     def run(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
@@ -63,7 +63,7 @@ class FitLoop:
         if self._checkpoints is None:
             self._epochs(epochs)
             return
-        with held_back() as self._stop:
+        with deferred_signals() as self._stop:
             try:
                 self._epochs(epochs)
             except StepInterruptedError as error:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from autobatch.devices.base import HOST, MemoryDevice
 from autobatch.devices.memory_snapshot import check_directory, write_snapshot
 from autobatch.events import Observer
-from autobatch.plan import check_positive
 from autobatch.randomness import generators_in
 from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
 from autobatch.training.custom import BatchLoss, BatchLossFunction
@@ -38,6 +37,7 @@ from autobatch.training.replay import MicroBatchSize
 from autobatch.training.resolve import LossLike, loss_module, resolve_objective
 from autobatch.training.schedule import Schedule
 from autobatch.training.update import Update
+from autobatch.validation import check_positive
 
 _WIDE: Final = (None, torch.float32, torch.float64)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from autobatch.batches.nest import Nest, size_of, tensors
 from autobatch.batches.pieces import example_bytes, largest_piece
 from autobatch.batches.sample import repeated
-from autobatch.state import attributes_of
+from autobatch.state.snapshot import attributes_of
 from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.large import LargeCheck
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from autobatch.randomness import Restore, random_state
-from autobatch.state import attributes_of, contents_of, reachable
+from autobatch.state.snapshot import attributes_of, contents_of, reachable
 from autobatch.training.running_statistics import STATISTICS, Statistics
 
 PATIENCE: Final = 16  # Windows without a failure before a larger size is tried again,

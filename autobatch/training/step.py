@@ -9,14 +9,13 @@ from torch.optim import Optimizer
 from autobatch.batches.nest import Nest
 from autobatch.batches.reading import Reading
 from autobatch.devices.factory import choose_device, open_device
-from autobatch.plan import check_size
-from autobatch.refusals import check_model, check_one_process, check_optimizer
 from autobatch.results import StepResult
 from autobatch.training.options import StepOptions
 from autobatch.training.replay import MicroBatchSize
 from autobatch.training.resolve import LossLike
 from autobatch.training.schedule import Scheduler, SchedulerFactory, resolve_schedule
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
+from autobatch.validation import check_model, check_one_process, check_optimizer, check_size
 
 
 class Accumulator:

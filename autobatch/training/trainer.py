@@ -17,7 +17,7 @@ from autobatch.job import Job
 from autobatch.plan import BatchPlan
 from autobatch.randomness import Restore, random_state
 from autobatch.results import SearchResult, StepResult, TrainingResult
-from autobatch.state import attributes_of, training_mode
+from autobatch.state.snapshot import attributes_of, training_mode
 from autobatch.training.batch_norm import normalises_by_batch
 from autobatch.training.checkpoint import CheckpointStore
 from autobatch.training.checkpointing.manager import CheckpointManager

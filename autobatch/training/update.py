@@ -14,7 +14,7 @@ from autobatch.devices.factory import backend_of
 from autobatch.devices.oom import verdict_of
 from autobatch.errors import StepInterruptedError
 from autobatch.results import Verdict
-from autobatch.state import PLAIN_TYPES
+from autobatch.state.snapshot import PLAIN_TYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The first signal waits for the step that runs; the second does not."""
+"""Signals wait for the end of a block or of a step; a second one does not wait for a step."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch import StepResult, find_and_train
-from autobatch.training.stopping import Stop, held_back
+from autobatch.signals import GracefulStop, deferred_interrupt, deferred_signals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -43,7 +43,7 @@ def _handlers_are_as_they_were() -> Iterator[None]:
 def test_the_first_signal_is_noted(number: int) -> None:
     reached = False
     expected = (KeyboardInterrupt, SystemExit)
-    with pytest.raises(expected), held_back() as stop:  # noqa: PT012  # The end raises.
+    with pytest.raises(expected), deferred_signals() as stop:  # noqa: PT012  # The end raises.
         send(number)
         reached = True
         assert stop.signal == number
@@ -58,7 +58,7 @@ def test_the_second_one_is_obeyed_at_once(
     first: int, second: int, kind: type[BaseException]
 ) -> None:
     reached = False
-    with pytest.raises(kind), held_back():  # noqa: PT012  # It is raised inside.
+    with pytest.raises(kind), deferred_signals():  # noqa: PT012  # It is raised inside.
         send(first)
         send(second)
         reached = True
@@ -67,23 +67,23 @@ def test_the_second_one_is_obeyed_at_once(
 
 def test_sigterm_ends_with_the_status_that_a_shell_shows() -> None:
     with pytest.raises(SystemExit) as ended:
-        Stop(signal=signal.SIGTERM).go()
+        GracefulStop(signal=signal.SIGTERM).go()
     assert ended.value.code == 143
 
 
 def test_a_signal_that_nobody_looked_at_is_obeyed_at_the_end() -> None:
-    with pytest.raises(KeyboardInterrupt), held_back():
+    with pytest.raises(KeyboardInterrupt), deferred_signals():
         send(signal.SIGINT)
 
 
 def test_an_error_goes_before_a_signal() -> None:
-    with pytest.raises(LookupError), held_back():  # noqa: PT012  # In this order.
+    with pytest.raises(LookupError), deferred_signals():  # noqa: PT012  # In this order.
         send(signal.SIGINT)
         raise LookupError
 
 
 def test_without_a_signal_nothing_happens() -> None:
-    with held_back() as stop:
+    with deferred_signals() as stop:
         pass
     assert stop.signal is None
 
@@ -92,7 +92,7 @@ def test_handlers_of_the_users_own_are_put_back() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        with held_back():
+        with deferred_signals():
             pass
         send(signal.SIGTERM)
     finally:
@@ -120,10 +120,96 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
 
     def inside() -> list[object]:
-        with held_back():
+        with deferred_signals():
             return [signal.getsignal(number) for number in SIGNALS]
 
     assert elsewhere(inside) == before
+
+
+# To the end of a block.
+
+
+def test_ctrl_c_is_held_back_to_the_end_and_delivered_once() -> None:
+    reached = []
+
+    def press_twice() -> None:
+        with deferred_interrupt():
+            send(signal.SIGINT)
+            send(signal.SIGINT)
+            reached.append("end")
+
+    with pytest.raises(KeyboardInterrupt):
+        press_twice()
+    assert reached == ["end"]
+
+
+def test_the_control_is_interrupted_at_once() -> None:
+    reached = []
+
+    def press() -> None:
+        send(signal.SIGINT)
+        reached.append("end")
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert reached == []
+
+
+@pytest.fixture
+def own_handler() -> Iterator[list[int]]:
+    """A handler of the user's, which notes that it was called."""
+    called: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: called.append(number))
+    yield called
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_users_own_handler_is_called_afterwards_and_stays(own_handler: list[int]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with deferred_interrupt():
+        send(signal.SIGINT)
+        assert own_handler == []
+    assert own_handler == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupt():
+            send(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_nothing_is_held_back_where_nothing_is_pressed(own_handler: list[int]) -> None:
+    with deferred_interrupt():
+        pass
+    assert own_handler == []
+
+
+def test_an_error_while_ctrl_c_is_deferred_puts_the_handler_back() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="inside"), deferred_interrupt():
+        raise ValueError("inside")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_outside_the_main_thread_no_handler_is_touched() -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with deferred_interrupt():
+                pass
+        except ValueError as error:  # What signal.signal raises there.
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert errors == []
 
 
 # In a training.
@@ -186,7 +272,7 @@ class Interrupted(Dataset[Tensor]):
 
 
 def test_ctrl_c_leaves_a_worker_at_its_work() -> None:
-    with held_back() as stop:
+    with deferred_signals() as stop:
         loader = DataLoader(Interrupted(), 1, num_workers=2, multiprocessing_context="fork")
         assert [int(batch) for batch in loader] == [0, 1]
     assert stop.signal is None
@@ -198,7 +284,7 @@ SCRIPT = """
     torch.set_num_threads(1)
     sys.path[:0] = [{root!r}, {tests!r}]
     from reference import small_model
-    from test_stopping import rows
+    from test_signals import rows
     from autobatch import find_and_train
 
     left = [4]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from autobatch.devices.base import HOST, on_host
 from autobatch.randomness import Restore, random_state
 from autobatch.settings import Settings
-from autobatch.signals import uninterrupted
+from autobatch.signals import deferred_interrupt
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)
@@ -73,7 +73,7 @@ def preserved(
         tensors = _tensors(modules, [*map(vars, holders), *loose])
         restores += [_tensor(tensor) for tensor in tensors]
         # No comprehension: each is undone if a later one fails, or Ctrl-C comes.
-        with uninterrupted():
+        with deferred_interrupt():
             for tensor in tensors:
                 if tensor.is_leaf:
                     restores.append(_gradient_set_aside(tensor))
@@ -183,7 +183,7 @@ def _put_back(restores: Iterable[Restore]) -> Exception | None:
     late: list[KeyboardInterrupt] = []
     while failures is None:  # Ctrl-C may come before it can be held back.
         try:
-            with uninterrupted():
+            with deferred_interrupt():
                 failures = [error for restore in restores if (error := _error_of(restore))]
         except KeyboardInterrupt as interrupt:
             late.append(interrupt)

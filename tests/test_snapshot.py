@@ -37,10 +37,10 @@ from torch.optim import (
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from autobatch import state
 from autobatch.randomness import random_state
-from autobatch.signals import uninterrupted
-from autobatch.state import preserved, training_mode
+from autobatch.signals import deferred_interrupt
+from autobatch.state import snapshot
+from autobatch.state.snapshot import preserved, training_mode
 
 Factory = Callable[[Iterator[nn.Parameter]], Optimizer]
 Disturbance = Callable[[], object]
@@ -705,7 +705,7 @@ def test_what_cannot_be_put_back_hides_no_error_and_keeps_nothing_else_from_it(
     def disturb(error: Exception | None) -> None:
         with preserved(played.modules, played.optimizers):
             played.disturb()
-            monkeypatch.setattr(state, "_fill", lost)
+            monkeypatch.setattr(snapshot, "_fill", lost)
             if error is not None:
                 raise error
 
@@ -742,7 +742,7 @@ def test_a_snapshot_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.M
     def fail(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(state, "random_state", fail)
+    monkeypatch.setattr(snapshot, "random_state", fail)
     with pytest.raises(MemoryError), preserved(played.modules, played.optimizers):
         pytest.fail("it was entered")
     assert fingerprint(*played.everything()) == values
@@ -796,8 +796,8 @@ def test_ctrl_c_during_the_restoring_comes_when_it_is_complete(
     played = SCENES["adam warm"]()
     values = fingerprint(*played.everything())
     objects = identities(*played.everything())
-    fill = Pressing(state._fill, at_call)
-    monkeypatch.setattr(state, "_fill", fill)
+    fill = Pressing(snapshot._fill, at_call)
+    monkeypatch.setattr(snapshot, "_fill", fill)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), preserved(played.modules, played.optimizers):
         played.disturb()
@@ -820,9 +820,9 @@ def test_ctrl_c_before_it_can_be_held_back_loses_nothing(
         pressed.append(1)
         if len(pressed) in range(2, 2 + calls):  # The first is for the gradients.
             raise KeyboardInterrupt
-        return uninterrupted()
+        return deferred_interrupt()
 
-    monkeypatch.setattr(state, "uninterrupted", hold)
+    monkeypatch.setattr(snapshot, "deferred_interrupt", hold)
 
     def interrupted() -> None:
         with preserved(played.modules, played.optimizers):
@@ -842,7 +842,9 @@ def test_ctrl_c_while_gradients_are_set_aside_loses_none(
     played = SCENES["adam warm"]()
     values = fingerprint(*played.everything())
     objects = identities(*played.everything())
-    monkeypatch.setattr(state, "_gradient_set_aside", Pressing(state._gradient_set_aside, at_call))
+    monkeypatch.setattr(
+        snapshot, "_gradient_set_aside", Pressing(snapshot._gradient_set_aside, at_call)
+    )
     with pytest.raises(KeyboardInterrupt), preserved(played.modules, played.optimizers):
         pytest.fail("it was entered")
     assert fingerprint(*played.everything()) == values
@@ -851,96 +853,13 @@ def test_ctrl_c_while_gradients_are_set_aside_loses_none(
 
 def test_ctrl_c_after_an_error_keeps_both(monkeypatch: pytest.MonkeyPatch) -> None:
     played = SCENES["adam warm"]()
-    monkeypatch.setattr(state, "_fill", Pressing(state._fill, 1))
+    monkeypatch.setattr(snapshot, "_fill", Pressing(snapshot._fill, 1))
     with (
         pytest.raises(KeyboardInterrupt) as caught,
         preserved(played.modules, played.optimizers),
     ):
         raise ValueError("the first")
     assert isinstance(caught.value.__context__, ValueError)
-
-
-def test_ctrl_c_is_held_back_to_the_end_and_delivered_once() -> None:
-    reached = []
-
-    def press_twice() -> None:
-        with uninterrupted():
-            press_ctrl_c()
-            press_ctrl_c()
-            reached.append("end")
-
-    with pytest.raises(KeyboardInterrupt):
-        press_twice()
-    assert reached == ["end"]
-
-
-def test_the_control_is_interrupted_at_once() -> None:
-    reached = []
-
-    def press() -> None:
-        press_ctrl_c()
-        reached.append("end")
-
-    with pytest.raises(KeyboardInterrupt):
-        press()
-    assert reached == []
-
-
-@pytest.fixture
-def own_handler() -> Iterator[list[int]]:
-    """A handler of the user's, which notes that it was called."""
-    called: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: called.append(number))
-    yield called
-    signal.signal(signal.SIGINT, before)
-
-
-def test_the_users_own_handler_is_called_afterwards_and_stays(own_handler: list[int]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with uninterrupted():
-        press_ctrl_c()
-        assert own_handler == []
-    assert own_handler == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with uninterrupted():
-            press_ctrl_c()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_nothing_is_held_back_where_nothing_is_pressed(own_handler: list[int]) -> None:
-    with uninterrupted():
-        pass
-    assert own_handler == []
-
-
-def test_an_error_while_uninterrupted_puts_the_handler_back() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="inside"), uninterrupted():
-        raise ValueError("inside")
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_outside_the_main_thread_no_handler_is_touched() -> None:
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with uninterrupted():
-                pass
-        except ValueError as error:  # What signal.signal raises there.
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert errors == []
 
 
 # Modes.

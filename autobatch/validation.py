@@ -1,11 +1,15 @@
-"""What cannot be trained exactly yet, refused at once with the reason."""
+"""Arguments that are checked before any work begins, and refused with the reason.
 
-from typing import Final
+Torch is imported only by the functions that need it: ``autobatch --help`` waits for no torch.
+"""
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
+import math
+import operator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 _WRAPPERS: Final = {
     "DataParallel": "it splits batches by itself",
@@ -16,13 +20,62 @@ _WRAPPERS: Final = {
 }
 
 
-def check_model(model: object) -> nn.Module:
-    """Return the model, or refuse it.
+def check_size(name: str, size: object) -> int:
+    """Return a count of at least 1 as an ``int``.
+
+    Args:
+        name: The name of the argument, for the error.
+        size: The count.
 
     Raises:
-        TypeError: If it is no module, or one that owns the batch itself.
-        ValueError: If nothing in it can be trained, or its parameters are not in one real place.
+        TypeError: If it is not an integer; a ``bool`` is none.
+        ValueError: If it is below 1.
+
+    Example:
+        >>> check_size("desired", numpy.int64(256))
+        256
     """
+    if isinstance(size, bool):
+        raise TypeError(f"{name} must be an integer of at least 1, got {size!r}")
+    try:
+        count = operator.index(size)  # type: ignore[arg-type]  # Refusing what is not one is its job.
+    except TypeError:
+        raise TypeError(f"{name} must be an integer of at least 1, got {size!r}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count
+
+
+def check_positive(name: str, value: object) -> float | None:
+    """Return a number above 0 as a ``float``; None stays None.
+
+    Args:
+        name: The name of the argument, for the error.
+        value: The number, or None.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number above 0 or None, got {value!r}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return float(value)
+
+
+def check_model(model: object) -> "nn.Module":
+    """Return the model if it can be trained exactly.
+
+    Raises:
+        TypeError: If the model is no module, or a wrapper that splits batches itself.
+        ValueError: If no parameter of the model can be trained, or if its parameters lie on
+            several devices or on the meta device.
+    """
+    from torch import nn
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
@@ -36,7 +89,9 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: "nn.Module") -> None:
+    from torch.nn.parameter import is_lazy
+
     parameters = list(model.parameters())
     if any(is_lazy(tensor) for tensor in (*parameters, *model.buffers())):
         raise ValueError("the model has lazy parameters without shapes; run one forward first")
@@ -59,14 +114,16 @@ def _check_parameters(model: nn.Module) -> None:
         )
 
 
-def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
-    """Return the optimizer, or refuse it.
+def check_optimizer(optimizer: object, model: "nn.Module") -> "Optimizer":
+    """Return the optimizer if it can train the model exactly.
 
     Raises:
-        TypeError: If it is none, or takes more than one gradient a step.
+        TypeError: If it is no optimizer of torch, or evaluates the loss several times a step.
         ValueError: If it holds none of the model's parameters.
     """
-    if not isinstance(optimizer, Optimizer):
+    import torch
+
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a torch.optim.Optimizer (find_and_train and find_batch_size take a "
             f"factory (params) -> Optimizer as well), got {type(optimizer).__name__}"
@@ -83,11 +140,13 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
 
 
 def check_one_process() -> None:
-    """Refuse distributed training, where sizes would have to be agreed on.
+    """Refuse distributed training, where all ranks would have to agree on sizes.
 
     Raises:
         ValueError: If the world has more than one rank.
     """
+    import torch
+
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         world = distributed.get_world_size()
@@ -95,5 +154,5 @@ def check_one_process() -> None:
             raise ValueError(f"a world of {world} ranks is not supported yet, only one process")
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
+def _parameters(optimizer: "Optimizer") -> "list[Tensor]":
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

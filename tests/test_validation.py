@@ -8,7 +8,7 @@ from states import fingerprint
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
-from autobatch.refusals import check_model, check_one_process, check_optimizer
+from autobatch.validation import check_model, check_one_process, check_optimizer
 
 
 def as_wrapped_by(name: str) -> type[nn.Module]:

@@ -1,0 +1,1 @@
+"""The state of a process that a search may change: taken before, and put back afterwards."""
