@@ -393,7 +393,7 @@ def nonfinite(what: str, _seed: int) -> object:
 @case("BatchNorm refuse", "refuse", 32)
 def normalised(mode: str, examples: int, _seed: int) -> object:
     """The last window is a single example, where it may be."""
-    limit = {} if mode == "refuse" else {"memory_limit": "500KiB"}
+    limit: dict[str, Any] = {} if mode == "refuse" else {"memory_limit": "500KiB"}
     return train(residual(), images(examples), 16, epochs=2, batch_norm=mode, **limit)
 
 
