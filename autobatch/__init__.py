@@ -1,4 +1,4 @@
-"""autobatch: train on the batch that is wanted, on the device that is there."""
+"""autobatch finds the largest batch that a device holds, and trains with exact accumulation."""
 
 import importlib
 from typing import TYPE_CHECKING, Final
@@ -121,7 +121,7 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for, when it is: torch takes seconds, and not all need it."""
+    """Import a public name at its first use: torch takes seconds, and not every name needs it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""Progress and tables for people: the only module that knows rich."""
+"""Progress and tables for people: the only module that imports rich."""
 
 import functools
 import math
@@ -61,27 +61,32 @@ _REASONS: Final[dict[LimitedBy, str]] = {
     "time": "limited by the timeout of a trial",
     "crash": "limited by what has cost a process its device or its life",
 }
-_VERDICT: Final = slice(10, 24)  # Where it stands in a trial's row.
+_VERDICT: Final = slice(10, 24)  # The columns of the verdict in a trial's row.
 _NARROWEST_BAR: Final = 8
 _WIDEST_BAR: Final = 40
 _ANY_WIDTH: Final = 10_000
-_NO_LOSS: Final = "loss -     "  # As wide as what will stand there.
+_NO_LOSS: Final = "loss -     "  # As wide as a loss.
 _NO_SPEED: Final = "     - examples/s"
-_BESIDE_THE_BAR: Final = 65  # Columns of the terminal that the rest of the line takes.
+_BESIDE_THE_BAR: Final = 65  # Characters that the rest of the line takes.
 
 
 def observer_of(progress: bool | Observer, stack: ExitStack) -> Observer:
-    """Return what ``progress`` stands for: a display that ``stack`` closes, silence, or itself."""
+    """Return the observer that the argument ``progress`` of a public function stands for.
+
+    Args:
+        progress: True for a display, False for no output, or an observer.
+        stack: Closes the display.
+    """
     if callable(progress):
         return progress
     return stack.enter_context(Display()) if progress else lambda _: None
 
 
 class Display:
-    """An observer that writes to the standard error: a line for each trial and each epoch.
+    """An observer that writes a line to the standard error for each trial and each epoch.
 
-    Inside ``with``, and on a terminal, the size being tried and a progress bar are shown while they
-    last. Anywhere else there are whole lines only, without control characters.
+    Inside ``with`` and on a terminal, the running trial and a progress bar are shown as well. In
+    any other case only whole lines are written, without control characters.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -90,7 +95,7 @@ class Display:
         self._live: Live | Progress | None = None
         self._limit_bytes = 0
         self._epochs = 1
-        self._first = 1  # The epoch that training begins with.
+        self._first = 1  # The first epoch of this training.
         self._epoch = _Epoch(began=self._console.get_time())
 
     def __enter__(self) -> Self:
@@ -106,22 +111,22 @@ class Display:
         self._close()
         self._entered = False
         epoch = self._epoch
-        if epoch.steps:  # Left early: max_steps, an error or Ctrl-C.
+        if epoch.steps:  # The epoch ended early: max_steps, an error or Ctrl-C.
             note = f"  (stopped after {count(epoch.steps, 'step')})"
             self.log(self._line(epoch.number, epoch.mean_loss, self._speed) + note)
         self._epoch = _Epoch(began=self._console.get_time())
 
     def __call__(self, event: Event) -> None:
-        """Write what ``event`` tells."""
+        """Write the lines of an event."""
         self._show(event)
 
     def log(self, text: str, *, style: str = "") -> None:
-        """Write a line; above the bar while there is one."""
+        """Write a line; if there is a bar, above the bar."""
         self._write(Text(text, style=style))
 
     @functools.singledispatchmethod
     def _show(self, event: Event) -> None:
-        """Write nothing: an event of a later version is none of our business."""
+        """Write nothing for a class of events that this version does not know."""
 
     @_show.register
     def _(self, event: ErrorForgotten) -> None:  # noqa: ARG002  # Its type says it all.
@@ -147,7 +152,7 @@ class Display:
     @_show.register
     def _(self, event: TrialStarted) -> None:
         row = Text(f"{event.size:>7}   running", style="dim")
-        # Drawn once: a refreshing thread would take time from the trial that is being measured.
+        # Drawn once: a refreshing thread would take time from the trial that is measured.
         self._open(
             Live(
                 row,
@@ -231,7 +236,7 @@ class Display:
         return f"{self._name(epoch)}  {_loss(loss)}  {_speed(speed)}"
 
     def _open(self, live: Live | Progress) -> None:
-        """Show ``live`` until it is closed, where somebody looks and somebody will close it."""
+        """Show ``live`` until it is closed, on a terminal and inside ``with``."""
         self._close()
         if self._entered and self._can_draw:
             live.start()
@@ -239,7 +244,7 @@ class Display:
             self._live = live
 
     def _advance(self, epoch: int, loss: str, speed: str, *, steps: int) -> None:
-        """Bring the bar up to date, if there is one."""
+        """Update the bar, if there is one."""
         if isinstance(self._live, Progress):
             bar = self._live.task_ids[0]
             name = self._name(epoch)
@@ -252,17 +257,17 @@ class Display:
 
     @property
     def _can_draw(self) -> bool:
-        """Whether lines can be drawn again. FORCE_COLOR makes a file no terminal for us."""
+        """Whether lines can be redrawn. With FORCE_COLOR rich takes a file for a terminal."""
         return self._console.is_terminal and self._console.file.isatty()
 
     def _write(self, text: Text) -> None:
-        # A line in a file is as long as it is; on a terminal it breaks between words.
+        # Lines are not broken in a file; on a terminal they break between words.
         self._console.print(text, soft_wrap=not self._can_draw)
 
 
 @dataclass
 class _Epoch:
-    """What has been done in an epoch so far."""
+    """The steps of an epoch so far."""
 
     began: float
     number: int = 1
@@ -287,14 +292,14 @@ class _Epoch:
 
 
 class _Remaining(TimeRemainingColumn):
-    """The time that the steps to come will take."""
+    """The time that is left."""
 
     def render(self, task: Task) -> Text:
         return super().render(task).append(" left")
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table to the standard output; as wide as it must be where there is no terminal."""
+    """Write a table to the standard output; without a terminal its width is not limited."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _ANY_WIDTH
@@ -305,9 +310,9 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _columns(steps: int | None, width: int) -> tuple[ProgressColumn, ...]:
-    """An epoch's line, growing; then a bar, or what there is where no end is in sight.
+    """Return the columns of an epoch's line and its bar; without ``steps`` there is no bar.
 
-    The columns stand one space apart: each brings the other one.
+    rich puts one space between columns, and each text ends with a second one.
     """
     line = [
         _text("{task.description} "),

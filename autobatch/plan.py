@@ -1,4 +1,4 @@
-"""How a desired batch is cut into micro-batches."""
+"""The plan by which a desired batch is cut into micro-batches."""
 
 from dataclasses import dataclass
 

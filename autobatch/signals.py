@@ -77,7 +77,7 @@ def deferred_interrupt() -> Iterator[None]:
 def _handled_by(
     handler: _Handler, numbers: tuple[signal.Signals, ...]
 ) -> Iterator[dict[signal.Signals, object]]:
-    """Install a handler, and put the ones before it back, which are returned by their signals."""
+    """Install a handler inside the block; give the handlers that it replaces, by their signals."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
@@ -86,4 +86,6 @@ def _handled_by(
         yield dict(before)
     finally:
         for number, outer in before.items():
-            signal.signal(number, signal.SIG_DFL if outer is None else outer)
+            # None: a handler that was not installed from Python, and cannot be from here.
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default if outer is None else outer)

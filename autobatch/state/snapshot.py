@@ -1,8 +1,8 @@
-"""Everything a search may disturb, taken once and put back bit for bit, in place.
+"""A snapshot of all that a search may change, restored bit for bit and in place.
 
-Never through ``load_state_dict``: that re-creates parameter groups and changes dtypes. Objects keep
-their identity, so that what the user holds (a parameter, a buffer, an optimizer's group) is what
-the model has afterwards.
+``load_state_dict`` is not used: it makes new parameter groups and changes dtypes. Objects keep
+their identity: a parameter, buffer or parameter group that the user holds is still the model's
+after the search.
 """
 
 import copy
@@ -24,11 +24,11 @@ from autobatch.signals import deferred_interrupt
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)
-# Exactly these are put back item by item: a class of the user's may have other rules.
+# Only these classes are restored item by item: a subclass of the user's may have other rules.
 _MAPPINGS: Final = (dict, OrderedDict, defaultdict, Counter)
 _COLLECTIONS: Final = (list, deque, set, tuple)
 LOOSE: Final = (Tensor, dict, list, deque, set, tuple)
-"""What is put back itself; of other objects, their attributes are."""
+"""Objects whose content is restored; of any other object the attributes are."""
 
 
 @contextmanager
@@ -39,24 +39,34 @@ def preserved(
     others: Iterable[object] = (),
     random_sources: Iterable[object] = (),
 ) -> Iterator[None]:
-    """Put everything back afterwards, whatever happens inside; gradients are set aside meanwhile.
+    """Restore everything at the end of the block, also after an error in it.
 
-    Covers parameters, buffers, gradients, modes, devices and plain attributes of every module,
-    the optimizers' state and groups, what lies in lists, mappings and sets among them however
-    deep, the random number generators, and torch's settings. The copies lie in host memory. Ctrl-C
-    during the restoring takes effect once it is complete. What a closure, a global variable, an
-    array of NumPy or an object of the user's own holds is not restored. What cannot be put
-    back, as on a device that is lost, keeps nothing else from it, and never hides an error from
-    inside.
+    Inside the block all gradients are None. Restored are parameters, buffers, gradients, modes,
+    devices and plain attributes of all modules, the optimizers' state and groups, the lists,
+    mappings and sets in these at any depth, the random number generators, and torch's settings.
+    Not restored are values that only a closure, a global variable, a NumPy array or an object of
+    the user's own class holds.
+
+    The copies lie in host memory. Ctrl-C while state is restored takes effect when all of it is.
+    A value that cannot be restored, on a lost device for example, does not prevent the others from
+    being restored, and does not hide an error of the block.
 
     Args:
-        modules: Roots: the model, and the loss where it is a module.
-        optimizers: Their state may be empty; it is empty again afterwards.
-        others: Schedulers, scalers, tensors, lists and mappings, objects of the user's own.
-        random_sources: Objects (loaders, datasets, samplers) whose own generators are restored.
+        modules: The model, and the loss if it is a module.
+        optimizers: Their state may be empty; an empty state is empty again afterwards.
+        others: Schedulers, scalers, tensors, lists, mappings and other objects.
+        random_sources: Loaders, datasets and samplers, whose own generators are restored.
+
+    Raises:
+        Exception: The first error of a value that could not be restored, if the block had none.
+
+    Example:
+        >>> with preserved([model], [optimizer]):
+        ...     train_one_step(model, optimizer)
     """
-    # In this order, and put back in this order: a gradient needs its parameter's device and dtype.
-    # Ctrl-C in the middle of torch's own no_grad leaves it on; at the end of a meter, the meter.
+    # The order of taking is the order of restoring: a gradient needs its parameter's device and
+    # dtype. Ctrl-C inside torch's no_grad can leave gradients off, and inside a meter's exit it can
+    # leave the meter on.
     restores: list[Restore] = [
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
         _dispatch_modes(),
@@ -72,7 +82,7 @@ def preserved(
         restores += [_odd_state(optimizer) for optimizer in optimizers]
         tensors = _tensors(modules, [*map(vars, holders), *loose])
         restores += [_tensor(tensor) for tensor in tensors]
-        # No comprehension: each is undone if a later one fails, or Ctrl-C comes.
+        # No comprehension: if one fails, or Ctrl-C arrives, those before it are in the list.
         with deferred_interrupt():
             for tensor in tensors:
                 if tensor.is_leaf:
@@ -91,7 +101,7 @@ def preserved(
 
 @contextmanager
 def training_mode(module: nn.Module) -> Iterator[None]:
-    """Put the module in training mode if its root is in evaluation mode, and back afterwards."""
+    """Put a module that is in evaluation mode in training mode; restore all modes afterwards."""
     if module.training:
         yield
         return
@@ -105,10 +115,10 @@ def training_mode(module: nn.Module) -> Iterator[None]:
 
 
 def attributes_of(holder: object) -> Restore:
-    """Take which attributes the holder has, and what is in the containers among them.
+    """Take an object's attributes, and the content of the containers among them.
 
     Returns:
-        A function that puts them back.
+        A function that restores both.
     """
     attributes = dict(vars(holder))
     contents = contents_of(reachable(attributes.values()))
@@ -122,10 +132,10 @@ def attributes_of(holder: object) -> Restore:
 
 
 def contents_of(found: Iterable[object]) -> Restore:
-    """Take what is in the containers among what was found.
+    """Take the content of the containers among the given objects.
 
     Returns:
-        A function that puts it back.
+        A function that restores the content.
     """
     containers = [
         (value, value.copy()) for value in found if isinstance(value, dict | list | deque | set)
@@ -143,7 +153,7 @@ def contents_of(found: Iterable[object]) -> Restore:
 
 
 def reachable(values: Iterable[object]) -> list[object]:
-    """Return the containers and tensors among the values, and in those containers, however deep."""
+    """Return the containers and tensors among the values, and all inside those containers."""
     found: dict[int, object] = {}
     unseen = list(values)
     while unseen:
@@ -163,7 +173,7 @@ def reachable(values: Iterable[object]) -> list[object]:
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Return what an optimizer keeps for its parameters: Adam's moments, say."""
+    """Return the tensors that an optimizer keeps for its parameters, such as Adam's moments."""
     return [
         value
         for entry in optimizer.state.values()
@@ -173,12 +183,12 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 
 def has_attributes(other: object) -> bool:
-    """Whether what an object holds is in its attributes, and not in itself."""
+    """Return whether an object holds its values in attributes, unlike a tensor or a list."""
     return hasattr(other, "__dict__") and not isinstance(other, LOOSE)
 
 
 def _put_back(restores: Iterable[Restore]) -> Exception | None:
-    """Call every one, whatever becomes of the others; return the first error."""
+    """Call all functions, also after an error of one of them; return the first error."""
     failures: list[Exception] | None = None
     late: list[KeyboardInterrupt] = []
     while failures is None:  # Ctrl-C may come before it can be held back.
@@ -201,15 +211,15 @@ def _error_of(restore: Restore) -> Exception | None:
 
 
 def _tensors(modules: Iterable[nn.Module], held: Iterable[object]) -> list[Tensor]:
-    """All that belong to the modules or are held, and have values, each once."""
+    """Return the tensors with values of the modules and of the other objects, each once."""
     own = list(held)
-    for root in modules:  # Where a class of its own keeps them.
+    for root in modules:  # A module of the user's own class may keep its parameters elsewhere.
         own += [*root.parameters(), *root.buffers()]
     return [item for item in reachable(own) if isinstance(item, Tensor) and not item.is_meta]
 
 
 def _dispatch_modes() -> Restore:
-    """Which modes operations pass through, such as a meter: those added later are ended."""
+    """Take the stack of dispatch modes, such as a meter; restoring leaves those added later."""
     before = len(_get_current_dispatch_mode_stack())
 
     def put_back() -> None:
@@ -220,7 +230,7 @@ def _dispatch_modes() -> Restore:
 
 
 def _odd_state(optimizer: Optimizer) -> Restore:
-    """State that is neither tensors, nor plain, nor in containers: replaced by a copy."""
+    """Take a copy of optimizer state that is neither a tensor, a plain value nor a container."""
     odd = [
         (entry, key, copy.deepcopy(value))
         for entry in optimizer.state.values()
@@ -237,8 +247,8 @@ def _odd_state(optimizer: Optimizer) -> Restore:
 
 
 def _tensor(tensor: Tensor) -> Restore:
-    """Where the tensor's memory is, and what is in it."""
-    home = tensor.data  # Shares the memory: what a move to another device leaves behind.
+    """Take a tensor's memory and the values in it."""
+    home = tensor.data  # It shares the memory that a move to another device leaves behind.
     values = tensor.detach().to(HOST, copy=True)
     requires_grad = tensor.requires_grad
 
@@ -267,26 +277,26 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 def _fill(tensor: Tensor, values: Tensor) -> None:
     if tensor.layout is torch.strided:
         for dimension, stride in enumerate(tensor.stride()):
-            if stride == 0 and tensor.shape[dimension] > 1:  # Expanded: one row stands for all.
+            if stride == 0 and tensor.shape[dimension] > 1:  # Expanded: all rows share memory.
                 tensor = tensor.narrow(dimension, 0, 1)
                 values = values.narrow(dimension, 0, 1)
     tensor.copy_(values)
 
 
 def _gradient_set_aside(parameter: Tensor) -> Restore:
-    """Detach ``.grad``; on an accelerator its memory waits on the host."""
+    """Set ``.grad`` to None; an accelerator's gradient is kept in host memory meanwhile."""
     gradient = parameter.grad
     if gradient is None:
         return lambda: setattr(parameter, "grad", None)
     device = gradient.device
-    moved = not on_host(gradient) and _owns_its_memory(gradient)
-    waiting = gradient.data.cpu() if moved else None
+    leaves = not on_host(gradient) and _owns_its_memory(gradient)
+    waiting = gradient.data.cpu() if leaves else None
     parameter.grad = None  # Only now: if the copy fails, the gradient is still in its place.
     if waiting is not None:
         gradient.data = waiting
 
     def put_gradient_back() -> None:
-        if moved:
+        if waiting is not None:
             gradient.data = gradient.data.to(device)
         parameter.grad = gradient
 
@@ -294,7 +304,7 @@ def _gradient_set_aside(parameter: Tensor) -> Restore:
 
 
 def _owns_its_memory(tensor: Tensor) -> bool:
-    """False for a view into a larger buffer, which must stay one."""
+    """Return False for a view into a larger buffer, which must stay a view."""
     return (
         tensor.layout is torch.strided
         and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

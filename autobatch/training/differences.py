@@ -1,4 +1,4 @@
-"""What a resumed training does otherwise than it is asked now, or than it did before, in words."""
+"""How a resumed training differs from its arguments, and from the steps before, in words."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 Settings = Mapping[str, object]
 
-_MOVED_BY_SCHEDULERS: Final = frozenset({"lr", "momentum", "betas"})
-# Of torch's schedulers: where they are, not what they were made with. Base rates are initial ones.
-_MOVING: Final = frozenset(
+_SET_BY_SCHEDULERS: Final = frozenset({"lr", "momentum", "betas"})
+# Attributes of torch's schedulers that count steps or repeat the optimizer's initial settings.
+_PROGRESS: Final = frozenset(
     {
         *("last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
         *("_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
@@ -21,29 +21,33 @@ _NUMBERS: Final = (bool, int, float)
 
 
 def settings_of(optimizer: Optimizer, scheduler: object) -> Settings:
-    """Return what both were made with, by name: numbers and text.
+    """Return the numbers and texts that an optimizer and its scheduler were made with, by name.
 
     Args:
-        optimizer: What a scheduler moves in it is left out if there is one.
-        scheduler: None where there is none. Only torch's own are looked into.
+        optimizer: Its settings that a scheduler changes are skipped if there is a scheduler.
+        scheduler: A scheduler or None. Only the settings of torch's own schedulers are read.
     """
-    moved = _MOVED_BY_SCHEDULERS if scheduler is not None else frozenset()
+    varying = _SET_BY_SCHEDULERS if scheduler is not None else frozenset()
     found: dict[str, object] = {}
     for place, group in enumerate(optimizer.param_groups):
         beside = f" of parameter group {place}" if len(optimizer.param_groups) > 1 else ""
         for name, value in group.items():
-            if name not in moved:
+            if name not in varying:
                 found[name.removeprefix("initial_") + beside] = _plain(value)
     found.update(_of_scheduler(scheduler))
     return {name: value for name, value in found.items() if value is not None}
 
 
 def overruled(given: Settings, now: Settings) -> tuple[str, ...]:
-    """Return which settings a state that was loaded has changed: its ``load_state_dict`` is silent.
+    """Return a sentence for each setting that the checkpoint's state has replaced.
 
     Args:
-        given: Before.
-        now: Since it was loaded.
+        given: The settings before the state was loaded.
+        now: The settings after it was loaded.
+
+    Example:
+        >>> overruled({"lr": 0.5}, {"lr": 0.1})
+        ('lr goes on as 0.1, and not as 0.5',)
     """
     return tuple(
         f"{name} goes on as {now[name]}, and not as {value}"
@@ -53,7 +57,12 @@ def overruled(given: Settings, now: Settings) -> tuple[str, ...]:
 
 
 def changed(before: Settings, now: Settings) -> tuple[str, ...]:
-    """Return what was otherwise in the steps before; what is not known of them is left out."""
+    """Return a sentence for each setting that the steps before the checkpoint did not have.
+
+    Args:
+        before: The settings that the checkpoint records; a missing one is not compared.
+        now: The settings of this training.
+    """
     return tuple(
         f"{name} was {before[name]} until there, and is {value} since"
         for name, value in now.items()
@@ -66,14 +75,14 @@ def _of_scheduler(scheduler: object, place: str = "") -> Iterator[tuple[str, obj
         return
     whose = f"{type(scheduler).__name__}{place}'s"
     for name, value in vars(scheduler).items():
-        if name not in _MOVING:
+        if name not in _PROGRESS:
             yield f"{whose} {name}", _plain(value)
     for number, inside in enumerate(getattr(scheduler, "_schedulers", ())):
         yield from _of_scheduler(inside, f"{place} {number}")
 
 
 def _plain(value: object) -> object:
-    """A number, text, some numbers in a row; None for anything else."""
+    """Return a number, a text or a tuple of numbers as it is; None for any other value."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, list | tuple):
