@@ -575,7 +575,9 @@ def loop(model: nn.Module, batches: Sequence[object], **arguments: Any) -> objec
     accumulator = Accumulator(model, optimizer, **arguments)
     steps = [of_step(accumulator.step(batch)) for batch in batches]
     known = accumulator.micro_batch, accumulator.steps, sorted(accumulator.moved_buffers)
-    return of_module(model), optimizer.state_dict(), steps, known, accumulator.state_dict()
+    state = accumulator.state_dict()  # The layout of the rest is not public.
+    states = state["scaler"], state["scheduler"]
+    return of_module(model), optimizer.state_dict(), steps, known, states
 
 
 @case("Accumulator")
