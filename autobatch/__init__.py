@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from autobatch.api.batch_size import check, find_batch_size
     from autobatch.api.callable import find_largest
     from autobatch.api.train import find_and_train
-    from autobatch.batches.marks import Shared
+    from autobatch.data.markers import Shared
     from autobatch.devices.oom import verdict_of
     from autobatch.errors import (
         AutobatchError,
@@ -22,25 +22,17 @@ if TYPE_CHECKING:
         SearchTimeoutError,
         StepInterruptedError,
     )
-    from autobatch.plan import BatchPlan
-    from autobatch.prediction.answer import Prediction
     from autobatch.prediction.predict import peak, predict
-    from autobatch.probing.options import SearchOptions
-    from autobatch.results import (
-        Evaluation,
-        Phase,
-        SearchResult,
-        Speed,
-        StepResult,
-        TrainingResult,
-        Trial,
-        Upper,
-        Verdict,
-    )
-    from autobatch.training.custom import BatchLoss
+    from autobatch.prediction.result import Prediction
+    from autobatch.results.plan import BatchPlan
+    from autobatch.results.search import Phase, SearchResult, Speed, Trial, Upper
+    from autobatch.results.training import Evaluation, StepResult, TrainingResult
+    from autobatch.results.verdict import Verdict
+    from autobatch.search.options import SearchOptions
+    from autobatch.training.engine.accumulator import Accumulator
+    from autobatch.training.losses.batch_loss import BatchLoss
+    from autobatch.training.losses.whole_batch import WholeBatch
     from autobatch.training.options import StepOptions
-    from autobatch.training.step import Accumulator
-    from autobatch.training.whole_batch import WholeBatch
 
 __all__ = [
     "Accumulator",
@@ -82,34 +74,34 @@ __all__ = [
 
 
 _HOMES: Final = {
-    "Accumulator": "autobatch.training.step",
+    "Accumulator": "autobatch.training.engine.accumulator",
     "AutobatchError": "autobatch.errors",
-    "BatchLoss": "autobatch.training.custom",
-    "BatchPlan": "autobatch.plan",
+    "BatchLoss": "autobatch.training.losses.batch_loss",
+    "BatchPlan": "autobatch.results.plan",
     "CheckpointError": "autobatch.errors",
     "DeviceLostError": "autobatch.errors",
     "DeviceUnavailableError": "autobatch.errors",
     "DoesNotFitError": "autobatch.errors",
-    "Evaluation": "autobatch.results",
+    "Evaluation": "autobatch.results.search",
     "InexactStepError": "autobatch.errors",
     "NonFiniteLossError": "autobatch.errors",
-    "Phase": "autobatch.results",
-    "Prediction": "autobatch.prediction.answer",
+    "Phase": "autobatch.results.search",
+    "Prediction": "autobatch.prediction.result",
     "ProcessDiedError": "autobatch.errors",
     "ReplayLimitError": "autobatch.errors",
-    "SearchOptions": "autobatch.probing.options",
-    "SearchResult": "autobatch.results",
+    "SearchOptions": "autobatch.search.options",
+    "SearchResult": "autobatch.results.search",
     "SearchTimeoutError": "autobatch.errors",
-    "Shared": "autobatch.batches.marks",
-    "Speed": "autobatch.results",
+    "Shared": "autobatch.data.markers",
+    "Speed": "autobatch.results.search",
     "StepInterruptedError": "autobatch.errors",
     "StepOptions": "autobatch.training.options",
-    "StepResult": "autobatch.results",
-    "TrainingResult": "autobatch.results",
-    "Trial": "autobatch.results",
-    "Upper": "autobatch.results",
-    "Verdict": "autobatch.results",
-    "WholeBatch": "autobatch.training.whole_batch",
+    "StepResult": "autobatch.results.search",
+    "TrainingResult": "autobatch.results.search",
+    "Trial": "autobatch.results.search",
+    "Upper": "autobatch.results.search",
+    "Verdict": "autobatch.results.search",
+    "WholeBatch": "autobatch.training.losses.whole_batch",
     "check": "autobatch.api.batch_size",
     "find_and_train": "autobatch.api.train",
     "find_batch_size": "autobatch.api.batch_size",

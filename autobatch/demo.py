@@ -12,7 +12,7 @@ import typer
 from autobatch.cli.app import ExitCode, conclude
 from autobatch.cli.arguments import OutputArguments, TrainArguments
 from autobatch.cli.commands import train
-from autobatch.cli.reports import Report, TrainingReport, Watch
+from autobatch.cli.reports import ForwardTracker, Report, TrainingReport
 from autobatch.devices.base import HOST
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.units import format_bytes
@@ -25,7 +25,7 @@ def main() -> int:
     """Run the demo and return its exit code; the demo fails too if too little was learned."""
     reports: list[TrainingReport] = []
 
-    def work(watch: Watch) -> Report:
+    def work(watch: ForwardTracker) -> Report:
         outside = outside_bytes()
         watch.log(introduction(outside))
         reports.append(train(the_arguments(outside), watch))

@@ -26,7 +26,7 @@ from autobatch.events import (
     TrialEnded,
     TrialStarted,
 )
-from autobatch.results import (
+from autobatch.results.search import (
     TRIAL_HEADER,
     LimitedBy,
     SearchResult,

@@ -18,8 +18,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from autobatch.breakdown import Breakdown
-from autobatch.remedies import Remedy, what_would_help
+from autobatch.results.memory import Breakdown
+from autobatch.results.remedies import Remedy, what_would_help
 from autobatch.units import format_bytes
 
 # What notes begin with that hold the traceback of another process: long, and for who debugs.

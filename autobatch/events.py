@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.plan import BatchPlan
-from autobatch.results import Evaluation, OtherProcess, SearchResult, StepResult, Trial
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import OtherProcess, SearchResult, Trial
+from autobatch.results.training import Evaluation, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.exactness_peers import FAILURES, GRADIENTS, Engine, absent, undivided
 from benchmarks.findings import SEED, Fields, Findings
-from benchmarks.lessons import IGNORED, Failure, Lesson, Watch, relative
+from benchmarks.lessons import IGNORED, Failure, ForwardTracker, Lesson, relative
 from benchmarks.search import light_heap
 
 GRADIENT_TABLE: Final = "exactness: relative difference of the update from the undivided batch's"
@@ -39,7 +39,7 @@ def run(findings: Findings) -> None:
 
 def difference(engine: Engine, lesson: Lesson) -> float:
     """Return how far an engine's last update is from the undivided batch's."""
-    whole, own = Watch(lesson), Watch(lesson)
+    whole, own = ForwardTracker(lesson), ForwardTracker(lesson)
     undivided(whole)
     engine(own)
     return relative(own.last_update, whole.last_update)
@@ -49,15 +49,15 @@ def _outcomes(package: str, engine: Engine, device: torch.device) -> dict[str, F
     if absent(package):
         return {_ANY: {"outcome": "not installed", "steps": "-", "parameters off by": "-"}}
     lesson = _failing_lesson(device)
-    calm = Watch(lesson)
+    calm = ForwardTracker(lesson)
     engine(calm)  # It has imported now what it needs.
     with light_heap():
         return {what: outcome(engine, what, calm) for what in (_ONCE, _ALWAYS, _IN_STEP)}
 
 
-def outcome(engine: Engine, what: str, calm: Watch) -> Fields:
+def outcome(engine: Engine, what: str, calm: ForwardTracker) -> Fields:
     """Return how an engine comes through, against its own training without a failure."""
-    watch = Watch(calm.lesson, in_forward=_FAILURES.get(what), in_step=what == _IN_STEP)
+    watch = ForwardTracker(calm.lesson, in_forward=_FAILURES.get(what), in_step=what == _IN_STEP)
     try:
         engine(watch)
     except Exception as error:  # noqa: BLE001  # That it ends so is the finding.
@@ -70,11 +70,11 @@ def outcome(engine: Engine, what: str, calm: Watch) -> Fields:
     }
 
 
-def _in_second_micro_batch(watch: Watch, _: int) -> bool:
+def _in_second_micro_batch(watch: ForwardTracker, _: int) -> bool:
     return len(watch.steps) == 1 and watch.forwards == 2 and not watch.ran_out
 
 
-def _above_two(watch: Watch, examples: int) -> bool:
+def _above_two(watch: ForwardTracker, examples: int) -> bool:
     return bool(watch.steps) and examples > 2
 
 

@@ -14,23 +14,23 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import Accumulator
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from benchmarks.engine_peers import quiet_trainer, silence
-from benchmarks.lessons import IGNORED, Watch
+from benchmarks.lessons import IGNORED, ForwardTracker
 
-Engine = Callable[[Watch], None]
+Engine = Callable[[ForwardTracker], None]
 OURS: Final = "autobatch"
 CONTROL: Final = "mean of means, by hand"
 
 
-def undivided(watch: Watch) -> None:
+def undivided(watch: ForwardTracker) -> None:
     """Take each step on its whole batch: the truth."""
     model, optimizer = watch.begin()
     batches = [_moved(batch, watch) for batch in watch.lesson.logical_batches]
     undivided_steps(model, optimizer, watch.lesson.loss, batches)
 
 
-def autobatch(watch: Watch) -> None:
+def autobatch(watch: ForwardTracker) -> None:
     """Take each step by ``Accumulator``."""
     model, optimizer = watch.begin()
     lesson = watch.lesson
@@ -39,7 +39,7 @@ def autobatch(watch: Watch) -> None:
         accumulator.step(batch)
 
 
-def mean_of_means(watch: Watch) -> None:
+def mean_of_means(watch: ForwardTracker) -> None:
     """The usual loop: each micro-batch's mean over the number of accumulation steps."""
     model, optimizer = watch.begin()
     loader, count = _loader(watch), watch.lesson.accumulation_steps
@@ -52,12 +52,12 @@ def mean_of_means(watch: Watch) -> None:
             optimizer.zero_grad()
 
 
-def accelerate(watch: Watch) -> None:
+def accelerate(watch: ForwardTracker) -> None:
     """The pattern ``with accelerator.accumulate(model)``."""
     _accumulate(watch, *watch.begin(), watch.lesson.micro_batch, watch.lesson.accumulation_steps)
 
 
-def accelerate_by_hand(watch: Watch) -> None:
+def accelerate_by_hand(watch: ForwardTracker) -> None:
     """The recipe for losses whose terms differ: the sum over the items of all micro-batches."""
     from accelerate import Accelerator
 
@@ -77,7 +77,7 @@ def accelerate_by_hand(watch: Watch) -> None:
         optimizer.zero_grad()
 
 
-def accelerate_outside(watch: Watch) -> None:
+def accelerate_outside(watch: ForwardTracker) -> None:
     """``find_executable_batch_size`` around the epoch; the model lives outside."""
     from accelerate.utils import find_executable_batch_size
 
@@ -90,7 +90,7 @@ def accelerate_outside(watch: Watch) -> None:
     find_executable_batch_size(train, starting_batch_size=watch.lesson.micro_batch)()
 
 
-def accelerate_inside(watch: Watch) -> None:
+def accelerate_inside(watch: ForwardTracker) -> None:
     """``find_executable_batch_size`` as documented: everything is made anew inside."""
     from accelerate.utils import find_executable_batch_size
 
@@ -103,7 +103,7 @@ def accelerate_inside(watch: Watch) -> None:
 
 
 def _accumulate(
-    watch: Watch, model: nn.Module, optimizer: Optimizer, batch_size: int, count: int
+    watch: ForwardTracker, model: nn.Module, optimizer: Optimizer, batch_size: int, count: int
 ) -> None:
     from accelerate import Accelerator
 
@@ -119,7 +119,7 @@ def _accumulate(
             prepared.zero_grad()
 
 
-def lightning(watch: Watch) -> None:
+def lightning(watch: ForwardTracker) -> None:
     """``Trainer(accumulate_grad_batches=...)``."""
     with contextlib.suppress(ImportError):
         import_torchvision()  # Lightning imports it; beside a CPU build it needs our detour.
@@ -170,22 +170,22 @@ class _CountingModel(_AnyModel):
         return {"loss": total / known["num_items_in_batch"] if mean else total}
 
 
-def transformers(watch: Watch) -> None:
+def transformers(watch: ForwardTracker) -> None:
     """``Trainer``, with a model of one's own."""
     _trainer(watch, _AnyModel)
 
 
-def transformers_counting(watch: Watch) -> None:
+def transformers_counting(watch: ForwardTracker) -> None:
     """``Trainer``, with a model that takes ``num_items_in_batch``."""
     _trainer(watch, _CountingModel)
 
 
-def transformers_smaller(watch: Watch) -> None:
+def transformers_smaller(watch: ForwardTracker) -> None:
     """``Trainer`` with ``auto_find_batch_size``."""
     _trainer(watch, _CountingModel, auto_find_batch_size=True)
 
 
-def _trainer(watch: Watch, wrap: type[_AnyModel], **options: Any) -> None:
+def _trainer(watch: ForwardTracker, wrap: type[_AnyModel], **options: Any) -> None:
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -236,13 +236,13 @@ def _summed(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="sum")
 
 
-def _loader(watch: Watch, batch_size: int | None = None) -> DataLoader[tuple[Tensor, ...]]:
+def _loader(watch: ForwardTracker, batch_size: int | None = None) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(
         TensorDataset(*watch.lesson.data), batch_size=batch_size or watch.lesson.micro_batch
     )
 
 
-def _moved(batch: Any, watch: Watch) -> Pair:
+def _moved(batch: Any, watch: ForwardTracker) -> Pair:
     x, y = batch
     return x.to(watch.lesson.device), y.to(watch.lesson.device)
 

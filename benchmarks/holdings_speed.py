@@ -46,7 +46,7 @@ _NO_ROOM: Final = (
 Key = TypeVar("Key", int, str)
 
 
-class Pool:
+class StatisticsPool:
     """Batches of any size on the host, all views of one; pinned where a GPU reads them."""
 
     def __init__(self, sample: Batch, device: torch.device) -> None:
@@ -206,7 +206,7 @@ class _Bench:
     def __init__(self, case: Case, model: nn.Module) -> None:
         self._case = case
         self._model = model
-        self._pool = Pool(case.subject.sample(), case.device)
+        self._pool = StatisticsPool(case.subject.sample(), case.device)
         self.device = open_device(case.device)
         name = case.config.optimizer
         self._optimizer = None if name is None else OPTIMIZERS[name](model.parameters())

@@ -41,12 +41,12 @@ class Lesson:
         return list(zip(x.split(size), y.split(size), strict=True))
 
 
-Failure = Callable[["Watch", int], bool]
+Failure = Callable[["ForwardTracker", int], bool]
 """Whether memory runs out in a forward pass of so many examples."""
 
 
 @dataclass(slots=True)
-class Watch:
+class ForwardTracker:
     """One engine's training, watched by hooks: each step is noted, and memory runs out on cue.
 
     Attributes:
@@ -99,7 +99,7 @@ class Watch:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
 
-def _note(watch: Watch, model: nn.Module, *_: object) -> None:
+def _note(watch: ForwardTracker, model: nn.Module, *_: object) -> None:
     watch.steps.append(_values(model))
     watch.forwards = 0
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from autobatch.commands.vision import import_torchvision
-from autobatch.prediction.allocator import Replay, replay
-from autobatch.prediction.gpus import find_gpu
+from autobatch.compat.torchvision import import_torchvision
+from autobatch.prediction.caching_allocator import Replay, replay
+from autobatch.prediction.gpu_catalogue import find_gpu
 from autobatch.prediction.trace import Trace
 from benchmarks.findings import Fields, Findings
 from benchmarks.programs import PublishedLoop, traces, without_values

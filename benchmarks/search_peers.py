@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from benchmarks.engine_peers import quiet_trainer, silence
 
 
@@ -34,7 +34,7 @@ class Task:
     optimizer: Optimizer
 
 
-Search = Callable[[Task], int]
+BracketingSearch = Callable[[Task], int]
 
 
 def installed() -> list[str]:
@@ -120,7 +120,7 @@ def torch_max_mem(task: Task) -> int:
     return found
 
 
-def lightning(mode: str) -> Search:
+def lightning(mode: str) -> BracketingSearch:
     """Lightning's batch size finder.
 
     Its step is ours, by manual optimization, and one of them makes a trial. All in its favour:
@@ -179,7 +179,7 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package.partition(".")[0]) is not None
 
 
-PEERS: Final[dict[str, tuple[str, Search]]] = {
+PEERS: Final[dict[str, tuple[str, BracketingSearch]]] = {
     "doubling": ("torch", doubling),
     "accelerate": ("accelerate", accelerate),
     "lightning power": ("lightning.pytorch", lightning("power")),

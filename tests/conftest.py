@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from autobatch.training.mixing import MixingCheck
+from autobatch.training.losses.batch_independence import BatchIndependenceCheck
 
 # The tests run in parallel, one a core; more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -26,4 +26,4 @@ if importlib.util.find_spec("hypothesis"):  # A GPU machine need not have it: se
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is not asked whether it mixes examples: for tests that count its calls."""
-    monkeypatch.setattr(MixingCheck, "ask", lambda *_: None)
+    monkeypatch.setattr(BatchIndependenceCheck, "ask", lambda *_: None)

@@ -10,7 +10,7 @@ from states import fingerprint
 from torch import Tensor, nn
 
 from autobatch import Accumulator, InexactStepError, find_and_train, find_batch_size
-from autobatch.training import replay
+from autobatch.training.engine.micro_batch_size import PATIENCE
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -164,7 +164,7 @@ def test_its_state_goes_on_where_it_was_in_size_scale_and_rate() -> None:
     model.holds = 12
     assert accumulator.micro_batch == 3
     state, weights = accumulator.state_dict(), twin(model).state_dict()
-    expected = trained(accumulator, range(4, 10 + replay.PATIENCE))
+    expected = trained(accumulator, range(4, 10 + PATIENCE))
 
     again, other = made(scaler=torch.amp.GradScaler("cpu", growth_interval=2))
     again.load_state_dict(weights)
@@ -172,7 +172,7 @@ def test_its_state_goes_on_where_it_was_in_size_scale_and_rate() -> None:
     assert other.steps == 4
     optimizer = other._runner.update.optimizer
     optimizer.param_groups[0]["lr"] = 0.1 * 0.5  # The optimizer's own state is its own.
-    assert trained(other, range(4, 10 + replay.PATIENCE)) == expected
+    assert trained(other, range(4, 10 + PATIENCE)) == expected
     assert other.micro_batch == accumulator.micro_batch > 3, "it has grown back"
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_demo import RESULT
 
-from autobatch import platforms
-from autobatch.advice import advice, fragmented
+from autobatch.compat import platform as platforms
 from autobatch.devices import cuda
-from autobatch.results import SearchResult, Trial
+from autobatch.results.memory_notes import advice, fragmented
+from autobatch.results.search import SearchResult, Trial
 
 GIB = 2**30
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -109,7 +109,7 @@ def test_what_is_in_effect_already_is_not_suggested(
 
 
 def test_a_search_carries_what_is_to_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autobatch.probing import finder
+    from autobatch.search import finder
 
     monkeypatch.setattr(finder, "advice", lambda device, search: [f"{device} {search.size}"])
     import autobatch

@@ -19,15 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from autobatch import Accumulator, InexactStepError, StepResult
-from autobatch.training import pooling
-from autobatch.training.batch_norm import (
+from autobatch.training.batchnorm import pooling
+from autobatch.training.batchnorm.modes import (
     check_batch_norm,
     frozen_statistics,
     moving_layers,
     normalises_by_batch,
 )
-from autobatch.training.pooling import Pool, pooled_statistics
-from autobatch.training.running_statistics import Statistics
+from autobatch.training.batchnorm.pooling import StatisticsPool, pooled_statistics
+from autobatch.training.batchnorm.statistics import Statistics
 
 
 def rows(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -210,7 +210,9 @@ def test_gradients_are_those_of_micro_batches_normalised_by_themselves() -> None
     assert_exact(list(ours.parameters()), list(slow.parameters()))
 
 
-def pooled_over(model: nn.Module, micro_batches: int) -> AbstractContextManager[Pool | None]:
+def pooled_over(
+    model: nn.Module, micro_batches: int
+) -> AbstractContextManager[StatisticsPool | None]:
     """What a window of so many does with the model's statistics."""
     layers = moving_layers(model.modules())
     return pooled_statistics(Statistics(layers)) if micro_batches > 1 and layers else nullcontext()

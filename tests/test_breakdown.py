@@ -15,11 +15,12 @@ from autobatch import (
     find_batch_size,
     find_largest,
 )
-from autobatch.breakdown import Breakdown, break_down
 from autobatch.devices.base import MemoryReading
-from autobatch.job import Job
-from autobatch.results import OtherProcess, Trial, Verdict
+from autobatch.results.memory import Breakdown, break_down
+from autobatch.results.search import OtherProcess, Trial
+from autobatch.results.verdict import Verdict
 from autobatch.training.options import StepOptions
+from autobatch.training.workload import Workload
 
 MIB = 2**20
 NEEDS = {
@@ -259,9 +260,9 @@ class Reads:
         return self.told
 
 
-def job_on(device: object, memory_limit: int | None, headroom: int | None) -> Job:
+def job_on(device: object, memory_limit: int | None, headroom: int | None) -> Workload:
     model = nn.Linear(4, 4, bias=False)  # 64 bytes, and as many of a gradient.
-    made = Job.resolve(
+    made = Workload.resolve(
         model,
         (torch.zeros(4, 4), torch.zeros(4, 4)),
         batch_size=4,

@@ -36,14 +36,14 @@ from torch.optim import (
 )
 
 from autobatch.errors import CheckpointError
-from autobatch.training.checkpoint import CheckpointStore
-from autobatch.training.saved import (
+from autobatch.training.checkpointing.state_dict import (
     Stateful,
     packed,
     packed_random_state,
     put_random_state,
     unpack,
 )
+from autobatch.training.checkpointing.store import CheckpointStore
 
 TENTH: Final = cast("float", np.float32(0.1))  # No subclass of float, as people pass it.
 Parameters = Iterator[nn.Parameter]

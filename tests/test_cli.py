@@ -17,8 +17,9 @@ from autobatch.cli.app import ExitCode
 from autobatch.devices.budget import Budget
 from autobatch.errors import DeviceUnavailableError, DoesNotFitError, InexactStepError
 from autobatch.events import Event, StepEnded, TrainingStarted, TrialEnded
-from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult, StepResult, Trial
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import SearchResult, Trial
+from autobatch.results.training import StepResult
 from autobatch.training.options import StepOptions
 from autobatch.units import Size
 

@@ -11,7 +11,7 @@ from states import fingerprint
 from torch import Tensor, nn
 
 from autobatch import Accumulator, BatchLoss, InexactStepError, StepOptions, find_and_train
-from autobatch.training.custom import BatchLossFunction
+from autobatch.training.losses.batch_loss import BatchLossFunction
 
 Batch = tuple[Tensor, Tensor]
 

@@ -6,9 +6,10 @@ import torch
 from autobatch import demo
 from autobatch.cli.app import ExitCode
 from autobatch.cli.arguments import TrainArguments
-from autobatch.cli.reports import TrainingReport, Watch
-from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult, TrainingResult, Trial, Upper
+from autobatch.cli.reports import ForwardTracker, TrainingReport
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import SearchResult, Trial, Upper
+from autobatch.results.training import TrainingResult
 from autobatch.units import parse_bytes
 
 RESULT = TrainingResult(
@@ -78,7 +79,7 @@ def test_a_demo_that_did_not_learn_fails(
     after: float,
     code: ExitCode,
 ) -> None:
-    def run(_run: TrainArguments, _watch: Watch) -> TrainingReport:
+    def run(_run: TrainArguments, _watch: ForwardTracker) -> TrainingReport:
         return report(after)
 
     monkeypatch.setattr(demo, "train", run)
@@ -89,7 +90,7 @@ def test_a_demo_that_did_not_learn_fails(
 def test_an_interrupted_demo_ends_like_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(_run: TrainArguments, _watch: Watch) -> TrainingReport:
+    def run(_run: TrainArguments, _watch: ForwardTracker) -> TrainingReport:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "train", run)

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from autobatch.breakdown import Breakdown
 from autobatch.display import Display, print_table
 from autobatch.events import (
     EpochEnded,
@@ -25,17 +24,11 @@ from autobatch.events import (
     TrialEnded,
     TrialStarted,
 )
-from autobatch.plan import BatchPlan
-from autobatch.results import (
-    Evaluation,
-    LimitedBy,
-    OtherProcess,
-    SearchResult,
-    StepResult,
-    Trial,
-    Upper,
-    Verdict,
-)
+from autobatch.results.memory import Breakdown
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import LimitedBy, OtherProcess, SearchResult, Trial, Upper
+from autobatch.results.training import Evaluation, StepResult
+from autobatch.results.verdict import Verdict
 
 MIB = 2**20
 PLAN = BatchPlan(desired=256, tolerable=93)

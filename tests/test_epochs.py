@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import CheckpointError
-from autobatch.batches.nest import Nest
-from autobatch.batches.regroup import open_source
+from autobatch.data.rebatch import open_source
+from autobatch.data.tree import BatchTree
 from autobatch.training.epochs import Epochs, keeps_workers
-from autobatch.training.progress import Place
+from autobatch.training.progress import DataPosition
 
 Random = dict[str, object]
 
@@ -23,13 +23,15 @@ def numbers(count: int) -> TensorDataset:
     return TensorDataset(torch.arange(count))
 
 
-def opened(data: Any, desired: int = 4, *, last: int = 2, place: Place | None = None) -> Epochs:
+def opened(
+    data: Any, desired: int = 4, *, last: int = 2, place: DataPosition | None = None
+) -> Epochs:
     return Epochs(
         source=open_source(data, batch_size=desired),
         desired=desired,
         drop_last=False,
         last=last,
-        place=place or Place(),
+        place=place or DataPosition(),
         note=lambda: {"torch": torch.get_rng_state()},
     )
 
@@ -38,7 +40,7 @@ def put_back(state: Random) -> None:
     torch.set_rng_state(cast("Tensor", state["torch"]))
 
 
-def rows_of(batch: Nest) -> list[int]:
+def rows_of(batch: BatchTree) -> list[int]:
     [rows] = cast("list[Tensor]", batch)
     return rows.tolist()
 
@@ -108,14 +110,14 @@ def test_it_goes_on_where_it_stopped(stop: int, workers: int) -> None:
     expected = walk(whole)
 
     torch.manual_seed(0)
-    place = Place()
+    place = DataPosition()
     epochs = opened(loader(workers), place=place)
     epochs.open()
     before = walk(epochs, stop)
     stopped: Random = {"torch": torch.get_rng_state()}
 
     torch.manual_seed(99)
-    again = opened(loader(workers), place=Place(**place.state_dict()))  # type: ignore[arg-type]
+    again = opened(loader(workers), place=DataPosition(**place.state_dict()))  # type: ignore[arg-type]
     again.open(stopped, put_back)
     assert before + walk(again) == expected
 
@@ -129,14 +131,14 @@ def test_it_goes_on_at_the_beginning_of_any_epoch(desired: int, batch: int, done
     expected = walk(whole)
 
     torch.manual_seed(0)
-    place = Place()
+    place = DataPosition()
     stopped: Random = {"torch": torch.get_rng_state()}
     if done:
         epochs = opened(data, desired, last=done, place=place)
         epochs.open()
         walk(epochs)
         stopped = {"torch": torch.get_rng_state()}
-    assert place == Place(epoch=done + 1)
+    assert place == DataPosition(epoch=done + 1)
 
     torch.manual_seed(99)
     again = opened(data, desired, last=done + 1, place=place)
@@ -146,7 +148,7 @@ def test_it_goes_on_at_the_beginning_of_any_epoch(desired: int, batch: int, done
 
 def test_an_epoch_that_was_at_its_end_has_no_more_batches() -> None:
     torch.manual_seed(0)
-    place = Place()
+    place = DataPosition()
     epochs = opened(loader(), place=place)
     epochs.open()
     walk(epochs, 3)
@@ -155,7 +157,7 @@ def test_an_epoch_that_was_at_its_end_has_no_more_batches() -> None:
 
 
 def test_fewer_batches_than_were_seen_are_refused() -> None:
-    place = Place(windows=3, random={"torch": torch.get_rng_state()})
+    place = DataPosition(windows=3, random={"torch": torch.get_rng_state()})
     epochs = opened(numbers(8), place=place)
     with pytest.raises(CheckpointError, match=r"3 logical batches of epoch 1 .* holds 2"):
         epochs.open({"torch": torch.get_rng_state()}, put_back)
@@ -163,7 +165,7 @@ def test_fewer_batches_than_were_seen_are_refused() -> None:
 
 def test_where_random_generators_were_is_noted_before_each_epoch() -> None:
     torch.manual_seed(0)
-    place = Place()
+    place = DataPosition()
     before = torch.get_rng_state()
     epochs = opened(loader(), place=place)
     epochs.open()

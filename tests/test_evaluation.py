@@ -134,7 +134,7 @@ def test_the_mean_of_the_parts_means_is_another_number() -> None:
         assert_exact(mean, F.cross_entropy(model(x), y).item())
 
 
-class OwnLoss(nn.Module):
+class ModelLoss(nn.Module):
     """Like a causal language model: its mean is over the labels but each row's first."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class OwnLoss(nn.Module):
 def test_the_models_own_loss_is_weighted_by_what_its_mean_counts(desired: int) -> None:
     (x, y), (ex, ey) = tokens(20), tokens(23, seed=1)
     y[:, 1], ey[:, 1] = 1, 2  # Its own mean of a part without labels is nan.
-    model = OwnLoss()
+    model = ModelLoss()
     result = train(
         model, {"x": x, "labels": y}, desired, optimizer=SGD, eval_data={"x": ex, "labels": ey}
     )

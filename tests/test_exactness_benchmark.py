@@ -7,7 +7,7 @@ from benchmarks import exactness
 from benchmarks.exactness import FAILURE_TABLE, GRADIENT_TABLE, difference, gradient_lessons
 from benchmarks.exactness_peers import FAILURES, GRADIENTS, Engine, absent
 from benchmarks.findings import Fields, Findings
-from benchmarks.lessons import Watch
+from benchmarks.lessons import ForwardTracker
 
 CPU = torch.device("cpu")
 LESSONS = gradient_lessons(CPU)
@@ -77,11 +77,11 @@ def test_who_starts_again_from_a_moved_model_ends_elsewhere(by: str) -> None:
 
 
 def test_a_failure_that_never_came_is_said() -> None:
-    def idle(watch: Watch) -> None:
+    def idle(watch: ForwardTracker) -> None:
         _, optimizer = watch.begin()
         optimizer.step()
 
-    calm = Watch(LESSONS["samples, 10 by 4"])
+    calm = ForwardTracker(LESSONS["samples, 10 by 4"])
     idle(calm)
     assert exactness.outcome(idle, "never", calm)["outcome"] == "memory did not run out"
 

@@ -29,14 +29,14 @@ from autobatch import (
     find_and_train,
     find_batch_size,
 )
-from autobatch.batches.nest import Nest
-from autobatch.batches.regroup import logical_batches
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
+from autobatch.data.rebatch import logical_batches
+from autobatch.data.tree import BatchTree
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.cpu import CpuDevice
 from autobatch.events import Event, StepEnded, TrialEnded
-from autobatch.probing.search import Confirm
-from autobatch.training.feed import Feed
+from autobatch.search.bracketing import Confirm
+from autobatch.training.engine.prefetch import Prefetcher
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 train = functools.partial(find_and_train, progress=False)
@@ -649,12 +649,12 @@ def test_training_in_multiples_of_eight_takes_the_undivided_steps() -> None:
 
 
 def ahead(
-    self: Feed,
-    parts: Sequence[Nest],
+    self: Prefetcher,
+    parts: Sequence[BatchTree],
     *,
     targets_are_read: bool = False,  # noqa: ARG001  # On the CPU alone is that of interest.
     more_follow: bool = False,
-) -> Iterator[Nest]:
+) -> Iterator[BatchTree]:
     """What a GPU does: the next one is there while the current one computes."""
     following = self.move(parts[0])
     for part in (*parts[1:], *(parts[-1:] if more_follow else ())):
@@ -670,8 +670,8 @@ def test_where_batches_are_sent_ahead_a_short_window_is_not_thought_to_need_more
     kib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The inputs are all there is: undivided, half of what the line says is enough."""
-    monkeypatch.setattr(Feed, "__call__", ahead)
-    monkeypatch.setattr(Feed, "sends_ahead", True)
+    monkeypatch.setattr(Prefetcher, "__call__", ahead)
+    monkeypatch.setattr(Prefetcher, "sends_ahead", True)
     data = torch.randn(96, 1024), torch.randn(96, 1)
 
     def found(confirm: Confirm) -> int:

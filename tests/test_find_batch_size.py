@@ -23,13 +23,13 @@ from autobatch import (
     check,
     find_and_train,
     find_batch_size,
-    state,
 )
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.devices.cpu import CpuDevice
-from autobatch.job import Job
+from autobatch.state import snapshot as state
+from autobatch.training.engine.lr_schedule import Schedule
 from autobatch.training.options import StepOptions
-from autobatch.training.schedule import Schedule
+from autobatch.training.workload import Workload
 
 
 def images(examples: int, pixels: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ def training_peaks(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], size: int
 ) -> list[int]:
     """Five real windows on the metered device."""
-    job = Job.resolve(
+    job = Workload.resolve(
         model,
         batch,
         batch_size=size,

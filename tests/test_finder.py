@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.breakdown import Breakdown
 from autobatch.devices.base import MemoryDevice, MemoryReading
 from autobatch.errors import DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Event, SearchEnded, SearchStarted, TrialEnded, TrialStarted
-from autobatch.probing.finder import Finder
-from autobatch.probing.options import SearchOptions
-from autobatch.results import OtherProcess, SearchResult, Trial, Upper, Verdict
+from autobatch.results.memory import Breakdown
+from autobatch.results.search import OtherProcess, SearchResult, Trial, Upper
+from autobatch.results.verdict import Verdict
+from autobatch.search.finder import BatchSizeFinder
+from autobatch.search.options import SearchOptions
 
 MIB = 2**20
 LIMIT = 1000 * MIB
@@ -104,8 +105,8 @@ class Machine(MemoryDevice):
         limit_bytes: Callable[[], int] = lambda: LIMIT,
         observer: Callable[[Event], None] = lambda _: None,
         **options: Any,
-    ) -> Finder:
-        return Finder(
+    ) -> BatchSizeFinder:
+        return BatchSizeFinder(
             rehearsal=self,
             device=self,
             limit_bytes=limit_bytes,
@@ -118,7 +119,7 @@ class Machine(MemoryDevice):
         return search(self.finder(**options), ceiling)
 
 
-def search(finder: Finder, ceiling: int = 1000) -> SearchResult:
+def search(finder: BatchSizeFinder, ceiling: int = 1000) -> SearchResult:
     return finder.largest(
         range(1, ceiling + 1), windows=lambda size: (size, size), reason="ceiling"
     )

@@ -111,7 +111,7 @@ USES: Final = {
     ),
     "prediction": "import autobatch; autobatch.predict(model, rows, gpu='RTX 3090')",
     "an error": "import autobatch; autobatch.verdict_of(ValueError())",
-    "commands": "import autobatch.cli, autobatch.commands.runs, autobatch.demo",
+    "commands": "import autobatch.cli, autobatch.cli.commands, autobatch.demo",
     "command line": "from autobatch.cli import main; main(['devices'])",
 }
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from autobatch import SearchResult, SearchTimeoutError, StepInterruptedError, Trial, check
 from autobatch.devices.factory import open_device
-from autobatch.prediction.gpus import custom_gpu, find_gpu
-from autobatch.results import Upper
+from autobatch.prediction.gpu_catalogue import custom_gpu, find_gpu
+from autobatch.results.search import Upper
 from benchmarks import holdings, holdings_speed, zoo
 from benchmarks.findings import Findings
 from benchmarks.holdings_beside import predicted, scan
 from benchmarks.holdings_case import ON_A_GPU, ON_THE_CPU, Case, Config, allowed_bytes
-from benchmarks.holdings_speed import Pool, Window, fastest_of, in_turns, ladder
+from benchmarks.holdings_speed import StatisticsPool, Window, fastest_of, in_turns, ladder
 from benchmarks.zoo import Subject
 
 CPU = torch.device("cpu")
@@ -329,14 +329,14 @@ def test_a_window_that_was_cut_anew_is_no_sample() -> None:
 
 def test_a_pool_repeats_its_sample() -> None:
     inputs, targets = rows()
-    pool = Pool((inputs, targets), CPU)
+    pool = StatisticsPool((inputs, targets), CPU)
     (first, _), (again, labels) = (pool_of(pool, size) for size in (19, 3))
     assert torch.equal(first, torch.cat([inputs, inputs, inputs[:3]]))
     assert again.data_ptr() == first.data_ptr(), "a view of the same"
     assert torch.equal(labels, targets[:3])
 
 
-def pool_of(pool: Pool, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_of(pool: StatisticsPool, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = pool.first(size)
     assert isinstance(batch, tuple)
     return batch

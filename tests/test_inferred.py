@@ -7,9 +7,9 @@ from reference import assert_exact, sgd
 from torch import Tensor, nn
 
 from autobatch import Accumulator, find_and_train
-from autobatch.training.inferred import Inferred
-from autobatch.training.resolve import resolve_loss
-from autobatch.training.supervised import Compared
+from autobatch.training.losses.inferred import InferredObjective
+from autobatch.training.losses.resolve import resolve_loss
+from autobatch.training.losses.supervised import SupervisedObjective
 
 Batch = dict[str, Tensor]
 
@@ -35,8 +35,8 @@ def text(*lengths: int) -> Batch:
     return {"tokens": tokens, "labels": tokens.masked_fill(past, -100)}
 
 
-def inferred() -> Inferred:
-    return Inferred(otherwise=Compared(loss=resolve_loss(None), forward=None))
+def inferred() -> InferredObjective:
+    return InferredObjective(otherwise=SupervisedObjective(loss=resolve_loss(None), forward=None))
 
 
 def same(batch: object) -> object:

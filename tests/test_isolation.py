@@ -32,9 +32,9 @@ from autobatch import (
     find_largest,
 )
 from autobatch.events import Event, Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
-from autobatch.isolation import parent
-from autobatch.isolation.parent import run_isolated
-from autobatch.isolation.wire import Raised, packed, unpacked
+from autobatch.isolation import process as parent
+from autobatch.isolation.messages import Raised, packed, unpacked
+from autobatch.isolation.process import run_isolated
 
 ROOT = Path(__file__).parent.parent
 ISOLATED = SearchOptions(isolate=True)
@@ -352,7 +352,7 @@ def test_isolation_is_asked_for_with_true_or_false() -> None:
 
 WAITING = """
 import os, signal, time
-from autobatch.isolation.parent import run_isolated
+from autobatch.isolation.process import run_isolated
 
 def wait(observer, history):
     print(os.getpid(), signal.getsignal(signal.SIGINT).name, flush=True)

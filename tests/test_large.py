@@ -12,16 +12,17 @@ from states import fingerprint
 from torch import Tensor, nn
 
 from autobatch import SearchResult, Verdict, WholeBatch, check, find_batch_size
-from autobatch.batches.nest import Nest
+from autobatch.data.tree import BatchTree
 from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import DeviceLostError
-from autobatch.training import large, rehearsal
+from autobatch.training import kernel_check as large
+from autobatch.training import trial_step as rehearsal
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.engine.train_step import TrainStep
-from autobatch.training.evaluation import Inference
-from autobatch.training.large import LargeCheck, elements_at
+from autobatch.training.evaluation.inference import Inference
+from autobatch.training.kernel_check import KernelIndexCheck, elements_at
 from autobatch.training.options import StepOptions
-from autobatch.training.rehearsal import Rehearsal
+from autobatch.training.trial_step import TrialStep
 
 INDEXED = 4096  # In the place of 2^31.
 WIDTH = 64
@@ -70,10 +71,10 @@ def _forget_what_ran() -> None:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let 4096 elements be what 2^31 are."""
 
-    def small(gradient: GradientPass, sample: Nest) -> LargeCheck:
-        return LargeCheck(gradient, sample, INDEXED)
+    def small(gradient: GradientPass, sample: BatchTree) -> KernelIndexCheck:
+        return KernelIndexCheck(gradient, sample, INDEXED)
 
-    monkeypatch.setattr(rehearsal, "LargeCheck", small)
+    monkeypatch.setattr(rehearsal, "KernelIndexCheck", small)
 
 
 def find(model: nn.Module, **options: object) -> SearchResult:
@@ -248,7 +249,7 @@ def step(model: nn.Module) -> TrainStep:
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
 def test_the_sample_may_be_of_any_length(examples: int) -> None:
     model = Broken(0.0)
-    complains = LargeCheck(step(model).gradient, data(examples), INDEXED)
+    complains = KernelIndexCheck(step(model).gradient, data(examples), INDEXED)
     assert complains(RIGHT, 10 * INDEXED) == ""
     assert "wrong rows" in complains(RIGHT + 1, 10 * INDEXED)
     assert "off by up to" in complains(RIGHT + 1, 10 * INDEXED)
@@ -266,7 +267,9 @@ def test_the_kernels_are_those_of_training() -> None:
     model = Looking()
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    complains = LargeCheck(half.train_step(model, optimizer, CpuDevice()).gradient, data(), INDEXED)
+    complains = KernelIndexCheck(
+        half.train_step(model, optimizer, CpuDevice()).gradient, data(), INDEXED
+    )
     assert "wrong rows" in complains(500, 10 * INDEXED)
     assert seen == {(False, True)}
 
@@ -284,7 +287,7 @@ def test_the_check_keeps_to_the_limit() -> None:
 
 
 def test_where_nothing_smaller_is_there_to_compare_with_nothing_is_run() -> None:
-    complains = LargeCheck(step(Broken(0.0, indexed=1)).gradient, data(), 1)
+    complains = KernelIndexCheck(step(Broken(0.0, indexed=1)).gradient, data(), 1)
     assert [complains(size, 10 * INDEXED) for size in (1, 2, 4)] == [""] * 3
     assert EVALUATED == []
 
@@ -295,7 +298,7 @@ def test_modes_buffers_gradients_and_random_numbers_are_put_back() -> None:
     model.layers[1].eval()
     before, drawn = fingerprint(model), torch.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(True)
-    assert LargeCheck(step(model).gradient, data(), INDEXED)(500, 10 * INDEXED) == ""
+    assert KernelIndexCheck(step(model).gradient, data(), INDEXED)(500, 10 * INDEXED) == ""
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.backends.mha.get_fastpath_enabled()
@@ -304,7 +307,7 @@ def test_modes_buffers_gradients_and_random_numbers_are_put_back() -> None:
 def test_two_to_the_31_is_what_32_bits_index() -> None:
     """And it is what a search uses: a rehearsal's own check is not told another number."""
     assert large.INDEXED == 2**31
-    rehearsed = Rehearsal(step(Broken()), data())
+    rehearsed = TrialStep(step(Broken()), data())
     assert rehearsed.verify(500, 2**31) == ""
     assert Inference(lambda _: None, data()).verify(500, 2**40) == ""
 

@@ -19,7 +19,7 @@ from autobatch import Accumulator, NonFiniteLossError, StepResult
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.cpu import CpuDevice
 from autobatch.training.engine import gradient_pass
-from autobatch.training.ledger import Entries, Ledger
+from autobatch.training.engine.loss_record import LossRecord, StepNumbers
 
 CPU = CpuDevice()
 NonFinite = Literal["raise", "skip", "ignore"]
@@ -31,7 +31,7 @@ class Waiting(CpuDevice):
     reads_at_once = False
 
 
-class DeviceLedger(Ledger):
+class DeviceLedger(LossRecord):
     """Goes the way of a device other than the CPU, with tensors that are on the CPU."""
 
     def __init__(self, micro_batches: int, _: MemoryDevice) -> None:
@@ -117,7 +117,7 @@ def seen(step: Callable[[], StepResult]) -> tuple[StepResult, int, int]:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient_pass, "Ledger", DeviceLedger)
+    monkeypatch.setattr(gradient_pass, "LossRecord", DeviceLedger)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 10])
@@ -237,8 +237,11 @@ finite = st.floats(-1e6, 1e6)
 
 
 def filled(
-    kind: type[Ledger], losses: Sequence[float], terms: Sequence[float] | None, norm: float | None
-) -> Ledger:
+    kind: type[LossRecord],
+    losses: Sequence[float],
+    terms: Sequence[float] | None,
+    norm: float | None,
+) -> LossRecord:
     ledger = kind(len(losses), CPU)
     for loss, count in itertools.zip_longest(losses, terms or ()):
         ledger.add(torch.tensor(loss, dtype=torch.float64), count)
@@ -256,7 +259,7 @@ def test_both_ways_read_the_same(
     rows: list[tuple[float, float]], counted: bool, norm: float | None
 ) -> None:
     losses, terms = [loss for loss, _ in rows], [count for _, count in rows] if counted else None
-    one, other = (filled(kind, losses, terms, norm) for kind in (Ledger, DeviceLedger))
+    one, other = (filled(kind, losses, terms, norm) for kind in (LossRecord, DeviceLedger))
     assert one.read().losses == other.read().losses == losses
     assert one.read().norm == other.read().norm == norm
     assert one.read().loss_sum == other.read().loss_sum
@@ -268,17 +271,17 @@ def test_both_ways_read_the_same(
 
 
 def test_terms_of_some_micro_batches_only_are_the_terms_of_all() -> None:
-    for kind, terms in itertools.product((Ledger, DeviceLedger), ([None, 3], [3, None])):
+    for kind, terms in itertools.product((LossRecord, DeviceLedger), ([None, 3], [3, None])):
         ledger = kind(2, CPU)
         for loss, count in zip((1.0, 2.0), terms, strict=True):
             ledger.add(torch.tensor(loss), count)
-        assert ledger.read() == Entries(losses=[1.0, 2.0], terms=3.0, norm=None)
+        assert ledger.read() == StepNumbers(losses=[1.0, 2.0], terms=3.0, norm=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_many_small_losses_of_few_bits_are_not_lost(dtype: torch.dtype) -> None:
     losses = [torch.tensor(1.0, dtype=dtype)] * 2500
-    for kind in (Ledger, DeviceLedger):
+    for kind in (LossRecord, DeviceLedger):
         ledger = kind(len(losses), CPU)
         for loss in losses:
             ledger.add(loss, loss)
@@ -290,10 +293,10 @@ def test_many_small_losses_of_few_bits_are_not_lost(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_sum_that_is_not_finite_is_read_as_such(bad: float) -> None:
-    for kind in (Ledger, DeviceLedger):
+    for kind in (LossRecord, DeviceLedger):
         entries = filled(kind, [1.0, bad, 2.0], None, None).read()
         assert entries.loss_sum == pytest.approx(bad, nan_ok=True)
-    both = filled(Ledger, [float("inf"), -float("inf")], None, None).read()
+    both = filled(LossRecord, [float("inf"), -float("inf")], None, None).read()
     assert both.loss_sum != both.loss_sum
 
 

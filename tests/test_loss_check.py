@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
-from autobatch.batches.nest import Nest
+from autobatch.data.tree import BatchTree
 from autobatch.errors import InexactStepError
-from autobatch.randomness import random_state
-from autobatch.training.loss_check import check_splits
-from autobatch.training.resolve import resolve_loss
+from autobatch.state.rng import random_state
+from autobatch.training.losses.resolve import resolve_loss
+from autobatch.training.losses.split_check import check_splits
 
 drawn = settings(deadline=None, max_examples=12, derandomize=True)
 any_sizes = given(
@@ -39,8 +39,8 @@ def window(seed: int = 0, sizes: Sequence[int] = (4, 3)) -> tuple[list[Tensor], 
 
 def check(
     loss: Callable[..., object],
-    outputs: Sequence[Nest] | None = None,
-    targets: Sequence[Nest] | None = None,
+    outputs: Sequence[BatchTree] | None = None,
+    targets: Sequence[BatchTree] | None = None,
 ) -> bool:
     default_outputs, default_targets = window()
     return check_splits(resolve_loss(loss), outputs or default_outputs, targets or default_targets)
@@ -262,7 +262,7 @@ def test_outputs_of_integers_are_judged_by_their_values() -> None:
 
 def test_the_gradient_of_every_output_counts_and_one_may_have_none() -> None:
     outputs, targets = window()
-    nests: list[Nest] = [
+    nests: list[BatchTree] = [
         {
             "mean": its,
             "unused": its[:, 0],
@@ -450,7 +450,7 @@ def test_a_loss_of_torch_passes_too() -> None:
 
 def test_nested_outputs_and_absent_targets_are_split() -> None:
     outputs, _ = window()
-    nests: list[Nest] = [{"mean": its, "size": "base"} for its in outputs]
+    nests: list[BatchTree] = [{"mean": its, "size": "base"} for its in outputs]
     assert check(lambda o, _: o["mean"].pow(2).mean(), nests, [None, None])
     with pytest.raises(InexactStepError, match="splitting changes"):
         check(lambda o, _: o["mean"].std(), nests, [None, None])
@@ -465,7 +465,7 @@ def test_nested_outputs_and_absent_targets_are_split() -> None:
         ([torch.ones(8, 5)], "agree in length along dimension 0"),
     ],
 )
-def test_outputs_that_cannot_be_joined_are_refused(outputs: list[Nest], reason: str) -> None:
+def test_outputs_that_cannot_be_joined_are_refused(outputs: list[BatchTree], reason: str) -> None:
     with pytest.raises(InexactStepError, match=rf"cannot be joined: .*{reason}.*forward="):
         check(lambda o, _: o, outputs, [torch.ones(2)] * len(outputs))
 

@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
-from autobatch.batches.nest import Nest
-from autobatch.training.losses import UnrecognisedLoss
-from autobatch.training.resolve import resolve_loss
-from autobatch.training.summed import Loss
+from autobatch.data.tree import BatchTree
+from autobatch.training.losses.callable import CallableLoss
+from autobatch.training.losses.loss import Loss
+from autobatch.training.losses.resolve import resolve_loss
 
 drawn = settings(deadline=None, max_examples=10, derandomize=True)
 TorchLoss = Callable[[Tensor, Tensor], Tensor]
@@ -351,7 +351,7 @@ def test_a_loss_of_torch_takes_one_tensor_of_each(loss: TorchLoss) -> None:
         (None, "NoneType"),
     ],
 )
-def test_no_loss_is_inferred_from_other_targets(targets: Nest, described: str) -> None:
+def test_no_loss_is_inferred_from_other_targets(targets: BatchTree, described: str) -> None:
     with pytest.raises(TypeError, match=rf"got {described}; pass loss="):
         resolve_loss(None).denominator(targets, 4)
     with pytest.raises(TypeError, match=rf"got {described}; pass loss="):
@@ -566,7 +566,7 @@ def test_what_is_neither_a_mean_nor_sum_and_terms_is_refused(
 
 def test_a_loss_may_not_change_between_a_mean_and_sum_and_terms() -> None:
     results: list[object] = [torch.tensor(1.0), (torch.tensor(4.0), 4), torch.tensor(1.0)]
-    loss = UnrecognisedLoss(lambda *_: results.pop())
+    loss = CallableLoss(lambda *_: results.pop())
     loss.summed(None, None, 4)
     with pytest.raises(TypeError, match=r"returned a mean before and \(sum, terms\) now"):
         loss.summed(None, None, 4)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Optimizer
 
-from autobatch.training.members import Members
+from autobatch.training.model_state.parameter_cache import ParameterCache
 
 Change = Callable[[nn.Sequential, Optimizer], object]
 
@@ -80,7 +80,7 @@ def of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def told(members: Members) -> list[list[int]]:
+def told(members: ParameterCache) -> list[list[int]]:
     kinds = (members.batch_norms, members.modules, members.parameters)
     return [sorted(map(id, kind)) for kind in kinds]
 
@@ -89,11 +89,11 @@ def told(members: Members) -> list[list[int]]:
 def test_a_change_between_two_steps_is_seen_and_one_more_on_top(change: Change) -> None:
     net, loss = model(), nn.BCEWithLogitsLoss(weight=torch.ones(3))
     optimizer = SGD(net.parameters(), lr=0.1)
-    members = Members(net, [loss], lambda: of(optimizer))
+    members = ParameterCache(net, [loss], lambda: of(optimizer))
     for altered in (change, lambda net, _: net.append(nn.Linear(3, 3)), change):
         try:
             altered(net, optimizer)
         except (RuntimeError, IndexError):  # Not every one can be made twice.
             continue
         members.refresh()
-        assert told(members) == told(Members(net, [loss], lambda: of(optimizer)))
+        assert told(members) == told(ParameterCache(net, [loss], lambda: of(optimizer)))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from states import bits
 from torch import Tensor
 
-from autobatch.batches.marks import Examples, Pieces, Shared
-from autobatch.batches.nest import (
+from autobatch.data.markers import Examples, RaggedBatch, Shared
+from autobatch.data.tree import (
     RaggedError,
     counted,
     cut,
@@ -626,10 +626,10 @@ def test_every_tensor_is_found_depth_first() -> None:
         (Examples([torch.ones(5), "x"]), "Examples(float32[5], str)"),
         (Examples(["x"] * 9), "Examples of 9"),
         (
-            Pieces(((torch.ones(2, 5), 1), (torch.ones(3, 7), 1))),
+            RaggedBatch(((torch.ones(2, 5), 1), (torch.ones(3, 7), 1))),
             "Pieces((float32[2, 5], int), (float32[3, 7], int))",
         ),
-        (Pieces((torch.ones(2),) * 9), "Pieces of 9"),
+        (RaggedBatch((torch.ones(2),) * 9), "RaggedBatch of 9"),
         (3.5, "float"),
     ],
 )
@@ -779,7 +779,7 @@ def test_a_nest_without_anything_shared_is_its_own_unwrapping(
 
 
 def test_marks_survive_the_way_from_a_worker() -> None:
-    batch = (Shared(torch.eye(2)), Examples([torch.ones(1), "text"]), Pieces((torch.ones(2),)))
+    batch = (Shared(torch.eye(2)), Examples([torch.ones(1), "text"]), RaggedBatch((torch.ones(2),)))
     assert same(pickle.loads(pickle.dumps(batch)), batch)
 
 
@@ -811,4 +811,4 @@ def test_ragged_is_said_only_where_nothing_else_is_wrong() -> None:
 @pytest.mark.parametrize("use", [lambda b: part(b, 0, 1), lambda b: cut(b, [1, 3])])
 def test_pieces_are_no_batch_that_can_be_cut(use: Callable[[object], object]) -> None:
     with pytest.raises(AssertionError, match="one by one"):
-        use(Pieces((torch.ones(2, 5), torch.ones(2, 7))))
+        use(RaggedBatch((torch.ones(2, 5), torch.ones(2, 7))))

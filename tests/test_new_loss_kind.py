@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from autobatch import Accumulator, StepOptions, find_and_train
-from autobatch.batches.nest import Nest, size_of
-from autobatch.training.forward import Forward, standard_forward
-from autobatch.training.objective import MicroBatch, Objective, Passes, Record
+from autobatch.data.tree import BatchTree, size_of
+from autobatch.training.losses.forward import Forward, standard_forward
+from autobatch.training.losses.objective import MicroBatch, Objective, Passes, Record
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Quantile:
 class QuantileObjective(Objective):
     kind: Quantile
 
-    def denominator(self, batch: Nest) -> float:
+    def denominator(self, batch: BatchTree) -> float:
         return size_of(batch)
 
     def run(self, passes: Passes, model: nn.Module, record: Record | None = None) -> None:

@@ -338,7 +338,7 @@ def test_a_sample_that_is_not_finite_is_no_obstacle_to_the_search() -> None:
 
 
 def test_a_loss_module_s_own_buffer_is_put_back_too() -> None:
-    class Counting(nn.Module):
+    class TermCounter(nn.Module):
         calls: Tensor
 
         def __init__(self) -> None:
@@ -349,7 +349,7 @@ def test_a_loss_module_s_own_buffer_is_put_back_too() -> None:
             self.calls += 1
             return nn.functional.cross_entropy(outputs, targets) * torch.nan
 
-    loss, model = Counting(), small_model()
+    loss, model = TermCounter(), small_model()
     accumulator = Accumulator(model, sgd(model), loss, micro_batch=4)
     with pytest.raises(NonFiniteLossError):
         accumulator.step((torch.randn(8, 5).double(), torch.randint(0, 3, (8,))))

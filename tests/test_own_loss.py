@@ -17,11 +17,12 @@ from states import fingerprint, identities
 from torch import Tensor, nn
 
 from autobatch import Accumulator
-from autobatch.batches.marks import Pieces
-from autobatch.batches.nest import Nest, cut, map_tensors, size_of, take
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
+from autobatch.data.markers import RaggedBatch
+from autobatch.data.tree import BatchTree, cut, map_tensors, size_of, take
 from autobatch.errors import InexactStepError
-from autobatch.training.own_loss import OwnLoss, call_with_labels, candidates, own_loss_of
+from autobatch.training.losses.model_loss import ModelLoss, call_with_labels, model_loss_of
+from autobatch.training.losses.term_counting import candidates
 
 Batch = Mapping[str, Tensor]
 Gradients = dict[str, Tensor]
@@ -137,7 +138,7 @@ RAGGED = text(0, [(0, 6), (0, 2), (1, 4), (0, 3), (2, 6)])
 EQUAL = text(0, [(0, 6)] * 4)
 
 
-def moved(nest: Nest) -> Nest:
+def moved(nest: BatchTree) -> BatchTree:
     return map_tensors(torch.clone, nest)
 
 
@@ -147,14 +148,14 @@ def gradients(model: nn.Module) -> Gradients:
 
 def undivided(model: nn.Module, batch: Batch) -> tuple[float, Gradients]:
     model.zero_grad()
-    loss = own_loss_of(model(**batch))
+    loss = model_loss_of(model(**batch))
     assert loss is not None
     loss.backward()
     return loss.item(), gradients(model)
 
 
 def accumulated(
-    own: OwnLoss, model: nn.Module, parts: Sequence[Batch], denominator: float
+    own: ModelLoss, model: nn.Module, parts: Sequence[Batch], denominator: float
 ) -> tuple[float, Gradients]:
     """A window by hand: the sums are divided by the logical batch's terms."""
     model.zero_grad()
@@ -168,9 +169,9 @@ def accumulated(
 
 
 def window(
-    model: nn.Module, batch: Batch, sizes: Sequence[int], own: OwnLoss | None = None
+    model: nn.Module, batch: Batch, sizes: Sequence[int], own: ModelLoss | None = None
 ) -> tuple[float, Gradients]:
-    own = own or OwnLoss()
+    own = own or ModelLoss()
     own.settle(model, batch, moved)
     return accumulated(own, model, parts_of(batch, sizes), own.denominator(batch))
 
@@ -183,7 +184,7 @@ def parts_of(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     return parts
 
 
-def counted(own: OwnLoss, batch: Batch) -> list[str]:
+def counted(own: ModelLoss, batch: Batch) -> list[str]:
     """What the model's mean may still be over."""
     return [counting.name for counting in own._possible(batch)]
 
@@ -228,7 +229,7 @@ def test_any_split_has_the_undivided_loss_and_gradient(
 def test_what_the_mean_is_over_is_found_on_the_first_ragged_batch(
     mean: Mean,
 ) -> None:
-    own = OwnLoss()
+    own = ModelLoss()
     own.settle(Tagger(mean), RAGGED, moved)
     assert counted(own, RAGGED) == [
         next(n for n, m in MEANS.items() if m is mean).replace(
@@ -249,14 +250,14 @@ def test_a_mean_over_examples_may_be_nan_where_one_has_no_label() -> None:
     def nan_for_nothing(scores: Tensor, labels: Tensor) -> Tensor:
         return (each(scores, labels).sum(1) / (labels != -100).sum(1)).mean()
 
-    own = OwnLoss()
+    own = ModelLoss()
     own.settle(even(Tagger(nan_for_nothing)), RAGGED, moved)
     assert counted(own, RAGGED) == ["examples"]
 
 
 def test_counting_unshifted_labels_of_a_causal_model_is_wrong() -> None:
     model = Tagger(over_shifted)
-    own = OwnLoss()
+    own = ModelLoss()
     own._refuted = [c for c in candidates(RAGGED) if c.name != "valid labels"]
     wrong = accumulated(own, model, parts_of(RAGGED, [2, 3]), own.denominator(RAGGED))
     with pytest.raises(AssertionError, match="not close"):
@@ -264,7 +265,7 @@ def test_counting_unshifted_labels_of_a_causal_model_is_wrong() -> None:
 
 
 def test_equal_lengths_leave_it_open_until_a_ragged_batch() -> None:
-    model, own = Tagger(over_shifted), OwnLoss()
+    model, own = Tagger(over_shifted), ModelLoss()
     assert_exact(window(model, EQUAL, [3, 1], own), undivided(model, EQUAL))
     assert len(counted(own, EQUAL)) == 3
     assert_exact(window(model, RAGGED, [2, 3], own), undivided(model, RAGGED))
@@ -291,7 +292,7 @@ def test_floating_labels_are_a_mean_over_elements(shape: tuple[int, ...]) -> Non
         "target": torch.randn(5, *shape, dtype=torch.float64),
     }
     assert_exact(window(model, batch, [2, 3]), undivided(model, batch))
-    assert OwnLoss().denominator(batch) == batch["target"].numel()
+    assert ModelLoss().denominator(batch) == batch["target"].numel()
 
 
 class Classifier(nn.Module):
@@ -354,7 +355,7 @@ class OverMask(Tagger):
 
 def test_a_mean_over_a_mask_is_refused_as_soon_as_examples_differ_in_it() -> None:
     """In a window in which the law is not tried otherwise."""
-    model, own = OverMask(over_labels), OwnLoss()
+    model, own = OverMask(over_labels), ModelLoss()
     full = torch.ones(4, 6, dtype=torch.long)
     for seed in range(6):
         own.settle(model, {**text(seed, [(0, 6)] * 4), "mask": full}, moved)
@@ -362,7 +363,7 @@ def test_a_mean_over_a_mask_is_refused_as_soon_as_examples_differ_in_it() -> Non
     ragged = full.tril(2)
     with pytest.raises(InexactStepError, match="no mean over"):
         own.settle(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, moved)
-    again = OwnLoss()
+    again = ModelLoss()
     again.load_state_dict(before)
     with pytest.raises(InexactStepError, match="no mean over"):
         again.settle(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, moved)
@@ -396,7 +397,7 @@ def test_a_model_that_hands_keywords_on_need_not_take_labels() -> None:
 
 def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:
     batch = text(1, [(0, 5), (0, 1), (2, 2), (0, 4)])  # Shifted, two in the middle have none.
-    model, own = Tagger(over_shifted), OwnLoss()
+    model, own = Tagger(over_shifted), ModelLoss()
     own.settle(model, batch, moved)
     empty = parts_of(batch, [1, 2, 1])[1]
     outputs = model(**empty)
@@ -409,7 +410,7 @@ def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:
 
 
 def test_a_logical_batch_without_a_valid_label_has_no_terms() -> None:
-    model, own = Tagger(over_labels), OwnLoss()
+    model, own = Tagger(over_labels), ModelLoss()
     own.settle(model, RAGGED, moved)
     empty = text(0, [(0, 0)] * 3)
     own.settle(model, empty, moved)
@@ -421,8 +422,8 @@ def test_a_logical_batch_without_a_valid_label_has_no_terms() -> None:
 
 def test_pieces_of_different_lengths_are_settled_as_one_batch() -> None:
     pieces = [text(0, [(0, 4), (0, 2)], time=4), text(1, [(0, 9), (1, 7)], time=9)]
-    model, own = Tagger(over_shifted), OwnLoss()
-    whole = Pieces(tuple(pieces))
+    model, own = Tagger(over_shifted), ModelLoss()
+    whole = RaggedBatch(tuple(pieces))
     own.settle(model, whole, moved)
     divided = accumulated(own, model, pieces, own.denominator(whole))
     padded = {
@@ -433,10 +434,10 @@ def test_pieces_of_different_lengths_are_settled_as_one_batch() -> None:
 
 
 def test_no_label_is_hidden_from_a_model_that_may_not_know_hidden_labels() -> None:
-    pieces = Pieces((text(0, [(0, 4)] * 2, time=4), text(1, [(0, 9)] * 2, time=9)))
+    pieces = RaggedBatch((text(0, [(0, 4)] * 2, time=4), text(1, [(0, 9)] * 2, time=9)))
     mean, calls = recording(over_labels)
     with pytest.raises(InexactStepError, match=r"valid labels or shifted .* batch_loss="):
-        OwnLoss().settle(Tagger(mean), pieces, moved)
+        ModelLoss().settle(Tagger(mean), pieces, moved)
     assert calls
     assert not any((labels == -100).any() for labels in calls)
 
@@ -448,7 +449,7 @@ def test_no_label_is_hidden_from_a_model_that_may_not_know_hidden_labels() -> No
 @pytest.mark.parametrize("batch", [EQUAL, RAGGED], ids=["equal", "ragged"])
 def test_a_loss_that_couples_examples_is_refused(mean: Mean, batch: Batch) -> None:
     with pytest.raises(InexactStepError, match=r"both together.*batch_loss=.*one micro-batch"):
-        OwnLoss().settle(Tagger(mean), batch, moved)
+        ModelLoss().settle(Tagger(mean), batch, moved)
 
 
 @pytest.mark.parametrize(
@@ -460,11 +461,11 @@ def test_a_loss_that_couples_examples_is_refused(mean: Mean, batch: Batch) -> No
 )
 def test_a_refusal_says_what_it_looks_like(mean: Mean, message: str) -> None:
     with pytest.raises(InexactStepError, match=message):
-        OwnLoss().settle(Tagger(mean), EQUAL, moved)
+        ModelLoss().settle(Tagger(mean), EQUAL, moved)
 
 
 def test_a_mean_over_what_nobody_counts_is_refused_once_it_shows() -> None:
-    model, own = Tagger(unpadded), OwnLoss()
+    model, own = Tagger(unpadded), ModelLoss()
     own.settle(model, EQUAL, moved)
     padded = {**EQUAL, "labels": EQUAL["labels"].clone()}
     padded["labels"][:2, 2:] = 0
@@ -481,11 +482,11 @@ def by_squares(scores: Tensor, labels: Tensor) -> Tensor:
 def test_other_weights_are_refused_though_an_example_without_labels_hides_them() -> None:
     batch = text(0, [(0, 0), (0, 2), (0, 6), (0, 3)])
     with pytest.raises(InexactStepError, match="no mean over valid labels or"):
-        OwnLoss().settle(Tagger(by_squares), batch, moved)
+        ModelLoss().settle(Tagger(by_squares), batch, moved)
 
 
 def test_what_was_refused_is_refused_again() -> None:
-    own = OwnLoss()
+    own = ModelLoss()
     for _ in range(2):
         with pytest.raises(InexactStepError, match="cannot be split"):
             own.settle(Tagger(contrastive), EQUAL, moved)
@@ -496,7 +497,7 @@ def test_what_was_refused_is_refused_again() -> None:
 
 def test_the_law_is_tried_in_the_windows_1_2_4_8() -> None:
     mean, calls = recording(over_labels)
-    model, own = Tagger(mean), OwnLoss()
+    model, own = Tagger(mean), ModelLoss()
     tried = []
     for number in range(1, 17):
         own.settle(model, EQUAL, moved)
@@ -509,7 +510,7 @@ def test_the_law_is_tried_in_the_windows_1_2_4_8() -> None:
 
 def test_examples_that_cannot_tell_are_no_trial() -> None:
     mean, calls = recording(over_labels)
-    model, own = Tagger(mean), OwnLoss()
+    model, own = Tagger(mean), ModelLoss()
     for number in range(1, 4):
         own.settle(model, take(EQUAL, [0, 0, 0]), moved)
         assert len(calls) == 3 * number
@@ -551,7 +552,7 @@ def test_settling_leaves_no_trace(mean: Mean) -> None:
     batch = {key: value.clone() for key, value in RAGGED.items()}
     before = fingerprint(model, batch, *model.parameters()), identities(model)
     try:
-        OwnLoss().settle(model, batch, moved)
+        ModelLoss().settle(model, batch, moved)
     except InexactStepError:
         assert mean is contrastive
     assert (fingerprint(model, batch, *model.parameters()), identities(model)) == before
@@ -567,14 +568,14 @@ def test_settling_runs_in_evaluation_mode_and_without_gradient() -> None:
         return over_labels(scores, labels)
 
     model = Tagger(note)
-    OwnLoss().settle(model, RAGGED, moved)
+    ModelLoss().settle(model, RAGGED, moved)
     assert set(modes) == {(False, False)}
 
 
 def test_settling_under_autocast_takes_no_gradient_away() -> None:
     model = Tagger(over_labels).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        OwnLoss().settle(model, RAGGED, moved)
+        ModelLoss().settle(model, RAGGED, moved)
         model(**RAGGED).loss.backward()
     assert model.head.weight.grad is not None
 
@@ -585,7 +586,7 @@ def test_settling_under_autocast_takes_no_gradient_away() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
 def test_sixteen_bits_can_tell_as_well(mean: Mean, dtype: torch.dtype) -> None:
-    own = OwnLoss()
+    own = ModelLoss()
     own.settle(Tagger(mean).to(dtype), RAGGED, moved)
     assert len(counted(own, RAGGED)) == 1
 
@@ -593,7 +594,7 @@ def test_sixteen_bits_can_tell_as_well(mean: Mean, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_loss_of_sixteen_bits_is_widened_before_it_is_multiplied(dtype: torch.dtype) -> None:
     batch = {"labels": torch.ones(300, 1001, dtype=torch.int64)}
-    loss_sum, _ = OwnLoss().summed({"loss": torch.tensor(3.0, dtype=dtype)}, batch)
+    loss_sum, _ = ModelLoss().summed({"loss": torch.tensor(3.0, dtype=dtype)}, batch)
     assert loss_sum.dtype is torch.float32
     assert loss_sum.item() == 3 * 300 * 1001
 
@@ -604,11 +605,11 @@ def otherwise_rounded(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_a_loss_is_as_coarse_as_what_it_comes_from() -> None:
-    OwnLoss().settle(Tagger(otherwise_rounded).to(torch.float16), RAGGED, moved)
+    ModelLoss().settle(Tagger(otherwise_rounded).to(torch.float16), RAGGED, moved)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        OwnLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
+        ModelLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
     with pytest.raises(InexactStepError, match="cannot be split"):
-        OwnLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
+        ModelLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
 
 
 # What a loss of the model's own is
@@ -616,17 +617,17 @@ def test_a_loss_is_as_coarse_as_what_it_comes_from() -> None:
 
 def test_a_scalar_floating_loss_is_one_and_nothing_else_is() -> None:
     loss = torch.tensor(1.0)
-    assert own_loss_of(Output(loss=loss, scores=loss)) is loss
-    assert own_loss_of({"loss": loss}) is loss
+    assert model_loss_of(Output(loss=loss, scores=loss)) is loss
+    assert model_loss_of({"loss": loss}) is loss
     for other in (loss, None, (loss,), {"logits": loss}, {"loss": None}, {"loss": 1.0}):
-        assert own_loss_of(other) is None
+        assert model_loss_of(other) is None
     for value in (torch.ones(1), torch.tensor(1)):
-        assert own_loss_of({"loss": value}) is None
+        assert model_loss_of({"loss": value}) is None
 
 
 def test_what_cannot_be_summed_is_said() -> None:
     with pytest.raises(TypeError, match=r"no scalar loss, got \{logits: float32\[2\]\}.*labels"):
-        OwnLoss().summed({"logits": torch.ones(2)}, EQUAL)
+        ModelLoss().summed({"logits": torch.ones(2)}, EQUAL)
     with pytest.raises(TypeError, match=r"takes a mapping.*batch_loss="):
         call_with_labels(Tagger(over_labels), (torch.ones(2), torch.ones(2)))
 
@@ -705,7 +706,7 @@ def test_a_model_of_transformers_steps_as_undivided(case: str) -> None:
     name, config, labelled, expected = CASES[case]
     model = small(name, **config).double()
     batch = labelled(character_batches(9, 9, longest=24, seed=1)[0])
-    own = OwnLoss()
+    own = ModelLoss()
     loss, gradient = window(model, batch, [2, 4, 1, 2], own)
     assert not expected or counted(own, batch) == [expected]
     whole_loss, whole_gradient = undivided(model, batch)
@@ -724,7 +725,7 @@ def test_gpt2_learns_text_as_from_undivided_batches() -> None:
     model = small("GPT2LMHeadModel", **{**GPT2, "n_embd": 64, "n_layer": 2, "n_positions": 64})
     batches = character_batches(20 * 8, 8, longest=48, seed=0)
     plain = train(copy.deepcopy(model), batches, undivided)
-    own = OwnLoss()
+    own = ModelLoss()
     divided = train(model, batches, lambda net, batch: window(net, batch, [3, 3, 2], own))
     assert divided == pytest.approx(plain, rel=2e-5)
     assert plain[-1] < 0.8 * plain[0], "nothing was learnt"

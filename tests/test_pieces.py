@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autobatch.batches.marks import Examples, Pieces, Shared
-from autobatch.batches.nest import Nest, describe, from_numpy, map_tensors, size_of, unwrapped
-from autobatch.batches.pieces import cut_to, largest_piece, pieces_of, put_together
-from autobatch.batches.regroup import logical_batches
-from autobatch.plan import BatchPlan
+from autobatch.data.markers import Examples, RaggedBatch, Shared
+from autobatch.data.micro_batches import cut_to, largest_piece, pieces_of, put_together
+from autobatch.data.rebatch import logical_batches
+from autobatch.data.tree import BatchTree, describe, from_numpy, map_tensors, size_of, unwrapped
+from autobatch.results.plan import BatchPlan
 
 drawn = settings(deadline=None, max_examples=100, derandomize=True)
 texts = st.lists(st.integers(0, 4), min_size=1, max_size=20)  # Their lengths.
@@ -38,7 +38,7 @@ def padded(lengths: Sequence[int], loaded: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def rows(batches: Sequence[Nest]) -> list[tuple[list[int], int, int, str, int]]:
+def rows(batches: Sequence[BatchTree]) -> list[tuple[list[int], int, int, str, int]]:
     """Every example: its tokens as they are padded, length, label, name and item."""
     found: list[tuple[list[int], int, int, str, int]] = []
     for batch in batches:
@@ -49,7 +49,7 @@ def rows(batches: Sequence[Nest]) -> list[tuple[list[int], int, int, str, int]]:
     return found
 
 
-def every_piece(batches: Sequence[Nest]) -> list[Nest]:
+def every_piece(batches: Sequence[BatchTree]) -> list[BatchTree]:
     return list(itertools.chain.from_iterable(map(pieces_of, batches)))
 
 
@@ -72,7 +72,7 @@ def test_what_can_be_joined_is_joined(lengths: list[int], loaded: int, desired: 
         own = widths[number * desired : (number + 1) * desired]
         runs = [len(list(run)) for _, run in itertools.groupby(own)]
         assert list(map(size_of, pieces_of(window))) == runs
-        assert isinstance(window, Pieces) is (len(runs) > 1)
+        assert isinstance(window, RaggedBatch) is (len(runs) > 1)
 
 
 @drawn
@@ -123,7 +123,7 @@ def test_pieces_are_mapped_described_and_unwrapped_one_by_one() -> None:
 
 def test_pieces_that_disagree_inside_are_refused() -> None:
     with pytest.raises(ValueError, match="must agree in length"):
-        size_of(Pieces(((torch.ones(2), torch.ones(3)), (torch.ones(2), torch.ones(2)))))
+        size_of(RaggedBatch(((torch.ones(2), torch.ones(3)), (torch.ones(2), torch.ones(2)))))
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_the_largest_piece_is_the_one_with_the_most_bytes_an_example() -> None:
         return (torch.zeros(size, width, dtype=dtype), Shared(torch.zeros(1000)))
 
     many, few, middle = batch(9, 3), batch(1, 2), batch(3, 4)
-    assert largest_piece(Pieces((many, few, middle))) is middle
+    assert largest_piece(RaggedBatch((many, few, middle))) is middle
     boxes = [
         (Examples([torch.zeros(n)] * 2), torch.zeros(2, width)) for n, width in ((1, 3), (9, 2))
     ]
-    assert largest_piece(Pieces(tuple(boxes))) is boxes[1]
+    assert largest_piece(RaggedBatch(tuple(boxes))) is boxes[1]
 
 
 def test_gradients_of_the_pieces_add_up_to_those_of_padded_text() -> None:
@@ -167,7 +167,7 @@ def test_gradients_of_the_pieces_add_up_to_those_of_padded_text() -> None:
     torch.manual_seed(0)
     weight = torch.randn(21, dtype=torch.float64, requires_grad=True)
 
-    def summed(batch: Nest) -> Tensor:
+    def summed(batch: BatchTree) -> Tensor:
         assert isinstance(batch, dict)
         found = (weight[batch["input_ids"]] * batch["attention_mask"]).sum(1).square().sum()
         assert isinstance(found, Tensor)

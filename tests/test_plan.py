@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.plan import BatchPlan, useful_sizes
+from autobatch.results.plan import BatchPlan, useful_sizes
 from autobatch.validation import check_size
 
 drawn = settings(deadline=None, derandomize=True)

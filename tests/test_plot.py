@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from autobatch.plot import check_plot
-from autobatch.results import SearchResult, Trial, Upper, Verdict
+from autobatch.results.plot import check_plot
+from autobatch.results.search import SearchResult, Trial, Upper
+from autobatch.results.verdict import Verdict
 
 MIB = 2**20
 

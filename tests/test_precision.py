@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autobatch import Accumulator, StepInterruptedError, find_and_train, find_batch_size
 from autobatch.devices.cpu import CpuDevice
 from autobatch.events import TrainingStarted
-from autobatch.training.precision import Precision, scaler_for
-from autobatch.training.update import Update
-from autobatch.training.wide import WideSums
+from autobatch.training.engine.gradient_buffer import GradientBuffer
+from autobatch.training.engine.optimizer_step import OptimizerStep
+from autobatch.training.engine.precision import Precision, scaler_for
 
 Pair = tuple[Tensor, Tensor]
 SIZES = (4, 3, 3)
@@ -471,7 +471,7 @@ def test_fp16_trains() -> None:
 
 def test_update_takes_the_scale_s_step_only_where_a_scaler_is() -> None:
     model = small()
-    update = Update(optimizer=sgd(model), device=CpuDevice())
+    update = OptimizerStep(optimizer=sgd(model), device=CpuDevice())
     assert update.scaled() is None
     update.leave_out()
 
@@ -567,7 +567,7 @@ def test_frozen_and_wide_parameters_are_left_alone(wide: torch.dtype) -> None:
 
 def test_only_gradients_of_16_bits_cost_a_sum() -> None:
     narrow, wide = (nn.Parameter(torch.ones(2, dtype=t)) for t in (torch.float16, torch.float32))
-    sums = WideSums([narrow, wide], torch.float32)
+    sums = GradientBuffer([narrow, wide], torch.float32)
     narrow.grad, wide.grad = torch.ones_like(narrow), torch.ones_like(wide)
     sums.absorb()
     assert [parameter.grad is None for parameter in (narrow, wide)] == [True, False]

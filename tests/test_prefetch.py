@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import course, find_and_train
-from autobatch.batches.prefetch import crowded
+from autobatch.data.worker_memory import crowded
 
 ROWS = TensorDataset(torch.randn(64, 256), torch.randint(0, 3, (64,)))  # 1032 bytes each.
 FIRST = ROWS[:8]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.probing.options import SearchOptions
-from autobatch.probing.prior import Prior
-from autobatch.probing.search import Outcome, Search
-from autobatch.results import Phase
+from autobatch.results.search import Phase
+from autobatch.search.bracketing import BracketingSearch, Outcome
+from autobatch.search.options import SearchOptions
+from autobatch.search.prior import Prior
 
 MIB = 2**20
 CANDIDATES = range(1, 10_001)
@@ -55,7 +55,7 @@ steps = st.builds(
 
 
 def tried(step: Step, unseen: int, limit_bytes: int, prior: Prior | None) -> list[int]:
-    search, sizes = Search(CANDIDATES, limit_bytes=limit_bytes, prior=prior), []
+    search, sizes = BracketingSearch(CANDIDATES, limit_bytes=limit_bytes, prior=prior), []
     while (size := search.next()) is not None:
         phases = step.phases(size, unseen)
         fits = max(phase.peak_bytes for phase in phases) <= limit_bytes
@@ -175,7 +175,7 @@ def test_a_failure_above_the_guess_leaves_it_standing_and_one_below_ends_it() ->
     step = Step(constant=10 * MIB, slope=MIB, update=0)
     prior = step.prior(100)
     for failed, following in ((10_000, 100), (90, None)):
-        search = Search(CANDIDATES, limit_bytes=prior.limit_bytes, prior=prior)
+        search = BracketingSearch(CANDIDATES, limit_bytes=prior.limit_bytes, prior=prior)
         search.learn(failed, Outcome(fits=False))
         search.learn(4, Outcome(fits=True, phases=step.phases(4)))
         found = search.next()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reference import assert_exact
 
 from autobatch import StepResult
-from autobatch.results import Evaluation
-from autobatch.training.progress import Place, Progress
+from autobatch.results.training import Evaluation
+from autobatch.training.progress import DataPosition, Progress
 
 
 def step(
@@ -134,7 +134,7 @@ def test_an_evaluation_takes_the_place_of_one_of_the_same_epoch() -> None:
 
 
 def test_a_place_moves_to_the_beginning_of_the_next_epoch() -> None:
-    place = Place(epoch=2, windows=5, random={"torch": 1})
+    place = DataPosition(epoch=2, windows=5, random={"torch": 1})
     place.next_epoch()
-    assert place == Place(epoch=3)
-    assert Place(**cast("dict[str, int]", place.state_dict())) == place  # type: ignore[arg-type]
+    assert place == DataPosition(epoch=3)
+    assert DataPosition(**cast("dict[str, int]", place.state_dict())) == place  # type: ignore[arg-type]

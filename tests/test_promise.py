@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import FAR, FEW, any_candidates, by_hand
 
-from autobatch.plan import useful_sizes
-from autobatch.probing.promise import Promise, doubled
+from autobatch.results.plan import useful_sizes
+from autobatch.search.trial_bound import TrialBound, doubled
 
 drawn = settings(deadline=None, max_examples=300, derandomize=True)
 
@@ -23,7 +23,7 @@ def answered(candidates: Sequence[int], answer: int, wishes: Sequence[float]) ->
         answer: The position of the largest that runs, or -1.
         wishes: Then the last of them, for ever.
     """
-    promise = Promise(candidates, stretch=FAR, first=FEW)
+    promise = TrialBound(candidates, stretch=FAR, first=FEW)
     good, bad, tried = -1, len(candidates), list[int]()
     promise.renew(good, bad, 0)
     while bad - good > 1:
@@ -68,7 +68,7 @@ def test_every_answer_of_a_small_search_is_reached_in_time(
 
 
 def test_a_wish_that_can_be_afforded_is_granted() -> None:
-    promise = Promise(range(1, 10_001), stretch=FAR, first=FEW)
+    promise = TrialBound(range(1, 10_001), stretch=FAR, first=FEW)
     for wish in (4, 20, 255):
         assert promise.nearest(wish, good=3, bad=10_000, used=1) == wish
     assert promise.nearest(9_000, good=3, bad=10_000, used=1) == 4 * FAR - 1
@@ -76,7 +76,7 @@ def test_a_wish_that_can_be_afforded_is_granted() -> None:
 
 def test_walking_is_ended_where_bisection_is_due() -> None:
     """65 answers, 64 leaves: each step up costs a trial, and so the steps get longer."""
-    promise = Promise(range(1, 66), stretch=FAR, first=FEW)
+    promise = TrialBound(range(1, 66), stretch=FAR, first=FEW)
     good, steps = 3, []
     for used in range(1, 9):
         good = promise.nearest(good + 1, good, 65, used)
@@ -86,7 +86,7 @@ def test_walking_is_ended_where_bisection_is_due() -> None:
 
 
 def test_trials_that_nobody_asked_for_are_allowed_for() -> None:
-    promise = Promise(range(1, 1001), stretch=FAR, first=FEW)
+    promise = TrialBound(range(1, 1001), stretch=FAR, first=FEW)
     promise.renew(good=3, bad=1000, used=40)
     assert promise.nearest(3, good=3, bad=1000, used=40) > 3
 

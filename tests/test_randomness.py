@@ -15,7 +15,7 @@ from states import fingerprint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
-from autobatch.randomness import random_state
+from autobatch.state.rng import random_state
 
 Draw = Callable[[], object]
 

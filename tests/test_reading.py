@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch import Accumulator
-from autobatch.batches.containers import children_of
-from autobatch.batches.marks import Examples, Pieces, Shared
-from autobatch.batches.nest import Nest, cut, describe, join, size_of, take
-from autobatch.batches.reading import as_batch
-from autobatch.batches.regroup import logical_batches, open_source
+from autobatch.data.containers import children_of
+from autobatch.data.markers import Examples, RaggedBatch, Shared
+from autobatch.data.normalize import as_batch
+from autobatch.data.rebatch import logical_batches, open_source
+from autobatch.data.tree import BatchTree, cut, describe, join, size_of, take
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -31,7 +31,7 @@ class Boxes:
 
 
 @dataclass
-class Whole:
+class WholeBatchObjective:
     images: object
     targets: object
 
@@ -52,7 +52,7 @@ def target(boxes: int) -> dict[str, Tensor]:
     return {"boxes": torch.zeros(boxes, 4), "labels": torch.zeros(boxes, dtype=torch.int64)}
 
 
-def kinds(batch: Nest) -> list[str]:
+def kinds(batch: BatchTree) -> list[str]:
     """What a batch of several members came to be."""
     members = children_of(batch)
     assert members is not None
@@ -86,7 +86,7 @@ LISTS: list[tuple[str, Any, int]] = [
     ("a mapping around it", {"images": two_images, "targets": [target(1), target(2)]}, 2),
     ("a mapping of another class", Encoding({"images": two_images, "labels": labels}), 2),
     ("a named tuple around it", Pair(two_images, [target(1), target(2)]), 2),
-    ("a dataclass around it", Whole(two_images, [target(1), target(2)]), 2),
+    ("a dataclass around it", WholeBatchObjective(two_images, [target(1), target(2)]), 2),
     ("more that is whole", (two_images, [target(1), target(2)], "train", 3, None, Shared([1])), 2),
     ("a scalar tensor", (two_images, [target(1), target(2)], torch.tensor(0.5)), 2),
     ("arrays", ([np.zeros((4, 5)), np.zeros((6, 3))], np.array([0, 1])), 2),
@@ -197,7 +197,7 @@ def test_an_accumulator_reads_them_all_alike() -> None:
     [
         (rows(4, 2), rows(4)),
         [rows(4, 2), rows(4)],
-        Pieces(((rows(4, 2), rows(4)), (rows(4, 3), rows(4)))),
+        RaggedBatch(((rows(4, 2), rows(4)), (rows(4, 3), rows(4)))),
         "text",
     ],
 )
@@ -234,7 +234,7 @@ def detected(shapes: list[tuple[int, int, int]], first: int = 0) -> list[tuple[T
     ]
 
 
-def by_example(batches: list[Nest]) -> list[tuple[Any, Any]]:
+def by_example(batches: list[BatchTree]) -> list[tuple[Any, Any]]:
     found: list[tuple[Any, Any]] = []
     for batch in batches:
         assert isinstance(batch, tuple)

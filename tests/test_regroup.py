@@ -23,9 +23,9 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from autobatch.batches.nest import Nest, describe, join, size_of
-from autobatch.batches.pieces import pieces_of
-from autobatch.batches.regroup import Source, logical_batches, open_source
+from autobatch.data.micro_batches import pieces_of
+from autobatch.data.rebatch import Source, logical_batches, open_source
+from autobatch.data.tree import BatchTree, describe, join, size_of
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)
 loader_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8)
@@ -44,7 +44,7 @@ def batches_of(sizes: Sequence[int]) -> list[dict[str, object]]:
     ]
 
 
-def rows(windows: Sequence[Nest]) -> tuple[list[int], list[str]]:
+def rows(windows: Sequence[BatchTree]) -> tuple[list[int], list[str]]:
     """The examples of all windows, in order."""
     numbers: list[int] = []
     texts: list[str] = []
@@ -55,7 +55,7 @@ def rows(windows: Sequence[Nest]) -> tuple[list[int], list[str]]:
     return numbers, texts
 
 
-def numbers(batch: Nest) -> list[int]:
+def numbers(batch: BatchTree) -> list[int]:
     """The examples of a batch that is a tensor, or begins with one."""
     found = batch[0] if isinstance(batch, list | tuple) else batch
     assert isinstance(found, Tensor)
@@ -73,7 +73,7 @@ class Counted:
         self.pulled = 0
         self._sizes = sizes
 
-    def __iter__(self) -> Iterator[Nest]:
+    def __iter__(self) -> Iterator[BatchTree]:
         for batch in batches_of(self._sizes):
             self.pulled += 1
             yield batch
@@ -126,10 +126,10 @@ class FreshStream(Stream):
 class Held:
     """Batches that can be read once, behind what looks like a list."""
 
-    def __init__(self, batches: Iterable[Nest]) -> None:
+    def __init__(self, batches: Iterable[BatchTree]) -> None:
         self.held = iter(batches)
 
-    def __iter__(self) -> Iterator[Nest]:
+    def __iter__(self) -> Iterator[BatchTree]:
         return self.held
 
 
@@ -247,13 +247,13 @@ def test_a_window_inside_one_batch_is_a_view_of_it() -> None:
     assert pointers == [memory.untyped_storage().data_ptr()] * 3
 
 
-def refilling_arrays(sizes: Sequence[int]) -> Iterator[Nest]:
+def refilling_arrays(sizes: Sequence[int]) -> Iterator[BatchTree]:
     refilled = Refilled(sizes)
     for row in range(len(sizes)):
         yield {"x": refilled[row], "inside": [refilled[row][:, None]]}
 
 
-def refilling_tensors(sizes: Sequence[int]) -> Iterator[Nest]:
+def refilling_tensors(sizes: Sequence[int]) -> Iterator[BatchTree]:
     refilled = Refilled(sizes)
     for row in range(len(sizes)):
         batch = torch.from_numpy(refilled[row])
@@ -264,7 +264,7 @@ def refilling_tensors(sizes: Sequence[int]) -> Iterator[Nest]:
 @pytest.mark.parametrize("read", [refilling_arrays, refilling_tensors])
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8), desired=desired_sizes)
 def test_memory_that_is_filled_anew_for_each_batch_is_read_right(
-    read: Callable[[Sequence[int]], Iterator[Nest]], sizes: list[int], desired: int
+    read: Callable[[Sequence[int]], Iterator[BatchTree]], sizes: list[int], desired: int
 ) -> None:
     seen: list[int] = []
     for window in logical_batches(open_source(read(sizes), batch_size=1).epoch(), desired):
@@ -275,7 +275,7 @@ def test_memory_that_is_filled_anew_for_each_batch_is_read_right(
 
 
 def test_a_container_that_is_filled_anew_is_read_right() -> None:
-    def read() -> Iterator[Nest]:
+    def read() -> Iterator[BatchTree]:
         batch: dict[str, object] = {}
         for row in range(4):
             batch["x"] = torch.tensor([row])
@@ -362,13 +362,13 @@ def test_ragged_batches_are_kept_in_pieces_where_a_window_would_join_them() -> N
         ((torch.zeros(4, 7),), "agree in number of dimensions and dtype too"),
     ],
 )
-def test_batches_that_differ_in_kind_are_no_pieces(other: Nest, text: str) -> None:
+def test_batches_that_differ_in_kind_are_no_pieces(other: BatchTree, text: str) -> None:
     for batches in ([torch.zeros(2, 5), other], [torch.zeros(2, 5), torch.zeros(1, 6), other]):
         with pytest.raises(ValueError, match=text):
             list(logical_batches(batches, 4))
 
 
-def refilling_ragged(lengths: Sequence[int]) -> Iterator[Nest]:
+def refilling_ragged(lengths: Sequence[int]) -> Iterator[BatchTree]:
     """Batches of two, each as wide as it says, all of them in the same memory."""
     memory = torch.zeros(2 * max(lengths))
     for number, length in enumerate(lengths):
@@ -482,11 +482,11 @@ def test_an_iterable_dataset_keeps_its_order() -> None:
 def test_data_in_memory_is_shuffled_by_a_permutation_that_a_seed_repeats(
     data: Any, batch_size: int
 ) -> None:
-    def epoch(seed: int) -> list[Nest]:
+    def epoch(seed: int) -> list[BatchTree]:
         torch.manual_seed(seed)
         return list(open_source(data, batch_size=batch_size).epoch())
 
-    def columns(batches: list[Nest]) -> list[list[int]]:
+    def columns(batches: list[BatchTree]) -> list[list[int]]:
         whole = join(batches)
         members = whole.values() if isinstance(whole, dict) else whole
         return [member.tolist() for member in members]  # type: ignore[attr-defined]  # Tensors.
@@ -569,7 +569,7 @@ def test_an_object_with_rows_and_a_length_is_a_dataset() -> None:
 
 def test_an_object_with_rows_and_an_iteration_of_its_own_is_an_iterable_of_batches() -> None:
     class Both(MapStyle):
-        def __iter__(self) -> Iterator[Nest]:
+        def __iter__(self) -> Iterator[BatchTree]:
             yield torch.arange(3)
 
     source = open_source(Both(), batch_size=4)
@@ -632,7 +632,7 @@ def test_a_loader_inside_an_iterable_is_not_started_to_ask() -> None:
         def __init__(self, loader: DataLoader[Any]) -> None:
             self.loader = loader
 
-        def __iter__(self) -> Iterator[Nest]:
+        def __iter__(self) -> Iterator[BatchTree]:
             return iter(self.loader)
 
     loader = DataLoader(ten(), num_workers=1, persistent_workers=True)

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch import DoesNotFitError, remedies
-from autobatch.breakdown import Breakdown
-from autobatch.remedies import needed_bytes, what_would_help
+from autobatch import DoesNotFitError
+from autobatch.results import remedies
+from autobatch.results.memory import Breakdown
+from autobatch.results.remedies import needed_bytes, what_would_help
 
 MIB = 2**20
 PARTS = st.integers(0, 2**40)

@@ -10,9 +10,9 @@ from test_trace import NETS, PRECISIONS, order
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autobatch.prediction import child
-from autobatch.prediction.remembered import Remembered
-from autobatch.training.precision import PrecisionName
+from autobatch.prediction import tracing_worker as child
+from autobatch.prediction.op_cache import Remembered
+from autobatch.training.engine.precision import PrecisionName
 
 aten: Any = torch.ops.aten
 

@@ -24,15 +24,15 @@ from autobatch import (
     find_and_train,
 )
 from autobatch.devices.cpu import CpuDevice
-from autobatch.plan import BatchPlan
+from autobatch.results.plan import BatchPlan
 from autobatch.training.engine import oom_retry
-from autobatch.training.replay import (
+from autobatch.training.engine.micro_batch_size import (
     LONGEST_PATIENCE,
     PATIENCE,
     MicroBatchSize,
     smaller_size,
 )
-from autobatch.training.update import Update
+from autobatch.training.engine.optimizer_step import OptimizerStep
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -624,7 +624,7 @@ def test_a_step_that_runs_out_twice_is_an_error() -> None:
     model = small_model()
     optimizer = Step(model, ["at once", "at once"]).optimizer()
     with pytest.raises(StepInterruptedError, match="twice"):
-        Update(optimizer=optimizer, device=CpuDevice()).take()
+        OptimizerStep(optimizer=optimizer, device=CpuDevice()).take()
 
 
 def test_another_error_in_the_step_passes_through() -> None:
@@ -632,7 +632,7 @@ def test_another_error_in_the_step_passes_through() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("mine")))
     with pytest.raises(KeyError, match="mine"):
-        Update(optimizer=optimizer, device=CpuDevice()).take()
+        OptimizerStep(optimizer=optimizer, device=CpuDevice()).take()
 
 
 # Out of memory at every operation of the optimizer's step.
@@ -701,7 +701,7 @@ class Prepared:
         self.optimizer = OPTIMIZERS[self.kind](groups)
         device = CpuDevice(self.model.parameters)
         device.read()  # It knows of all there is, and need not collect garbage.
-        self.update = Update(optimizer=self.optimizer, device=device, snapshot=self.snapshot)
+        self.update = OptimizerStep(optimizer=self.optimizer, device=device, snapshot=self.snapshot)
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter).cumsum(0)
         for _ in range(self.steps_before):
@@ -773,7 +773,7 @@ def test_a_copy_is_part_of_what_a_trial_measures() -> None:
     for snapshot in (False, True):
         model = nn.Linear(100, 100)
         device = CpuDevice(model.parameters)
-        update = Update(
+        update = OptimizerStep(
             optimizer=torch.optim.SGD(model.parameters()), device=device, snapshot=snapshot
         )
         for parameter in model.parameters():

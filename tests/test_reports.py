@@ -5,16 +5,10 @@ import pytest
 
 from autobatch.cli.reports import Journal, search_fields, training_fields
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted
-from autobatch.plan import BatchPlan
-from autobatch.results import (
-    OtherProcess,
-    SearchResult,
-    StepResult,
-    TrainingResult,
-    Trial,
-    Upper,
-    Verdict,
-)
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import OtherProcess, SearchResult, Trial, Upper
+from autobatch.results.training import StepResult, TrainingResult
+from autobatch.results.verdict import Verdict
 from autobatch.units import count
 
 PLAN = BatchPlan(desired=10, tolerable=4)

@@ -5,7 +5,6 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from autobatch import errors
-from autobatch.breakdown import Breakdown
 from autobatch.errors import (
     AutobatchError,
     CheckpointError,
@@ -19,18 +18,12 @@ from autobatch.errors import (
     SearchTimeoutError,
     StepInterruptedError,
 )
-from autobatch.plan import BatchPlan
-from autobatch.remedies import what_would_help
-from autobatch.results import (
-    LimitedBy,
-    SearchResult,
-    StepResult,
-    TrainingResult,
-    Trial,
-    Upper,
-    Verdict,
-    trial_row,
-)
+from autobatch.results.memory import Breakdown
+from autobatch.results.plan import BatchPlan
+from autobatch.results.remedies import what_would_help
+from autobatch.results.search import LimitedBy, SearchResult, Trial, Upper, trial_row
+from autobatch.results.training import StepResult, TrainingResult
+from autobatch.results.verdict import Verdict
 
 PASSED = Trial(size=86, fits=True, peak_bytes=240 * 2**20, seconds=1.26)
 FAILED = Trial(

@@ -37,9 +37,9 @@ from autobatch import (
     find_and_train,
 )
 from autobatch.events import Event, Resumed, TrainingStarted
-from autobatch.job import OptimizerFactory
 from autobatch.training.checkpointing.manager import CheckpointManager
-from autobatch.training.schedule import SchedulerFactory
+from autobatch.training.engine.lr_schedule import SchedulerFactory
+from autobatch.training.workload import OptimizerFactory
 
 ROWS, DESIRED, EPOCHS, STEPS = 42, 16, 2, 6  # Three steps an epoch, the last one short.
 

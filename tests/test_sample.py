@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from autobatch.batches.marks import Examples, Pieces
-from autobatch.batches.nest import Nest, describe, size_of
-from autobatch.batches.regroup import open_source
-from autobatch.batches.sample import read_sample, repeated
-from autobatch.randomness import random_state
+from autobatch.data.markers import Examples, RaggedBatch
+from autobatch.data.rebatch import open_source
+from autobatch.data.sample import read_sample, repeated
+from autobatch.data.tree import BatchTree, describe, size_of
+from autobatch.state.rng import random_state
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -44,7 +44,7 @@ def as_lists(examples: list[Tensor]) -> tuple[list[Tensor], list[float]]:
     return examples, [float(example[0]) for example in examples]
 
 
-def as_tensor(nest: Nest) -> Tensor:
+def as_tensor(nest: BatchTree) -> Tensor:
     assert isinstance(nest, Tensor)
     return nest
 
@@ -71,7 +71,7 @@ def test_a_repeated_sample_is_a_copy(size: int) -> None:
 
 def test_of_a_sample_in_pieces_the_one_with_the_largest_examples_is_repeated() -> None:
     narrow, wide = torch.zeros(5, 2), torch.arange(6.0).reshape(2, 3)
-    batch = as_tensor(repeated(Pieces((narrow, wide, narrow)), 3))
+    batch = as_tensor(repeated(RaggedBatch((narrow, wide, narrow)), 3))
     assert batch.tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from autobatch import Accumulator, find_and_train
-from autobatch.training.schedule import Schedule, resolve_schedule
+from autobatch.training.engine.lr_schedule import Schedule, resolve_schedule
 
 halved = functools.partial(lr_scheduler.ExponentialLR, gamma=0.5)
 

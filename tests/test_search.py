@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.plan import useful_sizes
-from autobatch.probing.prior import as_prior
-from autobatch.probing.search import Outcome, Search
-from autobatch.results import Phase, Upper
+from autobatch.results.plan import useful_sizes
+from autobatch.results.search import Phase, Upper
+from autobatch.search.bracketing import BracketingSearch, Outcome
+from autobatch.search.prior import as_prior
 
 Attempt = Callable[[int], Outcome]
 Hunt = Callable[..., tuple[int, Upper]]
@@ -61,7 +61,7 @@ class Machine:
 
 def hunt(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[int, Upper]:
     """Try whatever the search asks for."""
-    search = Search(candidates, **options | {"prior": as_prior(options.get("prior"))})
+    search = BracketingSearch(candidates, **options | {"prior": as_prior(options.get("prior"))})
     while (size := search.next()) is not None:
         search.learn(size, attempt(size))
     return search.size, search.upper
@@ -253,7 +253,7 @@ def test_whatever_was_glimpsed_the_search_is_right(
     """The first step of all may have read anything: it is believed nowhere."""
 
     def search(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[int, Upper]:
-        one = Search(candidates, **options)
+        one = BracketingSearch(candidates, **options)
         size, peak_bytes, floor_bytes = glimpsed
         one.glimpse(size, phase(peak_bytes, floor_bytes))
         while (chosen := one.next()) is not None:
@@ -282,7 +282,7 @@ def steady(size: int) -> tuple[Phase, ...]:
 
 def test_a_first_step_and_one_trial_make_a_line() -> None:
     """Its state had yet to be made: at 2 examples 400 bytes less were read than there will be."""
-    search = Search(range(1, 10_001), limit_bytes=11_400)
+    search = BracketingSearch(range(1, 10_001), limit_bytes=11_400)
     search.glimpse(2, GLIMPSED)
     assert search.next() == 4
     search.learn(4, Outcome(fits=True, phases=steady(4)))
@@ -294,13 +294,13 @@ def test_a_first_step_and_one_trial_make_a_line() -> None:
 
 def test_without_the_first_step_the_line_begins_at_what_the_phase_leaves_behind() -> None:
     """Gradients, 200 bytes here: at 4 examples 1400 of 2100 bytes seem to grow with them."""
-    search = Search(range(1, 10_001), limit_bytes=11_400)
+    search = BracketingSearch(range(1, 10_001), limit_bytes=11_400)
     search.learn(4, Outcome(fits=True, phases=steady(4)))
     assert search.next() == 4 + (11_400 - 2100) * 4 // 1400
 
 
 def test_a_line_that_memory_did_not_follow_is_left() -> None:
-    search = Search(range(1, 10_001), limit_bytes=11_400)
+    search = BracketingSearch(range(1, 10_001), limit_bytes=11_400)
     search.glimpse(2, GLIMPSED)
     search.learn(4, Outcome(fits=True, phases=steady(4)))
     search.learn(50, Outcome(fits=False))
@@ -309,7 +309,7 @@ def test_a_line_that_memory_did_not_follow_is_left() -> None:
 
 def test_where_the_cautious_guess_is_nearly_as_far_it_is_taken() -> None:
     """Nothing but examples: the line through what still bends at 2 would go on to 65."""
-    search = Search(range(1, 10_001), limit_bytes=6000)
+    search = BracketingSearch(range(1, 10_001), limit_bytes=6000)
     search.glimpse(2, phase(260, floor_bytes=0))
     search.learn(4, Outcome(fits=True, phases=phase(440, floor_bytes=40)))
     assert search.next() == 59
@@ -328,7 +328,7 @@ def test_where_memory_bends_far_out_what_cannot_fail_shows_where() -> None:
 
 def test_leaps_that_must_be_two_are_alike() -> None:
     """From 4 to 1024 it is 256 times: not 64 and then 4, for the first of them is no answer."""
-    search = Search(range(1, 10_001), limit_bytes=11_240)
+    search = BracketingSearch(range(1, 10_001), limit_bytes=11_240)
     search.glimpse(2, phase(1020, floor_bytes=0))
     search.learn(4, Outcome(fits=True, phases=phase(1040, floor_bytes=0)))
     assert search.next() == 4 * 16
@@ -522,7 +522,7 @@ def test_where_nothing_is_read_a_prior_is_tried_before_the_sizes_double() -> Non
 
 
 def test_a_size_that_is_tried_again_has_its_last_word() -> None:
-    search = Search(range(1, 101), limit_bytes=100)
+    search = BracketingSearch(range(1, 101), limit_bytes=100)
     for size, fits in ((4, True), (8, False), (6, True), (7, False)):
         search.learn(size, Outcome(fits=fits))
     assert (search.size, search.next()) == (6, None)
@@ -537,7 +537,7 @@ def test_a_size_that_is_tried_again_has_its_last_word() -> None:
 
 
 def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
-    search = Search(range(1, 1001), limit_bytes=1000)
+    search = BracketingSearch(range(1, 1001), limit_bytes=1000)
     for size in (4, 90, 100):
         search.learn(size, Outcome(fits=True, phases=phase(10 * size, floor_bytes=0)))
     assert search.next() is None
@@ -549,7 +549,7 @@ def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
 def test_under_another_limit_the_answer_is_as_near_as_under_the_first(limit_bytes: int) -> None:
     """A bisection leaves trials on all sides: walking through them would take dozens more."""
 
-    def run(search: Search, limit_bytes: int) -> list[int]:
+    def run(search: BracketingSearch, limit_bytes: int) -> list[int]:
         tried: list[int] = []
         while (size := search.next()) is not None:
             tried.append(size)
@@ -558,7 +558,7 @@ def test_under_another_limit_the_answer_is_as_near_as_under_the_first(limit_byte
             search.learn(size, Outcome(fits=fits, phases=reading, explained=False))
         return tried
 
-    search = Search(range(1, 5001), limit_bytes=10_000)
+    search = BracketingSearch(range(1, 5001), limit_bytes=10_000)
     run(search, 10_000)
     search.relimit(limit_bytes)
     tried = run(search, limit_bytes)

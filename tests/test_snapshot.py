@@ -37,9 +37,9 @@ from torch.optim import (
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from autobatch.randomness import random_state
 from autobatch.signals import deferred_interrupt
 from autobatch.state import snapshot
+from autobatch.state.rng import random_state
 from autobatch.state.snapshot import preserved, training_mode
 
 Factory = Callable[[Iterator[nn.Parameter]], Optimizer]

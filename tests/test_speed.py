@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from test_results import SEARCH
 from torch import Tensor, nn
 
-import autobatch.searching
+import autobatch.tuner
 from autobatch import TrainingResult, find_and_train
 from autobatch.devices.base import MemoryDevice
 from autobatch.events import Event, SizesTimed, TrainingStarted
-from autobatch.plan import useful_sizes
-from autobatch.probing.speed import sizes_to_time, speeds
-from autobatch.results import Speed
+from autobatch.results.plan import useful_sizes
+from autobatch.results.search import Speed
+from autobatch.search.throughput import sizes_to_time, speeds
 
 
 @given(desired=st.integers(1, 10**5), data=st.data())
@@ -159,7 +159,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
         rates = {size: 400.0 if size == 16 else 100.0 for size in windows}
         return tuple(Speed(size=n, examples_per_second=r, windows=3) for n, r in rates.items())
 
-    monkeypatch.setattr(autobatch.searching, "speeds", measured)
+    monkeypatch.setattr(autobatch.tuner, "speeds", measured)
     events: list[Event] = []
     result = find_and_train(
         nn.Linear(4, 3), data(), 64, prefer="fastest", epochs=LONG, progress=events.append
@@ -175,7 +175,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_training_shorter_than_its_timing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autobatch.searching, "speeds", None)  # Not to be asked.
+    monkeypatch.setattr(autobatch.tuner, "speeds", None)  # Not to be asked.
     events: list[Event] = []
     result = find_and_train(
         nn.Linear(4, 3), data(), 64, prefer="fastest", max_steps=20, epochs=LONG,
@@ -221,9 +221,9 @@ def test_a_resumed_training_keeps_its_size_and_times_nothing(
             checkpoint_dir=tmp_path, progress=False,
         )  # fmt: skip
 
-    monkeypatch.setattr(autobatch.searching, "speeds", measured)
+    monkeypatch.setattr(autobatch.tuner, "speeds", measured)
     assert trained(LONG).plan.micro_batch_sizes == (16,) * 4
-    monkeypatch.setattr(autobatch.searching, "speeds", None)  # Not to be asked.
+    monkeypatch.setattr(autobatch.tuner, "speeds", None)  # Not to be asked.
     resumed = trained(LONG + 1)
     assert resumed.plan.micro_batch_sizes == (16,) * 4
     assert not any("preferred" in note for note in resumed.notes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch import Accumulator, StepResult
-from autobatch.training import replay
+from autobatch.training.model_state import window_snapshot as replay
 
 FAILURES = 50  # With dropout, and as many without.
 EXAMPLES = 8  # In a window.

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import AutobatchError
-from autobatch.prediction import child, fakecuda
-from autobatch.prediction.allocator import replay
-from autobatch.prediction.orders import Answer, Order, packed, traced
-from autobatch.prediction.program import Change, TrainingStep, Updates
+from autobatch.prediction import fake_cuda as fakecuda
+from autobatch.prediction import tracing_worker as child
+from autobatch.prediction.caching_allocator import replay
+from autobatch.prediction.programs import Change, TrainingStep, Updates
 from autobatch.prediction.trace import (
     GRADIENTS,
     STATE,
@@ -30,8 +30,9 @@ from autobatch.prediction.trace import (
     with_updates,
 )
 from autobatch.prediction.trace import Change as Event
+from autobatch.prediction.tracing_process import Answer, Order, packed, traced
+from autobatch.training.engine.precision import PrecisionName
 from autobatch.training.options import StepOptions
-from autobatch.training.precision import PrecisionName
 
 FITTED = (6, 9)
 OTHERS = (2, 17, 64)
@@ -389,7 +390,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script.write_text(
         "import torch\n"
         "from torch import nn\n"
-        "from autobatch.prediction.orders import Order, packed, traced\n"
+        "from autobatch.prediction.tracing_process import Order, packed, traced\n"
         "class Own(nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"

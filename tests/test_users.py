@@ -28,10 +28,10 @@ from autobatch import (
     find_batch_size,
     find_largest,
 )
-from autobatch.job import Job
-from autobatch.probing.trial import Stage
+from autobatch.search.trial import TrialRunner
 from autobatch.training.options import StepOptions
-from autobatch.training.rehearsal import Rehearsal
+from autobatch.training.trial_step import TrialStep
+from autobatch.training.workload import Workload
 
 PACKAGE = Path(__file__).parent.parent / "autobatch"
 CLEANING = {"collect", "empty_cache", "release_cached"}
@@ -149,7 +149,7 @@ def rows(examples: int = 64) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("fail", WAYS)
 def test_ten_failures_in_a_row_leave_not_a_byte(fail: Callable[[], None]) -> None:
     """USERS 1.1.2, 1.1.3 and 7.1: chained errors hold no more than plain ones."""
-    job = Job.resolve(
+    job = Workload.resolve(
         Failing(fail),
         rows(),
         batch_size=64,
@@ -160,8 +160,8 @@ def test_ten_failures_in_a_row_leave_not_a_byte(fail: Callable[[], None]) -> Non
         headroom=None,
     )
     with job.undisturbed():
-        stage = Stage(
-            rehearsal=Rehearsal(job.step, rows()),
+        stage = TrialRunner(
+            rehearsal=TrialStep(job.step, rows()),
             device=job.device,
             limit_bytes=job.limit_bytes(),
         )

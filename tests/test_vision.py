@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from autobatch.commands import vision
+from autobatch.compat import torchvision as vision
 
 
 def in_a_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
@@ -16,7 +16,7 @@ def in_a_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_resnet_can_be_built_whatever_build_torchvision_is() -> None:
     run = in_a_fresh_process(
-        "import torch; from autobatch.commands.vision import import_torchvision as load\n"
+        "import torch; from autobatch.compat.torchvision import import_torchvision as load\n"
         "assert load() is load()\n"
         "model = load().models.resnet18(num_classes=10)\n"
         "assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)"

@@ -21,9 +21,9 @@ from autobatch import (
     WholeBatch,
     find_and_train,
 )
-from autobatch.batches.nest import tensors
-from autobatch.batches.pieces import cut_to
-from autobatch.training import whole_batch
+from autobatch.data.micro_batches import cut_to
+from autobatch.data.tree import tensors
+from autobatch.training.engine import grad_cache
 
 Triple = tuple[Tensor, Tensor, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -171,14 +171,14 @@ def test_a_second_pass_with_other_random_numbers_takes_another_step(
     one_graph_step(whole, sgd(whole), info_nce, triples(), SIZES)
     torch.manual_seed(5)
     accumulator = Accumulator(ours, sgd(ours), WholeBatch(info_nce), micro_batch=4)
-    gradients = whole_batch._gradients
+    gradients = grad_cache._gradients
 
     def and_a_draw(*args: object) -> object:
         found = gradients(*args)  # type: ignore[arg-type]
         monkeypatch.setattr(torch, "set_rng_state", lambda _: None)
         return found
 
-    monkeypatch.setattr(whole_batch, "_gradients", and_a_draw)
+    monkeypatch.setattr(grad_cache, "_gradients", and_a_draw)
     accumulator.step(triples())
     with pytest.raises(AssertionError, match="not close"):
         assert_same_parameters(ours, whole)
@@ -235,7 +235,7 @@ def test_batch_norm_still_normalises_each_piece_by_itself() -> None:
     assert [int(m.first.num_batches_tracked) for m in (ours, whole)] == [1, 3]  # type: ignore[arg-type]  # The control.
 
 
-class Counting(nn.Module):
+class TermCounter(nn.Module):
     """Moves a buffer and plain attributes, and makes its output depend on them."""
 
     def __init__(self) -> None:
@@ -255,7 +255,7 @@ def test_other_buffers_move_as_in_one_pass_over_the_pieces(kind: str) -> None:
     def model() -> Towers:
         torch.manual_seed(1)
         norm = nn.utils.parametrizations.spectral_norm
-        return Towers(0.4, Counting() if kind == "counting" else norm(nn.Linear(5, 5).double()))
+        return Towers(0.4, TermCounter() if kind == "counting" else norm(nn.Linear(5, 5).double()))
 
     ours, whole = model(), model()
     torch.manual_seed(5)

@@ -8,14 +8,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autobatch.batches.regroup import Data, open_source
+from autobatch.data.rebatch import Data, open_source
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.isolation.parent import try_isolated
-from autobatch.job import Job, OptimizerFactory
-from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
-from autobatch.results import SearchResult, Trial
-from autobatch.searching import (
+from autobatch.isolation.process import try_isolated
+from autobatch.results.search import SearchResult, Trial
+from autobatch.search.options import STANDARD_SEARCH, SearchOptions, check_search
+from autobatch.state.last_error import forget_last_error
+from autobatch.training.losses.resolve import LossLike
+from autobatch.training.options import StepOptions
+from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
+from autobatch.training.workload import OptimizerFactory, Workload
+from autobatch.tuner import (
     Mode,
     check_mode,
     find_any,
@@ -26,10 +30,6 @@ from autobatch.searching import (
     try_alone,
     try_size,
 )
-from autobatch.state.last_error import forget_last_error
-from autobatch.training.options import StepOptions
-from autobatch.training.resolve import LossLike
-from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 from autobatch.units import Size
 from autobatch.validation import check_size
 
@@ -96,7 +96,7 @@ def find_batch_size(
     check_search(search)
     check_mode(mode)
     resolve = functools.partial(
-        Job.resolve,
+        Workload.resolve,
         model,
         options=options,
         optimizer=optimizer,
@@ -175,7 +175,7 @@ def check(
     check_search(search)
     check_mode(mode)
     resolve = functools.partial(
-        Job.resolve,
+        Workload.resolve,
         model,
         options=options,
         optimizer=optimizer,

@@ -16,11 +16,11 @@ from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.probing.finder import Finder
-from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
-from autobatch.randomness import generators_in
-from autobatch.results import SearchResult
+from autobatch.results.search import SearchResult
+from autobatch.search.finder import BatchSizeFinder
+from autobatch.search.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.state.last_error import forget_last_error
+from autobatch.state.rng import generators_in
 from autobatch.state.snapshot import has_attributes, preserved, reachable, state_tensors
 from autobatch.units import Size
 from autobatch.validation import check_one_process, check_size
@@ -102,7 +102,7 @@ def find_largest(
         if search.forget_errors:
             forget_last_error(observer)
         stack.enter_context(preserved(parts.modules, parts.optimizers, others=parts.others))
-        return Finder(
+        return BatchSizeFinder(
             rehearsal=_Runs(run, parts.modules),
             device=memory,
             limit_bytes=lambda: budget.limit_bytes(memory.read()),

@@ -10,14 +10,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autobatch.batches.regroup import Data
+from autobatch.data.rebatch import Data
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.job import Job, OptimizerFactory
-from autobatch.probing.options import STANDARD_SEARCH, SearchOptions, check_search
-from autobatch.randomness import check_seed, seed_all
-from autobatch.results import StepResult, TrainingResult
-from autobatch.searching import (
+from autobatch.results.training import StepResult, TrainingResult
+from autobatch.search.options import STANDARD_SEARCH, SearchOptions, check_search
+from autobatch.state.last_error import forget_last_error
+from autobatch.state.rng import check_seed, seed_all
+from autobatch.training.engine.lr_schedule import Interval, Scheduler, SchedulerFactory
+from autobatch.training.evaluation.metrics import Metric
+from autobatch.training.losses.resolve import LossLike
+from autobatch.training.options import StepOptions
+from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
+from autobatch.training.trainer import Trainer, Training, finished_before
+from autobatch.training.workload import OptimizerFactory, Workload
+from autobatch.tuner import (
     Prefer,
     check_prefer,
     find_isolated,
@@ -26,13 +33,6 @@ from autobatch.searching import (
     sample_to_send,
     size_for_inference,
 )
-from autobatch.state.last_error import forget_last_error
-from autobatch.training.evaluation import Metric
-from autobatch.training.options import StepOptions
-from autobatch.training.resolve import LossLike
-from autobatch.training.schedule import Interval, Scheduler, SchedulerFactory
-from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
-from autobatch.training.trainer import Trainer, Training, finished_before
 from autobatch.units import Size
 from autobatch.validation import check_size
 
@@ -145,7 +145,7 @@ def find_and_train(
     check_prefer(prefer)
     with ExitStack() as stack:
         training = Training.resolve(
-            Job.resolve(
+            Workload.resolve(
                 model,
                 data,
                 batch_size=desired,

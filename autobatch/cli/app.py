@@ -30,16 +30,16 @@ from autobatch.cli.arguments import (
 )
 from autobatch.cli.reports import (
     Fields,
+    ForwardTracker,
     Journal,
     Report,
-    Watch,
     failure_fields,
     plan_fields,
 )
 from autobatch.display import Display, print_table
 from autobatch.errors import ISOLATED, TRACED, DoesNotFitError
 from autobatch.events import Event
-from autobatch.plan import BatchPlan
+from autobatch.results.plan import BatchPlan
 
 
 class ExitCode(enum.IntEnum):
@@ -78,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(
     kind: type[Arguments],
-) -> Callable[[Callable[[Arguments, Watch], Report]], None]:
+) -> Callable[[Callable[[Arguments, ForwardTracker], Report]], None]:
     """Register a function of ``kind`` as a command whose options are the fields of ``kind``."""
 
-    def register(run: Callable[[Arguments, Watch], Report]) -> None:
+    def register(run: Callable[[Arguments, ForwardTracker], Report]) -> None:
         def command(**given: Any) -> None:
             output = OutputArguments(**{f.name: given.pop(f.name) for f in fields(OutputArguments)})
             conclude(lambda watch: run(kind(**given), watch), output)
@@ -100,7 +100,7 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 
 
 @_command(TrainArguments)
-def train(arguments: TrainArguments, watch: Watch) -> Report:
+def train(arguments: TrainArguments, watch: ForwardTracker) -> Report:
     """Train MODEL on the batch you want, in pieces that fit."""
     from autobatch.cli import commands
 
@@ -108,7 +108,7 @@ def train(arguments: TrainArguments, watch: Watch) -> Report:
 
 
 @_command(FindArguments)
-def find(arguments: FindArguments, watch: Watch) -> Report:
+def find(arguments: FindArguments, watch: ForwardTracker) -> Report:
     """Find the largest batch with which MODEL can train, or infer."""
     from autobatch.cli import commands
 
@@ -116,7 +116,7 @@ def find(arguments: FindArguments, watch: Watch) -> Report:
 
 
 @_command(PredictArguments)
-def predict(arguments: PredictArguments, watch: Watch) -> Report:
+def predict(arguments: PredictArguments, watch: ForwardTracker) -> Report:
     """Predict the largest batch with which MODEL can train, or infer, on a GPU not here."""
     from autobatch.cli import commands
 
@@ -186,7 +186,7 @@ class _Watch:
             self._display.log(text)
 
 
-def conclude(work: Callable[[Watch], Report], output: OutputArguments) -> None:
+def conclude(work: Callable[[ForwardTracker], Report], output: OutputArguments) -> None:
     """Run ``work`` and write its report, or write why it failed and what was done until then.
 
     Raises:

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from autobatch.api.batch_size import find_batch_size
 from autobatch.api.train import find_and_train
-from autobatch.batches.regroup import Data
 from autobatch.cli.arguments import (
     IMAGES,
     FindArguments,
@@ -27,34 +26,35 @@ from autobatch.cli.arguments import (
 from autobatch.cli.loaders import DataSource, accuracy, load_data, load_model
 from autobatch.cli.reports import (
     Fields,
+    ForwardTracker,
     Report,
     TrainingReport,
-    Watch,
     plan_fields,
     search_fields,
     training_fields,
 )
+from autobatch.data.rebatch import Data
 from autobatch.devices.base import HOST
 from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.events import SearchEnded
 from autobatch.files import atomic_file, check_file
-from autobatch.plot import check_plot
-from autobatch.prediction.answer import Prediction
-from autobatch.prediction.gpus import custom_gpu
+from autobatch.prediction.gpu_catalogue import custom_gpu
 from autobatch.prediction.predict import predict as predict_batch
-from autobatch.probing.options import SearchOptions
-from autobatch.results import SearchResult
-from autobatch.training.batch_norm import check_batch_norm
+from autobatch.prediction.result import Prediction
+from autobatch.results.plot import check_plot
+from autobatch.results.search import SearchResult
+from autobatch.search.options import SearchOptions
+from autobatch.training.batchnorm.modes import check_batch_norm
+from autobatch.training.engine.precision import check_precision
 from autobatch.training.options import StepOptions
-from autobatch.training.precision import check_precision
 from autobatch.units import count
 
 _MOMENTUM: Final = 0.9
 _BLANK: Final = 16  # Blank images in the sample of a prediction.
 
 
-def train(arguments: TrainArguments, watch: Watch) -> TrainingReport:
+def train(arguments: TrainArguments, watch: ForwardTracker) -> TrainingReport:
     """Train a model, and measure its accuracy before and after where there is test data.
 
     Raises:
@@ -99,7 +99,7 @@ def train(arguments: TrainArguments, watch: Watch) -> TrainingReport:
     )
 
 
-def find(arguments: FindArguments, watch: Watch) -> Report:
+def find(arguments: FindArguments, watch: ForwardTracker) -> Report:
     """Find the tolerable batch of a model.
 
     Raises:
@@ -131,7 +131,7 @@ def find(arguments: FindArguments, watch: Watch) -> Report:
     )
 
 
-def predict(arguments: PredictArguments, watch: Watch) -> Report:
+def predict(arguments: PredictArguments, watch: ForwardTracker) -> Report:
     """Predict the tolerable batch of a model, for each GPU that is named.
 
     Raises:
@@ -193,7 +193,7 @@ def _optimizer(
     return functools.partial(torch.optim.AdamW, lr=lr)
 
 
-def _load_here(arguments: LocalArguments, watch: Watch) -> tuple[nn.Module, DataSource]:
+def _load_here(arguments: LocalArguments, watch: ForwardTracker) -> tuple[nn.Module, DataSource]:
     """Return model and data, after what is quickly refused was checked."""
     _step(arguments)
     Budget.parse(arguments.memory_limit, arguments.headroom)
@@ -203,7 +203,7 @@ def _load_here(arguments: LocalArguments, watch: Watch) -> tuple[nn.Module, Data
     return _load(arguments, watch)
 
 
-def _load(arguments: ModelArguments, watch: Watch) -> tuple[nn.Module, DataSource]:
+def _load(arguments: ModelArguments, watch: ForwardTracker) -> tuple[nn.Module, DataSource]:
     """Return the model and the data, and log what they are."""
     source = load_data(arguments.data, pixels=arguments.pixels)
     model = load_model(arguments.model, source.classes)

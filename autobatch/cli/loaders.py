@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from autobatch.batches.regroup import Data
 from autobatch.cli.arguments import DATA_NAMES, MODEL_NAMES, factory_of
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
+from autobatch.data.rebatch import Data
 from autobatch.devices.base import HOST
 from autobatch.validation import check_size
 

@@ -4,17 +4,18 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
-from autobatch.breakdown import Breakdown
 from autobatch.errors import DoesNotFitError
 from autobatch.events import EpochEnded, Event, StepEnded, TrainingStarted, TrialEnded
-from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult, TrainingResult, Trial
+from autobatch.results.memory import Breakdown
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import SearchResult, Trial
+from autobatch.results.training import TrainingResult
 from autobatch.units import count
 
 Fields = dict[str, object]
 
 
-class Watch(Protocol):
+class ForwardTracker(Protocol):
     """Receives events and lines of text while a command runs."""
 
     def __call__(self, event: Event) -> None:

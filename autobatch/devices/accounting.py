@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from autobatch.breakdown import Breakdown, break_down
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.budget import Budget
-from autobatch.remedies import needed_bytes
-from autobatch.results import OtherProcess, Trial
+from autobatch.results.memory import Breakdown, break_down
+from autobatch.results.remedies import needed_bytes
+from autobatch.results.search import OtherProcess, Trial
 
 
 def account_for(

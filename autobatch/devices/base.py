@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from autobatch.results import OtherProcess
+from autobatch.results.search import OtherProcess
 
 HOST: Final = torch.device("cpu")
 """Where copies wait, and where data comes from."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from autobatch.compat.platform import spilling_platform
 from autobatch.devices.base import MemoryReading
-from autobatch.platforms import spilling_platform
 from autobatch.units import Size, parse_bytes, parse_headroom
 
 HEADROOM_FRACTION: Final = 0.02

@@ -12,13 +12,13 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
+from autobatch.compat.platform import spilling_platform
 from autobatch.devices.base import HOST, MemoryDevice, MemoryReading, on_host
 from autobatch.devices.host_memory import host_memory
 from autobatch.devices.nvml import by_uuid
 from autobatch.errors import DeviceUnavailableError
-from autobatch.platforms import spilling_platform
-from autobatch.remedies import JOINED_PIECES
-from autobatch.results import OtherProcess
+from autobatch.results.remedies import JOINED_PIECES
+from autobatch.results.search import OtherProcess
 
 _Copied = TypeVar("_Copied")
 

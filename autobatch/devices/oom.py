@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from autobatch.results import Verdict
+from autobatch.results.verdict import Verdict
 
 MEMORY_VERDICTS: Final = (Verdict.OUT_OF_MEMORY, Verdict.TOO_LARGE)
 """The verdicts after which a smaller size may run."""

@@ -7,20 +7,20 @@ from typing import Any, Final, Literal, Unpack, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from autobatch.batches.regroup import Data
-from autobatch.breakdown import break_down
+from autobatch.data.rebatch import Data
 from autobatch.errors import DoesNotFitError
-from autobatch.job import Job, OptimizerFactory
-from autobatch.prediction.allocator import replay
-from autobatch.prediction.answer import Prediction, WhatIf, interval
-from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
-from autobatch.prediction.step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
+from autobatch.prediction.caching_allocator import replay
+from autobatch.prediction.gpu_catalogue import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
+from autobatch.prediction.result import Prediction, WhatIf, interval
 from autobatch.prediction.trace import ACTIVATIONS
-from autobatch.results import LimitedBy
+from autobatch.prediction.traced_step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
+from autobatch.results.memory import break_down
+from autobatch.results.search import LimitedBy
+from autobatch.training.engine.precision import PrecisionName
+from autobatch.training.losses.resolve import LossLike
 from autobatch.training.options import StepOptions
-from autobatch.training.precision import PrecisionName
-from autobatch.training.resolve import LossLike
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
+from autobatch.training.workload import OptimizerFactory, Workload
 from autobatch.validation import check_size
 
 GpuName = str | Gpu
@@ -78,7 +78,7 @@ def predict(
     asked = _Asked(gpus=_gpus(gpu), desired=desired, ceiling=ceiling, mode=mode)
     options = step_options(predict, options, loss, step)
     # On the host: the model stays where it is, and a GPU that is here is not asked.
-    job = Job.resolve(
+    job = Workload.resolve(
         model,
         data,
         batch_size=_SAMPLE,

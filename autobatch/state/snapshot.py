@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from autobatch.compat.torch_settings import Settings
 from autobatch.devices.base import HOST, on_host
-from autobatch.randomness import Restore, random_state
-from autobatch.settings import Settings
 from autobatch.signals import deferred_interrupt
+from autobatch.state.rng import Restore, random_state
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader
 
-from autobatch.batches.nest import Nest, is_same
-from autobatch.batches.regroup import Source, logical_batches
+from autobatch.data.rebatch import Source, logical_batches
+from autobatch.data.tree import BatchTree, is_same
 from autobatch.errors import CheckpointError
-from autobatch.training.progress import Place
+from autobatch.training.progress import DataPosition
 
 Random = dict[str, object]
 PutBack = Callable[[Random], object]
@@ -40,14 +40,14 @@ class Epochs:
     desired: int
     drop_last: bool
     last: int
-    place: Place
+    place: DataPosition
     note: Callable[[], Random] | None = None
-    _first: Nest | None = field(default=None, init=False)
-    _stream: Iterator[Nest] | None = field(default=None, init=False)
+    _first: BatchTree | None = field(default=None, init=False)
+    _stream: Iterator[BatchTree] | None = field(default=None, init=False)
 
     def open(
         self, stopped: Random | None = None, put_back: PutBack = lambda _: None
-    ) -> Nest | None:
+    ) -> BatchTree | None:
         """Read the next logical batch, which training begins with; None if the epoch has none.
 
         Args:
@@ -74,16 +74,16 @@ class Epochs:
         return self._first
 
     @property
-    def first(self) -> Nest | None:
+    def first(self) -> BatchTree | None:
         """The logical batch that ``open`` has read, until training takes it."""
         return self._first
 
-    def __iter__(self) -> Iterator[tuple[Place, Iterator[Nest]]]:
+    def __iter__(self) -> Iterator[tuple[DataPosition, Iterator[BatchTree]]]:
         """Yield the place and the logical batches that are left, epoch by epoch."""
         while self.place.epoch <= self.last:
             yield self.place, self._batches()
 
-    def _batches(self) -> Iterator[Nest]:
+    def _batches(self) -> Iterator[BatchTree]:
         stream, self._stream = self._stream or self._begun(), None
         first, self._first = self._first, None
         if first is not None:
@@ -102,7 +102,7 @@ class Epochs:
 
     def _begun(
         self, reads: Mapping[int, Random] | None = None, put_back: PutBack = lambda _: None
-    ) -> Iterator[Nest]:
+    ) -> Iterator[BatchTree]:
         if self.note is None:
             return logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)
         self.place.random, self.place.reads = self.note(), {}
@@ -111,11 +111,11 @@ class Epochs:
 
     def _noted(
         self,
-        batches: Iterator[Nest],
+        batches: Iterator[BatchTree],
         note: Callable[[], Random],
         reads: Mapping[int, Random],
         put_back: PutBack,
-    ) -> Iterator[Nest]:
+    ) -> Iterator[BatchTree]:
         """Yield the batches, and note what those that draw random numbers when read begin with.
 
         Who reads them again draws nothing in between, as steps did.

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from autobatch.batches.nest import Nest
+from autobatch.data.tree import BatchTree
 from autobatch.errors import StepInterruptedError
 from autobatch.events import EpochEnded, Evaluated, Observer, StepEnded
-from autobatch.results import Evaluation, StepResult
+from autobatch.results.training import Evaluation, StepResult
 from autobatch.signals import GracefulStop, deferred_signals
 from autobatch.training.checkpointing.manager import CheckpointManager
 from autobatch.training.engine.step_runner import StepRunner
-from autobatch.training.progress import Place, Progress
+from autobatch.training.progress import DataPosition, Progress
 
 
 class FitLoop:
@@ -53,7 +53,7 @@ class FitLoop:
         self._stop = GracefulStop()
         self._counted = 0.0  # Up to this moment, as perf_counter shows it, seconds are counted.
 
-    def run(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
+    def run(self, epochs: Iterable[tuple[DataPosition, Iterator[BatchTree]]]) -> None:
         """Step through the epochs that are left.
 
         Args:
@@ -72,7 +72,7 @@ class FitLoop:
                     error.message, None if path is None else str(path)
                 ) from error
 
-    def _epochs(self, epochs: Iterable[tuple[Place, Iterator[Nest]]]) -> None:
+    def _epochs(self, epochs: Iterable[tuple[DataPosition, Iterator[BatchTree]]]) -> None:
         for place, batches in epochs:
             if self._is_done():
                 return
@@ -82,7 +82,7 @@ class FitLoop:
             self._count_seconds()
             self._end_epoch(place, self._counted - started, steps_before, whole=whole)
 
-    def _epoch(self, place: Place, batches: Iterator[Nest]) -> bool:
+    def _epoch(self, place: DataPosition, batches: Iterator[BatchTree]) -> bool:
         """Step through the rest of one epoch; return whether it came to its end."""
         for batch in self._waited_for(batches):
             step = self._runner.step(batch)
@@ -100,7 +100,7 @@ class FitLoop:
                 return False
         return True
 
-    def _waited_for(self, batches: Iterator[Nest]) -> Iterator[Nest]:
+    def _waited_for(self, batches: Iterator[BatchTree]) -> Iterator[BatchTree]:
         """The batches; how long each was waited for is counted."""
         while True:
             began = time.perf_counter()
@@ -111,7 +111,9 @@ class FitLoop:
             yield batch
             del batch
 
-    def _end_epoch(self, place: Place, seconds: float, steps_before: int, *, whole: bool) -> None:
+    def _end_epoch(
+        self, place: DataPosition, seconds: float, steps_before: int, *, whole: bool
+    ) -> None:
         """Evaluate, tell, schedule and save. An epoch that max_steps ended may go on later."""
         progress = self._progress
         loss = progress.epoch_loss()
@@ -137,7 +139,7 @@ class FitLoop:
         if self._stop.signal is not None:
             self._obey_signal()
 
-    def _save(self, place: Place) -> None:
+    def _save(self, place: DataPosition) -> None:
         if self._checkpoints is not None:
             self._checkpoints.save(self._runner, self._progress, place, self._metadata)
 

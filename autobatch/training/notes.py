@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from autobatch.plan import BatchPlan
-from autobatch.results import SearchResult
-from autobatch.training.batch_norm import BatchNormMode
-from autobatch.training.objective import Objective
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import SearchResult
+from autobatch.training.batchnorm.modes import BatchNormMode
+from autobatch.training.losses.objective import Objective
 from autobatch.training.progress import Progress
 
 

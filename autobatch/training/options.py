@@ -15,28 +15,28 @@ from torch.optim import Optimizer
 from autobatch.devices.base import HOST, MemoryDevice
 from autobatch.devices.memory_snapshot import check_directory, write_snapshot
 from autobatch.events import Observer
-from autobatch.randomness import generators_in
-from autobatch.training.batch_norm import BatchNormMode, check_batch_norm
-from autobatch.training.custom import BatchLoss, BatchLossFunction
+from autobatch.state.rng import generators_in
+from autobatch.training.batchnorm.modes import BatchNormMode, check_batch_norm
 from autobatch.training.engine.batch_gradient import BatchGradient
 from autobatch.training.engine.gradient_pass import GradientPass
+from autobatch.training.engine.lr_schedule import Schedule
+from autobatch.training.engine.micro_batch_size import MicroBatchSize
 from autobatch.training.engine.nonfinite import NonFinite, NonFinitePolicy, check_nonfinite
-from autobatch.training.engine.step_runner import StepRunner
-from autobatch.training.engine.train_step import TrainStep
-from autobatch.training.feed import Feed
-from autobatch.training.forward import Forward
-from autobatch.training.members import Members
-from autobatch.training.objective import Objective
-from autobatch.training.precision import (
+from autobatch.training.engine.optimizer_step import OptimizerStep
+from autobatch.training.engine.precision import (
     Precision,
     PrecisionName,
     check_precision,
     scaler_for,
 )
-from autobatch.training.replay import MicroBatchSize
-from autobatch.training.resolve import LossLike, loss_module, resolve_objective
-from autobatch.training.schedule import Schedule
-from autobatch.training.update import Update
+from autobatch.training.engine.prefetch import Prefetcher
+from autobatch.training.engine.step_runner import StepRunner
+from autobatch.training.engine.train_step import TrainStep
+from autobatch.training.losses.batch_loss import BatchLoss, BatchLossFunction
+from autobatch.training.losses.forward import Forward
+from autobatch.training.losses.objective import Objective
+from autobatch.training.losses.resolve import LossLike, loss_module, resolve_objective
+from autobatch.training.model_state.parameter_cache import ParameterCache
 from autobatch.validation import check_positive
 
 _WIDE: Final = (None, torch.float32, torch.float64)
@@ -165,7 +165,7 @@ class StepOptions:
         kind = device.torch_device.type
         loss = [] if self.loss_module is None else [self.loss_module]
         scaler = scaler_for(self.precision, self.scaler, kind)
-        update = Update(
+        update = OptimizerStep(
             optimizer=optimizer,
             device=device,
             scaler=scaler,
@@ -182,9 +182,9 @@ class StepOptions:
             batch_norm=self.batch_norm,
             gradient_dtype=self.gradient_dtype,
             scaler=scaler,
-            feed=Feed(device),
+            feed=Prefetcher(device),
             generators=list(generators_in(model)),
-            members=Members(model, loss, update.parameters),
+            members=ParameterCache(model, loss, update.parameters),
         )
         return TrainStep(gradient=gradient, update=update)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from autobatch.results import Evaluation, StepResult
+from autobatch.results.training import Evaluation, StepResult
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,7 +95,7 @@ _KEPT = tuple(
 
 
 @dataclass(slots=True, kw_only=True)
-class Place:
+class DataPosition:
     """Where in the data a training is.
 
     Attributes:
@@ -117,4 +117,4 @@ class Place:
 
     def state_dict(self) -> dict[str, object]:
         """Return what a Place is made of."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(Place)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(DataPosition)}

@@ -10,13 +10,13 @@ from typing import Any, Final, TypedDict, TypeVar
 import torch
 from torch.amp import GradScaler
 
-from autobatch.training.batch_norm import BatchNormMode
-from autobatch.training.custom import BatchLossFunction
+from autobatch.training.batchnorm.modes import BatchNormMode
 from autobatch.training.engine.nonfinite import NonFinite
-from autobatch.training.forward import Forward
+from autobatch.training.engine.precision import PrecisionName
+from autobatch.training.losses.batch_loss import BatchLossFunction
+from autobatch.training.losses.forward import Forward
+from autobatch.training.losses.resolve import LossLike
 from autobatch.training.options import StepOptions
-from autobatch.training.precision import PrecisionName
-from autobatch.training.resolve import LossLike
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -8,18 +8,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
-from autobatch.advice import fragmented
-from autobatch.batches.prefetch import crowded
-from autobatch.batches.regroup import Data, Source, open_source
+from autobatch.data.rebatch import Data, Source, open_source
+from autobatch.data.worker_memory import crowded
 from autobatch.devices.host_memory import host_memory
 from autobatch.events import Observer, TrainingStarted
-from autobatch.job import Job
-from autobatch.plan import BatchPlan
-from autobatch.randomness import Restore, random_state
-from autobatch.results import SearchResult, StepResult, TrainingResult
+from autobatch.results.memory_notes import fragmented
+from autobatch.results.plan import BatchPlan
+from autobatch.results.search import SearchResult
+from autobatch.results.training import StepResult, TrainingResult
+from autobatch.state.rng import Restore, random_state
 from autobatch.state.snapshot import attributes_of, training_mode
-from autobatch.training.batch_norm import normalises_by_batch
-from autobatch.training.checkpoint import CheckpointStore
+from autobatch.training.batchnorm.modes import normalises_by_batch
 from autobatch.training.checkpointing.manager import CheckpointManager
 from autobatch.training.checkpointing.resume import (
     TrainingStart,
@@ -28,14 +27,17 @@ from autobatch.training.checkpointing.resume import (
     plain_search,
     resume,
 )
+from autobatch.training.checkpointing.store import CheckpointStore
+from autobatch.training.engine.lr_schedule import Schedule, resolve_schedule
 from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.epochs import Epochs, keeps_workers
-from autobatch.training.evaluation import Evaluator, FindSize, Metric
+from autobatch.training.evaluation.evaluator import Evaluator, FindSize
+from autobatch.training.evaluation.metrics import Metric
 from autobatch.training.fit_loop import FitLoop
+from autobatch.training.losses.objective import Objective
 from autobatch.training.notes import notes
-from autobatch.training.objective import Objective
-from autobatch.training.progress import Place
-from autobatch.training.schedule import Schedule, resolve_schedule
+from autobatch.training.progress import DataPosition
+from autobatch.training.workload import Workload
 
 _WORKERS: Final = (
     "the loader's workers persist: what they draw from random generators of their own goes on "
@@ -73,7 +75,7 @@ class Training:
         undo: Takes back what a scheduler's factory has done to the optimizer.
     """
 
-    job: Job
+    job: Workload
     schedule: Schedule
     desired: int
     epochs: int
@@ -87,7 +89,7 @@ class Training:
     @classmethod
     def resolve(
         cls,
-        job: Job,
+        job: Workload,
         *,
         schedule: tuple[object, object],
         desired: int,
@@ -155,7 +157,7 @@ class Training:
             desired=self.desired,
             drop_last=self.drop_last,
             last=self.epochs,
-            place=Place(),
+            place=DataPosition(),
             note=None if self.checkpoints is None else self.checkpoints.random_state,
         )
         if saved is None or self.checkpoints is None:

@@ -15,12 +15,12 @@ from autobatch.devices.base import MemoryDevice
 from autobatch.devices.factory import BACKENDS, choose_device, open_device, widest_dtype
 from autobatch.devices.oom import verdict_of
 from autobatch.errors import DeviceUnavailableError
-from autobatch.probing.trial import Stage
-from autobatch.randomness import random_state
-from autobatch.results import Verdict
-from autobatch.training.feed import Feed
+from autobatch.results.verdict import Verdict
+from autobatch.search.trial import TrialRunner
+from autobatch.state.rng import random_state
+from autobatch.training.engine.gradient_buffer import in_widest
+from autobatch.training.engine.prefetch import Prefetcher
 from autobatch.training.options import StepOptions
-from autobatch.training.wide import in_widest
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -358,7 +358,7 @@ class Window:
 )
 def test_a_trial_fits_up_to_the_limit_and_no_further(put: Put, kind: str, counts: bool) -> None:
     card = put(kind, counts=counts)
-    stage = Stage(rehearsal=Window(card), device=opened(kind), limit_bytes=4 * GIB)
+    stage = TrialRunner(rehearsal=Window(card), device=opened(kind), limit_bytes=4 * GIB)
     for size, fits in ((3, True), (5, False), (4, True), (5, False), (1, True)):
         trial = stage.try_sizes((size,), smaller_fits=True)
         assert trial.fits == fits
@@ -392,7 +392,7 @@ def test_only_cuda_copies_while_it_computes(kind: str, monkeypatch: pytest.Monke
     device = torch.device(kind, 0)
     opened = BACKENDS[kind].__new__(BACKENDS[kind])  # There is no card to open.
     opened._device = device
-    feed = Feed(opened)
+    feed = Prefetcher(opened)
     feed.move((torch.ones(3),))
     assert asked == [(device, kind == "cuda")]
     if kind != "cuda":

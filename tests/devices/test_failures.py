@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.devices.oom import TABLE, verdict_of
-from autobatch.results import Verdict
+from autobatch.results.verdict import Verdict
 
 FATAL, TOO_LARGE = Verdict.FATAL, Verdict.TOO_LARGE
 OUT_OF_MEMORY, SUSPECT, OTHER = Verdict.OUT_OF_MEMORY, Verdict.SUSPECT, Verdict.OTHER

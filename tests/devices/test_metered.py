@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from autobatch.devices.cpu import CpuDevice, _Meter
 from autobatch.devices.oom import verdict_of
-from autobatch.results import Verdict
+from autobatch.results.verdict import Verdict
 
 ROOMY = 10**15
 KIB = 256  # So many float32 numbers are 1 KiB.

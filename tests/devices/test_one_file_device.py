@@ -18,7 +18,7 @@ from autobatch.devices.base import MemoryDevice, MemoryReading
 from autobatch.devices.cpu import _Meter
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.events import Event, TrainingStarted
-from autobatch.training import ledger
+from autobatch.training.engine import loss_record as ledger
 
 KIB = 2**10
 CARD, CONTEXT = 160 * KIB, 4 * KIB
@@ -233,7 +233,7 @@ def test_without_the_cards_generator_it_ends_elsewhere(
 
 
 def test_the_numbers_of_a_step_wait_on_the_card_in_its_widest_type() -> None:
-    held = ledger.Ledger(2, Card(tuple))
+    held = ledger.LossRecord(2, Card(tuple))
     assert held._held is not None
     assert held._held.dtype is torch.float32
 

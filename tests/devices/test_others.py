@@ -30,7 +30,7 @@ from autobatch.devices.base import SLACK_BYTES, MemoryReading, outside_changed
 from autobatch.devices.cpu import CpuDevice
 from autobatch.devices.cuda import CudaDevice
 from autobatch.events import Event, SearchStarted
-from autobatch.results import OtherProcess
+from autobatch.results.search import OtherProcess
 
 __all__ = ["fake", "library", "library_machine", "machine"]  # Fixtures.
 

@@ -26,15 +26,15 @@ from autobatch import (
 )
 from autobatch.devices import nvml
 from autobatch.devices.cuda import CudaDevice
-from autobatch.job import Job
-from autobatch.probing.trial import Stage
+from autobatch.search.trial import TrialRunner
+from autobatch.training.engine.lr_schedule import Schedule
 from autobatch.training.engine.nonfinite import NonFinite
+from autobatch.training.engine.precision import PrecisionName
+from autobatch.training.engine.prefetch import Prefetcher
 from autobatch.training.engine.step_runner import StepRunner
-from autobatch.training.feed import Feed
 from autobatch.training.options import StepOptions
-from autobatch.training.precision import PrecisionName
-from autobatch.training.rehearsal import Rehearsal
-from autobatch.training.schedule import Schedule
+from autobatch.training.trial_step import TrialStep
+from autobatch.training.workload import Workload
 
 pytestmark = pytest.mark.gpu
 
@@ -108,8 +108,8 @@ def test_ten_failures_in_a_row_leave_the_memory_as_it_was() -> None:
     model = net()
     job = resolved(model, limit(GIB))
     with job.undisturbed():
-        stage = Stage(
-            rehearsal=Rehearsal(job.step, images()),
+        stage = TrialRunner(
+            rehearsal=TrialStep(job.step, images()),
             device=job.device,
             limit_bytes=job.limit_bytes(),
         )
@@ -122,8 +122,8 @@ def test_ten_failures_in_a_row_leave_the_memory_as_it_was() -> None:
         assert torch.cuda.memory_reserved() <= before + 64 * 2**20
 
 
-def resolved(model: nn.Module, memory_limit: int, options: StepOptions | None = None) -> Job:
-    return Job.resolve(
+def resolved(model: nn.Module, memory_limit: int, options: StepOptions | None = None) -> Workload:
+    return Workload.resolve(
         model,
         images(),
         batch_size=64,
@@ -151,7 +151,7 @@ def test_the_found_size_trains_50_windows_and_the_next_one_fails() -> None:
     assert sum(steps.step(batch).replays for _ in range(50)) == 0
 
 
-def runner(job: Job, size: int, limit_bytes: int) -> StepRunner:
+def runner(job: Workload, size: int, limit_bytes: int) -> StepRunner:
     return job.options.step_runner(
         job.step,
         size,
@@ -269,7 +269,7 @@ def test_a_window_waits_for_the_gpu_once_or_never(nonfinite: NonFinite, waits: i
 
 
 def test_a_micro_batch_is_right_though_the_next_one_moves_meanwhile() -> None:
-    feed = Feed(CudaDevice(torch.device("cuda")))
+    feed = Prefetcher(CudaDevice(torch.device("cuda")))
     parts = [(torch.full((2**20,), float(place)),) for place in range(20)]
     for place, part in enumerate(feed(parts)):
         assert isinstance(part, tuple)
@@ -281,7 +281,7 @@ def test_a_micro_batch_is_right_though_the_next_one_moves_meanwhile() -> None:
 
 
 def test_tensors_of_any_strides_reach_the_gpu_with_their_values() -> None:
-    feed = Feed(CudaDevice(torch.device("cuda")))
+    feed = Prefetcher(CudaDevice(torch.device("cuda")))
     grid = torch.arange(24.0).reshape(4, 6)
     odd = [grid[:1].expand(4, 6), grid.T[:4], grid[:, ::2], grid[0, 0].expand(4)]
     (moved,) = feed([tuple(odd)])

@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from autobatch.errors import CheckpointError
-from autobatch.training.checkpoint import CheckpointStore
-from autobatch.training.engine.step_runner import StepRunner
-from autobatch.training.engine.train_step import TrainStep
-from autobatch.training.progress import Place, Progress
-from autobatch.training.saved import (
+from autobatch.training.checkpointing.state_dict import (
     packed,
     packed_random_state,
     put_random_state,
     unpack,
 )
-from autobatch.training.schedule import Schedule
+from autobatch.training.checkpointing.store import CheckpointStore
+from autobatch.training.engine.lr_schedule import Schedule
+from autobatch.training.engine.step_runner import StepRunner
+from autobatch.training.engine.train_step import TrainStep
+from autobatch.training.progress import DataPosition, Progress
 
 Fields = Mapping[str, Any]
 
@@ -111,7 +111,7 @@ class CheckpointManager:
         self,
         runner: StepRunner,
         progress: Progress,
-        place: Place,
+        place: DataPosition,
         metadata: Mapping[str, object],
     ) -> Path:
         """Write a checkpoint from which the next step follows, and return its path.

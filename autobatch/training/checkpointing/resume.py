@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autobatch.batches.nest import Nest, size_of
+from autobatch.data.tree import BatchTree, size_of
 from autobatch.events import Observer, Resumed
-from autobatch.results import SearchResult, Upper
+from autobatch.results.search import SearchResult, Upper
 from autobatch.training.checkpointing.manager import CheckpointManager, Fields
-from autobatch.training.differences import changed, overruled, settings_of
+from autobatch.training.checkpointing.resume_diff import changed, overruled, settings_of
 from autobatch.training.epochs import Epochs
-from autobatch.training.progress import Place, Progress
+from autobatch.training.progress import DataPosition, Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class TrainingStart:
     differences: tuple[str, ...] = ()
 
     @property
-    def first(self) -> Nest | None:
+    def first(self) -> BatchTree | None:
         """The logical batch that training begins with; None where nothing is left to train on."""
         return self.epochs.first
 
@@ -98,7 +98,7 @@ def resume(
         *changed(saved["metadata"].get("given", {}), given),
     )
     progress = Progress.from_state_dict(saved["progress"])
-    epochs.place = Place(**saved["place"])
+    epochs.place = DataPosition(**saved["place"])
     observer(
         Resumed(
             checkpoint=str(checkpoints.path),

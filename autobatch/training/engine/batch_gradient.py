@@ -5,17 +5,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from autobatch.batches.nest import Nest, size_of
-from autobatch.batches.pieces import cut_to, pieces_of
+from autobatch.data.micro_batches import cut_to, pieces_of
+from autobatch.data.tree import BatchTree, size_of
 from autobatch.errors import InexactStepError
 from autobatch.events import Observer, Replayed
-from autobatch.training.batch_norm import moving_layers, normalises_by_batch
+from autobatch.training.batchnorm.modes import moving_layers, normalises_by_batch
 from autobatch.training.engine.gradient_pass import Finish, GradientPass
+from autobatch.training.engine.loss_record import LossRecord
+from autobatch.training.engine.micro_batch_size import MicroBatchSize
 from autobatch.training.engine.oom_retry import OomRetry
-from autobatch.training.ledger import Ledger
-from autobatch.training.moving import Marks, marks_of, moved
-from autobatch.training.objective import CutBatch, Verifier
-from autobatch.training.replay import MicroBatchSize, Start
+from autobatch.training.losses.objective import CutBatch, Verifier
+from autobatch.training.model_state.mutations import Marks, marks_of, moved
+from autobatch.training.model_state.window_snapshot import WindowSnapshot
 
 _ALONE = (
     "a micro-batch had a single example, and BatchNorm normalises by the batch: choose sizes that "
@@ -35,8 +36,8 @@ class ComputedGradient:
         denominator: What the gradient was divided by, unless the losses give their own terms.
     """
 
-    losses: Ledger
-    before: Start
+    losses: LossRecord
+    before: WindowSnapshot
     micro_batch_sizes: tuple[int, ...]
     retries: int
     denominator: float
@@ -73,7 +74,7 @@ class BatchGradient:
     mutated: set[str] = field(default_factory=set)
 
     def compute(
-        self, batch: Nest, *, finish: Finish = lambda: None, step: int = 1
+        self, batch: BatchTree, *, finish: Finish = lambda: None, step: int = 1
     ) -> ComputedGradient | None:
         """Leave the gradient of the undivided batch's loss in ``.grad``, whatever was there.
 
@@ -157,15 +158,15 @@ class BatchGradient:
 
     def _attempt(
         self,
-        parts: Sequence[Nest],
+        parts: Sequence[BatchTree],
         sizes: Sequence[int],
         denominator: float,
-        before: Start,
+        before: WindowSnapshot,
         cut: CutBatch | None,
         retry: OomRetry,
         finish: Finish,
         step: int,
-    ) -> tuple[Ledger | None, str]:
+    ) -> tuple[LossRecord | None, str]:
         """Run the logical batch once; None, and what the error said, if memory ran out."""
         verifier = self._verifier(cut)
         record = None if verifier is None else verifier.record

@@ -8,27 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from autobatch.batches.nest import Nest
+from autobatch.data.tree import BatchTree
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.oom import verdict_of
-from autobatch.results import Verdict
-from autobatch.training.accumulate import rescale
-from autobatch.training.batch_norm import (
+from autobatch.results.verdict import Verdict
+from autobatch.training.batchnorm.modes import (
     BatchNormMode,
     frozen_statistics,
     moving_layers,
     normalises_by_batch,
 )
+from autobatch.training.batchnorm.pooling import StatisticsPool, pooled_statistics
+from autobatch.training.batchnorm.statistics import Statistics
+from autobatch.training.engine.accumulate import rescale
+from autobatch.training.engine.gradient_buffer import GradientBuffer
+from autobatch.training.engine.loss_record import LossRecord
 from autobatch.training.engine.micro_batch_loop import MicroBatchLoop
-from autobatch.training.feed import Feed
-from autobatch.training.ledger import Ledger
-from autobatch.training.members import Members
-from autobatch.training.objective import Objective, Record
-from autobatch.training.pooling import Pool, pooled_statistics
-from autobatch.training.precision import Precision
-from autobatch.training.replay import Start, window_start
-from autobatch.training.running_statistics import Statistics
-from autobatch.training.wide import WideSums
+from autobatch.training.engine.precision import Precision
+from autobatch.training.engine.prefetch import Prefetcher
+from autobatch.training.losses.objective import Objective, Record
+from autobatch.training.model_state.parameter_cache import ParameterCache
+from autobatch.training.model_state.window_snapshot import WindowSnapshot, window_snapshot
 
 Finish = Callable[[], Tensor | None]
 
@@ -57,11 +57,11 @@ class GradientPass:
     batch_norm: BatchNormMode
     gradient_dtype: torch.dtype | None
     scaler: GradScaler | None
-    feed: Feed
+    feed: Prefetcher
     generators: Sequence[object]
-    members: Members
+    members: ParameterCache
 
-    def prepare(self, batch: Nest, *, cut: bool) -> float:
+    def prepare(self, batch: BatchTree, *, cut: bool) -> float:
         """Find out what has to be known of a logical batch, and return its denominator.
 
         Args:
@@ -94,10 +94,10 @@ class GradientPass:
         for parameter in self.members.parameters:
             parameter.grad = None
 
-    def snapshot(self) -> Start:
+    def snapshot(self) -> WindowSnapshot:
         """Take what a logical batch may change before the optimizer's step."""
         layers = moving_layers(self.members.batch_norms) if self.batch_norm == "micro" else []
-        return window_start(
+        return window_snapshot(
             self.members.modules,
             self.generators,
             self.scaler,
@@ -106,15 +106,15 @@ class GradientPass:
 
     def run(
         self,
-        parts: Sequence[Nest],
+        parts: Sequence[BatchTree],
         denominator: float,
-        before: Start,
+        before: WindowSnapshot,
         *,
         record: Record | None = None,
         finish: Finish = lambda: None,
         more_follow: bool = False,
         mark: Callable[[], None] = lambda: None,
-    ) -> Ledger:
+    ) -> LossRecord:
         """Leave the logical batch's gradient in ``.grad``, which must be empty.
 
         Nothing here waits for the device.
@@ -131,9 +131,9 @@ class GradientPass:
         Returns:
             The losses, and the gradient's norm where ``finish`` gave one.
         """
-        losses = Ledger(len(parts), self.device)
+        losses = LossRecord(len(parts), self.device)
         parameters = self.members.parameters
-        sums = WideSums(parameters, self.gradient_dtype) if self.gradient_dtype else None
+        sums = GradientBuffer(parameters, self.gradient_dtype) if self.gradient_dtype else None
         normalizes = self.batch_norm == "micro" and normalises_by_batch(self.members.batch_norms)
         with self.precision.window(), self._statistics(len(parts), before) as pool:
             passes = MicroBatchLoop(
@@ -162,7 +162,7 @@ class GradientPass:
         return losses
 
     def _rescale(
-        self, terms: Tensor | float | None, denominator: float, sums: WideSums | None
+        self, terms: Tensor | float | None, denominator: float, sums: GradientBuffer | None
     ) -> None:
         """Divide by the terms that only the loss could count, in the place of the examples."""
         if terms is None or (not isinstance(terms, Tensor) and terms in (0.0, denominator)):
@@ -172,7 +172,9 @@ class GradientPass:
         gradients += sums.sums if sums is not None else []
         rescale(gradients, denominator / terms)
 
-    def _statistics(self, micro_batches: int, before: Start) -> AbstractContextManager[Pool | None]:
+    def _statistics(
+        self, micro_batches: int, before: WindowSnapshot
+    ) -> AbstractContextManager[StatisticsPool | None]:
         if self.batch_norm == "frozen":
             return frozen_statistics(self.model)
         if micro_batches == 1 or before.statistics is None:

@@ -7,23 +7,24 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.amp import GradScaler
 
-from autobatch.batches.nest import Nest, join, part, size_of
-from autobatch.randomness import random_state
-from autobatch.training.accumulate import Terms, accumulate
-from autobatch.training.feed import Feed
-from autobatch.training.ledger import Ledger
-from autobatch.training.objective import (
+from autobatch.data.tree import BatchTree, join, part, size_of
+from autobatch.state.rng import random_state
+from autobatch.training.batchnorm.pooling import StatisticsPool
+from autobatch.training.engine.accumulate import accumulate
+from autobatch.training.engine.grad_cache import accumulate_cached
+from autobatch.training.engine.gradient_buffer import GradientBuffer
+from autobatch.training.engine.loss_record import LossRecord
+from autobatch.training.engine.precision import Precision
+from autobatch.training.engine.prefetch import Prefetcher
+from autobatch.training.losses.loss import Terms
+from autobatch.training.losses.objective import (
     Encode,
     FullBatchLoss,
     MicroBatch,
     MicroBatchLoss,
     Passes,
 )
-from autobatch.training.pooling import Pool
-from autobatch.training.precision import Precision
-from autobatch.training.replay import Start
-from autobatch.training.whole_batch import accumulate_whole
-from autobatch.training.wide import WideSums
+from autobatch.training.model_state.window_snapshot import WindowSnapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +49,16 @@ class MicroBatchLoop(Passes):
             are computed first: their memory belongs to no single micro-batch.
     """
 
-    parts: Sequence[Nest]
+    parts: Sequence[BatchTree]
     denominator: float
-    record: Ledger
-    feed: Feed
+    record: LossRecord
+    feed: Prefetcher
     precision: Precision
-    snapshot: Callable[[], Start]
+    snapshot: Callable[[], WindowSnapshot]
     generators: Sequence[object]
     scaler: GradScaler | None = None
-    pool: Pool | None = None
-    sums: WideSums | None = None
+    pool: StatisticsPool | None = None
+    sums: GradientBuffer | None = None
     lends_context: bool = False
     only_reads_targets: bool = False
     more_follow: bool = False
@@ -90,7 +91,7 @@ class MicroBatchLoop(Passes):
             return
         counts = False
 
-        def outputs_of(micro_batch: MicroBatch) -> tuple[Nest, Nest]:
+        def outputs_of(micro_batch: MicroBatch) -> tuple[BatchTree, BatchTree]:
             if counts:
                 self._begin_statistics(micro_batch)
             with self.precision.forward():
@@ -99,7 +100,7 @@ class MicroBatchLoop(Passes):
                 self._end_statistics()
             return result
 
-        def loss_of(outputs: Nest, targets: Nest) -> Tensor:
+        def loss_of(outputs: BatchTree, targets: BatchTree) -> Tensor:
             with self.precision.forward():
                 return loss(outputs, targets)
 
@@ -107,7 +108,7 @@ class MicroBatchLoop(Passes):
             nonlocal counts
             counts = True
 
-        accumulate_whole(
+        accumulate_cached(
             lambda: self._micro_batches(lambda: None),
             outputs_of,
             loss_of,
@@ -149,7 +150,7 @@ class MicroBatchLoop(Passes):
         return None if self.sums is None else self.sums.absorb
 
 
-def _with_neighbors(parts: Sequence[Nest]) -> tuple[list[Nest], list[int]]:
+def _with_neighbors(parts: Sequence[BatchTree]) -> tuple[list[BatchTree], list[int]]:
     """Put the last example of the part before in front of each part that has only one example.
 
     BatchNorm cannot normalize a single example. Where all parts have one, nothing larger fits.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from autobatch.errors import NonFiniteLossError
-from autobatch.training.ledger import Entries
+from autobatch.training.engine.loss_record import StepNumbers
 
 NonFinite = Literal["raise", "skip", "ignore"]
 Fault = Literal["", "not finite", "overflow"]
@@ -42,7 +42,7 @@ class NonFinitePolicy:
         """True if the loss has to be read before each step, which waits for the device."""
         return self.mode != "ignore" or self.scales
 
-    def judge(self, numbers: Entries, *, step: int, terms: float) -> Fault:
+    def judge(self, numbers: StepNumbers, *, step: int, terms: float) -> Fault:
         """Return why the step is skipped, or ``""`` if it is taken.
 
         Args:
@@ -63,7 +63,7 @@ class NonFinitePolicy:
         first = None if all(finite) else finite.index(False) + 1
         raise NonFiniteLossError(step, numbers.loss_sum / terms, terms, first, len(finite))
 
-    def _fault(self, numbers: Entries) -> Fault | Literal["raise"]:
+    def _fault(self, numbers: StepNumbers) -> Fault | Literal["raise"]:
         losses_are_finite = all(map(math.isfinite, numbers.losses))
         gradient_is_finite = numbers.norm is None or math.isfinite(numbers.norm)
         if losses_are_finite and gradient_is_finite:

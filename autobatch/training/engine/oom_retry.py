@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from autobatch.batches.nest import Nest, describe, size_of
+from autobatch.data.tree import BatchTree, describe, size_of
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import DoesNotFitError, ReplayLimitError
-from autobatch.results import Verdict
-from autobatch.training.replay import MicroBatchSize
+from autobatch.results.verdict import Verdict
+from autobatch.training.engine.micro_batch_size import MicroBatchSize
 
 MOST_RETRIES: Final = 16  # For one logical batch: by then it is cut into 65536 times as many parts.
 
@@ -26,7 +26,7 @@ class OomRetry:
         failures: What the device held after each failure, oldest first.
     """
 
-    batch: Nest
+    batch: BatchTree
     size: MicroBatchSize
     device: MemoryDevice
     limit_bytes: int | None

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from autobatch.batches.nest import Nest, size_of
+from autobatch.data.tree import BatchTree, size_of
 from autobatch.errors import StepInterruptedError
-from autobatch.plan import BatchPlan
-from autobatch.results import StepResult
+from autobatch.results.plan import BatchPlan
+from autobatch.results.training import StepResult
 from autobatch.training.engine.batch_gradient import BatchGradient, ComputedGradient
+from autobatch.training.engine.lr_schedule import Schedule
 from autobatch.training.engine.nonfinite import Fault, NonFinitePolicy
-from autobatch.training.schedule import Schedule
-from autobatch.training.update import Update
+from autobatch.training.engine.optimizer_step import OptimizerStep
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,12 +30,12 @@ class StepRunner:
     """
 
     gradient: BatchGradient
-    update: Update
+    update: OptimizerStep
     nonfinite: NonFinitePolicy
     schedule: Schedule
     steps: int = 0
 
-    def step(self, batch: Nest) -> StepResult:
+    def step(self, batch: BatchTree) -> StepResult:
         """Take one optimizer step for one logical batch, or skip it."""
         try:
             computed = self.gradient.compute(

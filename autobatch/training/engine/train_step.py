@@ -7,8 +7,8 @@ from torch.optim import Optimizer
 
 from autobatch.devices.base import MemoryDevice
 from autobatch.training.engine.gradient_pass import GradientPass
-from autobatch.training.objective import Objective
-from autobatch.training.update import Update
+from autobatch.training.engine.optimizer_step import OptimizerStep
+from autobatch.training.losses.objective import Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class TrainStep:
     """
 
     gradient: GradientPass
-    update: Update
+    update: OptimizerStep
 
     @property
     def model(self) -> nn.Module:

@@ -1,0 +1,1 @@
+"""What differs between builds of torch and torchvision, and between platforms."""

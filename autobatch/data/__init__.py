@@ -1,0 +1,1 @@
+"""From any data to logical batches, and from these to micro-batches."""

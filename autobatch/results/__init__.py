@@ -1,0 +1,1 @@
+"""Values that are returned: trials, plans, memory, remedies and plots."""

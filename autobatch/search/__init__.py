@@ -1,0 +1,1 @@
+"""The search for the largest size that really runs."""

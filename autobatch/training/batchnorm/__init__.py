@@ -1,0 +1,1 @@
+"""BatchNorm in a logical batch that is cut."""

@@ -1,0 +1,1 @@
+"""Loss and metrics over data that is not trained on."""

@@ -1,0 +1,1 @@
+"""What a forward pass may change in a model, and how it is restored."""
