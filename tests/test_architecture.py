@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -66,16 +67,36 @@ def test_no_module_imports_itself_through_others() -> None:
     graphlib.TopologicalSorter({module: row[0] for module, row in TABLE.items()}).prepare()
 
 
-def test_probing_and_training_never_import_each_other() -> None:
+def room(module: str) -> str:
+    """The folder of a module; the rooms of training are rooms, and a loose module is its own."""
+    folder = module.rpartition(".")[0]
+    return folder or module
+
+
+def test_no_room_imports_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {}
     for module, (inside, _) in TABLE.items():
-        other = {"probing": "training.", "training": "probing."}.get(module.partition(".")[0])
+        graph.setdefault(room(module), set()).update(set(map(room, inside)) - {room(module)})
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_search_and_training_never_import_each_other() -> None:
+    for module, (inside, _) in TABLE.items():
+        other = {"search": "training.", "training": "search."}.get(module.partition(".")[0])
         assert other is None or not any(name.startswith(other) for name in inside)
 
 
 def test_only_display_knows_rich_and_search_knows_no_torch() -> None:
     assert [module for module, (_, outside) in TABLE.items() if "rich" in outside] == ["display"]
-    assert TABLE["probing.search"] == ({"probing.prior", "probing.promise", "results"}, set())
-    assert TABLE["probing.prior"] == TABLE["probing.promise"] == (set(), set())
+    assert TABLE["search.bracketing"][1] == set()
+    assert TABLE["search.bracketing"][0] == {"results.search", "search.prior", "search.trial_bound"}
+    assert TABLE["search.prior"] == TABLE["search.trial_bound"] == (set(), set())
+
+
+def test_a_folder_is_no_crowd() -> None:
+    folders = Counter(module.rpartition(".")[0] for module in modules())
+    assert folders[""] <= 12, "loose modules at the top"
+    assert max(folders.values()) <= 17, folders
 
 
 def test_a_module_begins_with_one_sentence() -> None:
