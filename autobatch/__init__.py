@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from autobatch.api.accumulator import Accumulator
     from autobatch.api.batch_size import check, find_batch_size
     from autobatch.api.callable import find_largest
     from autobatch.api.train import find_and_train
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from autobatch.results.training import Evaluation, StepResult, TrainingResult
     from autobatch.results.verdict import Verdict
     from autobatch.search.options import SearchOptions
-    from autobatch.training.engine.accumulator import Accumulator
     from autobatch.training.losses.batch_loss import BatchLoss
     from autobatch.training.losses.whole_batch import WholeBatch
     from autobatch.training.options import StepOptions
@@ -74,7 +74,7 @@ __all__ = [
 
 
 _HOMES: Final = {
-    "Accumulator": "autobatch.training.engine.accumulator",
+    "Accumulator": "autobatch.api.accumulator",
     "AutobatchError": "autobatch.errors",
     "BatchLoss": "autobatch.training.losses.batch_loss",
     "BatchPlan": "autobatch.results.plan",

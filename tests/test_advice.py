@@ -8,7 +8,7 @@ from test_demo import RESULT
 
 from autobatch.compat import platform as platforms
 from autobatch.devices import cuda
-from autobatch.results.memory_notes import advice, fragmented
+from autobatch.devices.memory_notes import advice, fragmented
 from autobatch.results.search import SearchResult, Trial
 
 GIB = 2**30

@@ -95,3 +95,8 @@ def _started(device: torch.device) -> torch.device:
             f"{device.type.upper()} devices"
         )
     return backend.start(device)
+
+
+def in_widest(tensor: Tensor) -> Tensor:
+    """Return a tensor's values in the widest floating type of its device."""
+    return tensor.to(widest_dtype(tensor.device))

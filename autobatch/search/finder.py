@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from autobatch.devices.base import MemoryDevice, outside_changed
+from autobatch.devices.memory_notes import advice
 from autobatch.devices.oom import verdict_of
 from autobatch.errors import AutobatchError, DeviceLostError, DoesNotFitError, SearchTimeoutError
 from autobatch.events import Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
 from autobatch.results.memory import Breakdown
-from autobatch.results.memory_notes import advice
 from autobatch.results.search import LimitedBy, SearchResult, Trial
 from autobatch.results.verdict import Verdict
 from autobatch.search.bracketing import BracketingSearch, Outcome

@@ -141,7 +141,9 @@ class FitLoop:
 
     def _save(self, place: DataPosition) -> None:
         if self._checkpoints is not None:
-            self._checkpoints.save(self._runner, self._progress, place, self._metadata)
+            self._checkpoints.save(
+                self._runner, self._progress.state_dict(), place.state_dict(), self._metadata
+            )
 
     def _obey_signal(self) -> None:
         saved = self._checkpoints.path if self._checkpoints is not None else None

@@ -11,8 +11,8 @@ from typing import Final
 from autobatch.data.rebatch import Data, Source, open_source
 from autobatch.data.worker_memory import crowded
 from autobatch.devices.host_memory import host_memory
+from autobatch.devices.memory_notes import fragmented
 from autobatch.events import Observer, TrainingStarted
-from autobatch.results.memory_notes import fragmented
 from autobatch.results.plan import BatchPlan
 from autobatch.results.search import SearchResult
 from autobatch.results.training import StepResult, TrainingResult
@@ -20,13 +20,6 @@ from autobatch.state.rng import Restore, random_state
 from autobatch.state.snapshot import attributes_of, training_mode
 from autobatch.training.batchnorm.modes import normalises_by_batch
 from autobatch.training.checkpointing.manager import CheckpointManager
-from autobatch.training.checkpointing.resume import (
-    TrainingStart,
-    begin,
-    is_done,
-    plain_search,
-    resume,
-)
 from autobatch.training.checkpointing.store import CheckpointStore
 from autobatch.training.engine.lr_schedule import Schedule, resolve_schedule
 from autobatch.training.engine.step_runner import StepRunner
@@ -37,6 +30,7 @@ from autobatch.training.fit_loop import FitLoop
 from autobatch.training.losses.objective import Objective
 from autobatch.training.notes import notes
 from autobatch.training.progress import DataPosition
+from autobatch.training.start import TrainingStart, begin, is_done, plain_search, resume
 from autobatch.training.workload import Workload
 
 _WORKERS: Final = (

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from autobatch.devices import accelerator
 from autobatch.devices.accelerator import MpsDevice, UncountedMpsDevice, XpuDevice
 from autobatch.devices.base import MemoryDevice
-from autobatch.devices.factory import BACKENDS, choose_device, open_device, widest_dtype
+from autobatch.devices.factory import BACKENDS, choose_device, in_widest, open_device, widest_dtype
 from autobatch.devices.oom import verdict_of
 from autobatch.errors import DeviceUnavailableError
 from autobatch.results.verdict import Verdict
 from autobatch.search.trial import TrialRunner
 from autobatch.state.rng import random_state
-from autobatch.training.engine.gradient_buffer import in_widest
 from autobatch.training.engine.prefetch import Prefetcher
 from autobatch.training.options import StepOptions
 

@@ -18,7 +18,6 @@ from autobatch.training.checkpointing.store import CheckpointStore
 from autobatch.training.engine.lr_schedule import Schedule
 from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.engine.train_step import TrainStep
-from autobatch.training.progress import DataPosition, Progress
 
 Fields = Mapping[str, Any]
 
@@ -110,16 +109,16 @@ class CheckpointManager:
     def save(
         self,
         runner: StepRunner,
-        progress: Progress,
-        place: DataPosition,
+        progress: Mapping[str, object],
+        place: Mapping[str, object],
         metadata: Mapping[str, object],
     ) -> Path:
         """Write a checkpoint from which the next step follows, and return its path.
 
         Args:
             runner: Counts steps and knows the micro-batch size.
-            progress: Losses so far.
-            place: Where in the data training is.
+            progress: What has been done so far: plain values.
+            place: Where in the data training is: plain values.
             metadata: What else a resumed training reads: plain values.
         """
         step = self.step
@@ -129,8 +128,8 @@ class CheckpointManager:
             "loss_module": loss_state,
             "desired": self.desired,
             "runner": runner.state_dict(),
-            "progress": progress.state_dict(),
-            "place": place.state_dict(),
+            "progress": dict(progress),
+            "place": dict(place),
             "random": self.random_state(),
             "metadata": dict(metadata),
         }

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autobatch.devices.factory import widest_dtype
-
 
 class GradientBuffer:
     """Adds up 16-bit gradients in another dtype, and rounds the sum once.
@@ -46,8 +44,3 @@ class GradientBuffer:
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()
-
-
-def in_widest(tensor: Tensor) -> Tensor:
-    """Return a tensor's values in the widest floating type of its device."""
-    return tensor.to(widest_dtype(tensor.device))

@@ -11,13 +11,13 @@ from autobatch.data.micro_batches import cut_to, largest_piece
 from autobatch.data.rebatch import Source, logical_batches
 from autobatch.data.sample import read_sample
 from autobatch.data.tree import BatchTree, size_of, take
+from autobatch.devices.factory import in_widest
 from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import DoesNotFitError
 from autobatch.results.plan import useful_sizes
 from autobatch.results.training import Evaluation
 from autobatch.state.rng import random_state
 from autobatch.training.engine.grad_cache import joined
-from autobatch.training.engine.gradient_buffer import in_widest
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.evaluation.inference import Inference
 from autobatch.training.evaluation.metrics import Metric, _accuracy, _Number, _Totals, read_mean

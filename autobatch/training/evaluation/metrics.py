@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autobatch.data.tree import BatchTree
-from autobatch.training.engine.gradient_buffer import in_widest
+from autobatch.devices.factory import in_widest
 from autobatch.training.losses.callable import _scalar, read_pair
 
 Metric = Callable[..., object]

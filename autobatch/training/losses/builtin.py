@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autobatch.data.tree import WAY_OUT_OF_A_LIST, BatchTree, describe
-from autobatch.training.engine.gradient_buffer import in_widest
+from autobatch.devices.factory import in_widest
 from autobatch.training.losses.loss import Loss, widened
 
 _Settings = Mapping[str, object]  # The keyword arguments of one of torch's functionals.

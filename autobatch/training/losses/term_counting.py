@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autobatch.data.micro_batches import pieces_of
 from autobatch.data.tree import BatchTree, size_of
-from autobatch.training.engine.gradient_buffer import in_widest
+from autobatch.devices.factory import in_widest
 
 _LABELS: Final = ("labels", "target")
 
