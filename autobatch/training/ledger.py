@@ -54,12 +54,13 @@ class Ledger:
         self._counted = False  # Whether the loss returns terms.
         self._count = 0
         self._entries: Entries | None = None
-        self._device = device
+        self._start_reading: Callable[[Tensor], Callable[[], list[float]]] | None = None
         self._sent: Callable[[], list[float]] | None = None
         if not device.reads_at_once:
             place = device.torch_device
             rows = max(micro_batches, _ROWS)
             self._held = torch.zeros(2, rows, dtype=widest_dtype(place), device=place)
+            self._start_reading = device.start_reading
 
     def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
         """Keep one micro-batch's summed loss, and its number of terms if the loss returned one."""
@@ -96,13 +97,15 @@ class Ledger:
         """Return the numbers: the first call waits for the device, once."""
         if self._entries is None:
             self._entries = self._read()
-            self._held = self._norm = self._sent = None  # A kept result keeps no tensors.
+            # A kept result must keep neither tensors nor the device.
+            self._held = self._norm = self._sent = self._start_reading = None
         return self._entries
 
     def send(self) -> None:
         """Begin to copy the numbers to the host, so that reading them waits for no later work."""
-        if self._held is not None:
-            self._sent = self._device.start_reading(self._together())
+        if self._start_reading is not None:
+            self._sent = self._start_reading(self._together())
+            self._start_reading = None  # A kept result must not keep the device.
 
     def _read(self) -> Entries:
         has_norm = self._norm is not None
