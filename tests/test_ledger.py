@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -298,6 +299,23 @@ def test_a_sum_that_is_not_finite_is_read_as_such(bad: float) -> None:
         assert entries.loss_sum == pytest.approx(bad, nan_ok=True)
     both = filled(LossRecord, [float("inf"), -float("inf")], None, None).read()
     assert both.loss_sum != both.loss_sum
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_result_that_is_kept_keeps_neither_the_device_nor_tensors(sent: bool) -> None:
+    held = torch.ones(1)
+    device = Waiting(lambda: [held])
+    ledger = Ledger(1, device)
+    ledger.add(torch.tensor(2.0), None)
+    if sent:
+        ledger.send()
+    else:
+        ledger.read()
+    gone = weakref.ref(device)
+    del device
+    assert gone() is None
+    assert ledger.read().losses == [2.0]
+    assert not any(isinstance(value, Tensor) for value in vars(ledger).values())
 
 
 def test_it_waits_once_however_often_it_is_read() -> None:

@@ -53,13 +53,14 @@ class LossRecord:
         self._held: Tensor | None = None
         self._counted = False  # Whether the loss returns terms.
         self._count = 0
-        self._entries: StepNumbers | None = None
-        self._device = device
+        self._numbers: StepNumbers | None = None
+        self._start_reading: Callable[[Tensor], Callable[[], list[float]]] | None = None
         self._sent: Callable[[], list[float]] | None = None
         if not device.reads_at_once:
             place = device.torch_device
             rows = max(micro_batches, _ROWS)
             self._held = torch.zeros(2, rows, dtype=widest_dtype(place), device=place)
+            self._start_reading = device.start_reading
 
     def add(self, loss: Tensor, terms: Tensor | float | None) -> None:
         """Keep one micro-batch's summed loss, and its number of terms if the loss returned one."""
@@ -88,21 +89,23 @@ class LossRecord:
         """The sum of the terms so far, on its device; None if the loss returned none."""
         if not self._counted:
             return None
-        if self._entries is not None:
-            return self._entries.terms
+        if self._numbers is not None:
+            return self._numbers.terms
         return sum(self._terms) if self._held is None else self._held[1].sum()
 
     def read(self) -> StepNumbers:
         """Return the numbers: the first call waits for the device, once."""
-        if self._entries is None:
-            self._entries = self._read()
-            self._held = self._norm = self._sent = None  # A kept result keeps no tensors.
-        return self._entries
+        if self._numbers is None:
+            self._numbers = self._read()
+            # A kept result must keep neither tensors nor the device.
+            self._held = self._norm = self._sent = self._start_reading = None
+        return self._numbers
 
     def send(self) -> None:
         """Begin to copy the numbers to the host, so that reading them waits for no later work."""
-        if self._held is not None:
-            self._sent = self._device.start_reading(self._together())
+        if self._start_reading is not None:
+            self._sent = self._start_reading(self._together())
+            self._start_reading = None  # A kept result must not keep the device.
 
     def _read(self) -> StepNumbers:
         has_norm = self._norm is not None
