@@ -13,15 +13,21 @@ from autobatch.devices.choose import choose_device
 from autobatch.devices.host import host_memory
 from autobatch.prediction.gpus import Gpu, find_gpu
 from autobatch.units import format_bytes
-from benchmarks import engine, exactness, gpu, holdings, prediction, runner, search, zoo
-from benchmarks.holdings_case import allowed_bytes
+from benchmarks import ROOT
+from benchmarks.capacity import suite as capacity
+from benchmarks.capacity.case import allowed_bytes
+from benchmarks.engine import suite as engine
+from benchmarks.exactness import suite as exactness
+from benchmarks.harness import gpu, models, runner
+from benchmarks.harness.runner import Options, Part
+from benchmarks.prediction import suite as prediction
 from benchmarks.reporting import command as reading
-from benchmarks.runner import Options, Part
+from benchmarks.search import suite as search
 
 # In this order: what was cheap leaves its time to those behind it.
 PARTS: Final[dict[str, Part]] = {
     "exactness": Part(run=exactness.run, weight=1),
-    "holdings": Part(run=holdings.run, weight=6),
+    "capacity": Part(run=capacity.run, weight=6),
     "search": Part(run=search.run, weight=4),
     "engine": Part(run=engine.run, weight=2),
     "prediction": Part(run=prediction.run, weight=2),
@@ -31,8 +37,9 @@ COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     **reading.COMMANDS,
     "gpu": gpu.main,
 }
-RESULTS: Final = Path(__file__).parent / "results"
+RESULTS: Final = ROOT / "benchmarks" / "results"
 _ALL: Final = "all"
+_OLD_NAMES: Final = {"holdings": "capacity"}  # Still accepted on the command line.
 _MOST_MINUTES: Final = 24 * 60
 
 
@@ -52,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     reader.add_argument("--minutes", type=_minutes, default=8.0, help="no case begins later")
     reader.add_argument("--device", type=_device, help="cpu, cuda; default: a GPU if there is one")
     reader.add_argument(
-        "--models", nargs="+", type=_model, default=(), help=f"of holdings: {', '.join(zoo.NAMES)}"
+        "--models",
+        nargs="+",
+        type=_model,
+        default=(),
+        help=f"of capacity: {', '.join(models.NAMES)}",
     )
     reader.add_argument(
         "--imitate", type=_card, metavar="CARD", help="the CPU's meter with that card's memory"
@@ -86,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _part(name: str) -> str:
+    name = _OLD_NAMES.get(name, name)
     if name not in (*PARTS, _ALL):
         known = ", ".join([*PARTS, _ALL])
         raise argparse.ArgumentTypeError(f"there is no {name!r}; choose from {known}")
@@ -105,9 +117,9 @@ def _minutes(text: str) -> float:
 
 
 def _model(name: str) -> str:
-    if name not in zoo.NAMES:
+    if name not in models.NAMES:
         raise argparse.ArgumentTypeError(
-            f"there is no model {name!r}; choose from {', '.join(zoo.NAMES)}"
+            f"there is no model {name!r}; choose from {', '.join(models.NAMES)}"
         )
     return name
 

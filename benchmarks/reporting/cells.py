@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from autobatch.units import format_bytes
-from benchmarks.findings import Fields
+from benchmarks.harness.records import Fields
 
 _HIDDEN: Final = ("table", "quartiles", "forwards")
 NOTHING: Final = "-"

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from benchmarks.findings import Fields
-from benchmarks.reporting import cells, holdings, pictures
-from benchmarks.reporting.beside import LARGEST, ON_TOP, worst_update
+from benchmarks.harness.records import Fields
+from benchmarks.reporting import capacity, cells, pictures
 from benchmarks.reporting.document import Block, Document, Figure, Picture, Section, Table, table
 from benchmarks.reporting.pictures import Draw
 from benchmarks.reporting.results import PARTS, Results
+from benchmarks.reporting.side_by_side import LARGEST, ON_TOP, worst_update
 
 _LONG: Final = 20  # Rows of a table that is folded.
 _FACTS: Final = ("device", "driver", "torch", "autobatch", "commit", "date")
@@ -32,8 +32,8 @@ OURS: Final = "autobatch"
 def document(results: Results, *, drawn: bool) -> Document:
     """Return the report of a device; without drawings where there is nothing to draw with."""
     missing = [name for name in PARTS if name not in results.parts]
-    sections = [*_holdings(results, drawn=drawn)]
-    others = [name for name in results.parts if name != "holdings"]
+    sections = [*_capacity(results, drawn=drawn)]
+    others = [name for name in results.parts if name != "capacity"]
     sections += [_chapter(results, name, drawn=drawn) for name in others]
     return Document(
         title=f"autobatch on {results.name}",
@@ -47,7 +47,7 @@ def document(results: Results, *, drawn: bool) -> Document:
 
 def figures(results: Results) -> list[Figure]:
     """Return the numbers that are read first."""
-    found = list(_largest(holdings.sound(results.rows("holdings"))))
+    found = list(_largest(capacity.sound(results.rows("capacity"))))
     for row in results.rows("search", *_MODELS):
         if row.get("by") == OURS:
             told = f"real models in which it finds the largest batch that runs, {row.get('trials')}"
@@ -74,28 +74,28 @@ def _largest(cases: Sequence[Fields]) -> Iterator[Figure]:
     own = [case for case in trained if case.get("model") == chosen]
     firsts = {case.get("precision"): case for case in reversed(own)}
     for case in sorted(firsts.values(), key=own.index):
-        label = f"{chosen}, the largest training batch, {holdings.setting(case)}"
+        label = f"{chosen}, the largest training batch, {capacity.setting(case)}"
         yield Figure(value=cells.text(case.get("tolerable")), label=label)
 
 
-def _holdings(results: Results, *, drawn: bool) -> list[Section]:
-    if "holdings" not in results.parts:
+def _capacity(results: Results, *, drawn: bool) -> list[Section]:
+    if "capacity" not in results.parts:
         return []
-    cases = list(results.parts["holdings"].cases)
+    cases = list(results.parts["capacity"].cases)
     memory = _picture(pictures.memory(cases), _MEMORY, results) if drawn else []
     speed = _picture(pictures.speed(cases), _SPEED, results) if drawn else []
     foreseen = _picture(_foreseen(cases), _PREDICTED, results) if drawn else []
-    held = [holdings.held(cases), holdings.failures(cases), holdings.verdicts(cases)]
+    held = [capacity.held(cases), capacity.failures(cases), capacity.verdicts(cases)]
     chapters: dict[str, list[Block]] = {
         "What this card holds": [
-            *_told(results, "holdings"),
+            *_told(results, "capacity"),
             *_filled(held),
             *memory,
-            *_filled([holdings.searched(cases)]),
+            *_filled([capacity.searched(cases)]),
         ],
-        "How fast each size goes": [*speed, *_main_and_all(holdings.speeds, cases)],
-        "Accumulation to the batch you want": _main_and_all(holdings.accumulations, cases),
-        "Predicted before the search": [*foreseen, *_filled([holdings.predicted(cases)])],
+        "How fast each size goes": [*speed, *_main_and_all(capacity.speeds, cases)],
+        "Accumulation to the batch you want": _main_and_all(capacity.accumulations, cases),
+        "Predicted before the search": [*foreseen, *_filled([capacity.predicted(cases)])],
     }
     return [Section(title=title, blocks=blocks) for title, blocks in chapters.items() if blocks]
 
@@ -124,9 +124,9 @@ _PREDICTED: Final = "How far predictions are off what was measured; dotted is a 
 
 def _foreseen(cases: Sequence[Fields]) -> dict[str, Draw]:
     pairs: dict[str, list[tuple[float, float]]] = {}
-    for case in holdings.sound(cases):
+    for case in capacity.sound(cases):
         for name in ("safe", "likely"):
-            told = cells.number(holdings.inner(case, "predicted").get(f"tolerable_{name}"))
+            told = cells.number(capacity.inner(case, "predicted").get(f"tolerable_{name}"))
             found = cells.number(case.get("tolerable"))
             if told and found:
                 pairs.setdefault(name, []).append((found, told))
@@ -159,7 +159,7 @@ _CAPTIONS: Final = {
 
 
 def panels(results: Results, name: str) -> dict[str, Draw]:
-    """Return the drawings of a part other than ``holdings``, by title; none for what has none."""
+    """Return the drawings of a part other than ``capacity``, by title; none for what has none."""
     if name == "search":
         return {
             words[0]: pictures.bars(rows, _COST, "steps, median", beside=LARGEST, words="finds")

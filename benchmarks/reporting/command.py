@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import report
-from benchmarks.reporting import comparison, readme
+from benchmarks import ROOT
+from benchmarks.reporting import comparison, readme, report
 from benchmarks.reporting.markdown import markdown
 from benchmarks.reporting.page import page
 from benchmarks.reporting.results import read
 
 Command = Callable[[Sequence[str]], int]
 
-_ROOT: Final = Path(__file__).parent.parent.parent
+
 _FOLDERS: Final = "a folder, or the name of one under benchmarks/results"
 
 
@@ -45,8 +45,8 @@ def compare(words: Sequence[str]) -> int:
 def write_readme(words: Sequence[str]) -> int:
     """Write the committed results' figures into the README."""
     _reader("readme", write_readme).parse_args(words)
-    path = _ROOT / "README.md"
-    path.write_text(readme.updated(path.read_text(encoding="utf-8"), _ROOT), encoding="utf-8")
+    path = ROOT / "README.md"
+    path.write_text(readme.updated(path.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
     return 0
 
 
@@ -65,7 +65,7 @@ def _told(command: Command, words: Sequence[str]) -> int:
 
 def _folder(name: str) -> Path:
     path = Path(name)
-    return path if path.is_dir() else _ROOT / "benchmarks" / "results" / name
+    return path if path.is_dir() else ROOT / "benchmarks" / "results" / name
 
 
 COMMANDS: Final[dict[str, Command]] = {

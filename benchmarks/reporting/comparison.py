@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.findings import Fields
-from benchmarks.reporting import cells, holdings
-from benchmarks.reporting.beside import LARGEST, gradients, on_top, search_cost
+from benchmarks.harness.records import Fields
+from benchmarks.reporting import capacity, cells
 from benchmarks.reporting.document import Document, Section, Table
 from benchmarks.reporting.results import Results
+from benchmarks.reporting.side_by_side import LARGEST, gradients, on_top, search_cost
 
 Told = dict[tuple[str, ...], str]
 """By the names of a row, its cell."""
@@ -23,7 +23,7 @@ def compare(cards: Sequence[Results]) -> Document:
         told = "; ".join(f"{card.folder}: {card.name}" for card in cards)
         raise ValueError(f"imitated figures never stand beside measured ones ({told})")
     names = _names(cards)
-    cases = [holdings.sound(card.rows("holdings")) for card in cards]
+    cases = [capacity.sound(card.rows("capacity")) for card in cards]
     chapters: dict[str, tuple[Sequence[str], list[Told]]] = {
         "Tolerable batch": (("model", "setting"), [_held(own) for own in cases]),
         "Examples per second at the fastest size": (
@@ -86,7 +86,7 @@ def _beside(key: Sequence[str], names: Sequence[str], columns: Sequence[Told]) -
 
 
 def _by_case(cases: Iterable[Fields], tell: Callable[[Fields], str]) -> Told:
-    return {(str(case.get("model")), holdings.setting(case)): tell(case) for case in cases}
+    return {(str(case.get("model")), capacity.setting(case)): tell(case) for case in cases}
 
 
 def _held(cases: Sequence[Fields]) -> Told:
@@ -94,11 +94,11 @@ def _held(cases: Sequence[Fields]) -> Told:
 
 
 def _fast(cases: Sequence[Fields]) -> Told:
-    return _by_case(cases, lambda case: f"{holdings.rate_at(case, 'fastest')}")
+    return _by_case(cases, lambda case: f"{capacity.rate_at(case, 'fastest')}")
 
 
 def _accumulated(cases: Sequence[Fields]) -> Told:
-    told = _by_case(cases, lambda case: holdings.plan_for(case, 1024))
+    told = _by_case(cases, lambda case: capacity.plan_for(case, 1024))
     return {name: cell for name, cell in told.items() if cell != cells.NOTHING}
 
 

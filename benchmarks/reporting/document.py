@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.findings import Fields
+from benchmarks.harness.records import Fields
 from benchmarks.reporting import cells
 
 

@@ -1,6 +1,6 @@
 """The picture that stands in the README: a device at a glance."""
 
-from benchmarks.reporting import chapters, holdings, pictures
+from benchmarks.reporting import capacity, chapters, pictures
 from benchmarks.reporting.pictures import Draw
 from benchmarks.reporting.results import Results
 
@@ -8,7 +8,7 @@ from benchmarks.reporting.results import Results
 def panels(results: Results) -> dict[str, Draw]:
     """Return at most four drawings, of the parts that are there."""
     found: dict[str, Draw] = {}
-    cases = holdings.sound(results.rows("holdings"))
+    cases = capacity.sound(results.rows("capacity"))
     for what, drawn in (("memory", pictures.memory), ("speed", pictures.speed)):
         models = drawn(cases)
         name = next((name for name in ("resnet50", *models) if name in models), None)

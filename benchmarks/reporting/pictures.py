@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.findings import Fields
+from benchmarks.harness.records import Fields
 from benchmarks.reporting import cells
-from benchmarks.reporting.holdings import inner, inners, setting, sizes, sound
+from benchmarks.reporting.capacity import inner, inners, setting, sizes, sound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.reporting import cells, holdings, pictures
-from benchmarks.reporting.beside import LARGEST, gradients, on_top, search_cost, survivals
+from benchmarks.reporting import capacity, cells, pictures
 from benchmarks.reporting.document import Table
 from benchmarks.reporting.markdown import escaped, table_lines
 from benchmarks.reporting.results import Results, read
+from benchmarks.reporting.side_by_side import LARGEST, gradients, on_top, search_cost, survivals
 
 BEGIN: Final = "<!-- benchmarks: written by python -m benchmarks readme -->"
 _LIMITS: Final = ", each model under six times its weights and 512 MiB"
@@ -54,10 +54,10 @@ def _device(results: Results, root: Path) -> Iterator[str]:
 
 
 def _tables(results: Results) -> Iterator[tuple[str, Table]]:
-    cases = pictures.chosen(list(results.rows("holdings")))
+    cases = pictures.chosen(list(results.rows("capacity")))
     is_limited = results.imitated is None and results.device.startswith("CPU")
-    yield "Largest training batch" + _LIMITS * is_limited, holdings.held(cases)
-    yield f"Its accumulation at the fastest size: {_PLANS}", holdings.accumulations(cases)
+    yield "Largest training batch" + _LIMITS * is_limited, capacity.held(cases)
+    yield f"Its accumulation at the fastest size: {_PLANS}", capacity.accumulations(cases)
     yield "A search on real models, median [minimum, maximum] of them", _search(results)
     yield "On top of the plain loop, us per micro-batch", _engine(results)
     yield "An accumulated step in float64, and memory that runs out in training", _exact(results)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.findings import Fields
+from benchmarks.harness.records import Fields
 
-PARTS: Final = ("holdings", "search", "engine", "exactness", "prediction")
+PARTS: Final = ("capacity", "search", "engine", "exactness", "prediction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,61 @@
+"""What is being measured and what is left: a bar on a terminal, plain lines elsewhere.
+
+The only file of the benchmarks that knows rich. Nothing is drawn while a case runs, for a thread
+that draws is a thread that takes time.
+"""
+
+import datetime
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from benchmarks.harness.records import Notice
+
+Tell = Callable[[str, Notice], None]  # The part that measures, and what begins.
+
+
+@contextmanager
+def shown(parts: Sequence[str], minutes: float, console: Console | None = None) -> Iterator[Tell]:
+    """Yield what is to be told of every case that begins.
+
+    Args:
+        parts: In the order in which they run.
+        minutes: Until no case begins any more.
+        console: Where to write; None is the standard output.
+    """
+    console = console or Console(file=sys.stdout)
+    end = datetime.datetime.now() + datetime.timedelta(minutes=minutes)
+    if console.is_terminal:
+        with _bars(parts, end, console) as tell:
+            yield tell
+    else:
+        yield lambda part, notice: print(_line(part, notice, end), flush=True, file=console.file)
+
+
+@contextmanager
+def _bars(parts: Sequence[str], end: datetime.datetime, console: Console) -> Iterator[Tell]:
+    name = TextColumn("{task.description}", markup=False)
+    ends = TextColumn(f"until {end:%H:%M:%S}")
+    case = TextColumn("{task.fields[case]}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), ends, case)
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        tasks: dict[str, TaskID] = {
+            part: progress.add_task(part, total=None, case="waits") for part in parts
+        }
+
+        def tell(part: str, notice: Notice) -> None:
+            task = tasks[part]
+            progress.update(task, completed=notice.place, total=notice.cases, case=notice.case)
+            progress.refresh()
+
+        yield tell
+
+
+def _line(part: str, notice: Notice, end: datetime.datetime) -> str:
+    left = max((end - datetime.datetime.now()).total_seconds(), 0.0)
+    minutes, seconds = divmod(round(left), 60)
+    counted = f"{notice.place + 1}/{notice.cases}"
+    return f"[{minutes}:{seconds:02} left] {part} {counted}: {notice.case}"
