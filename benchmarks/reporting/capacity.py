@@ -1,52 +1,51 @@
-"""What a card holds, and how fast: the report's chapters of the part ``capacity``."""
+"""The tables of the part ``capacity``: the largest batches, and how fast each size trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from benchmarks.harness.records import Fields
 from benchmarks.reporting import cells
-from benchmarks.reporting.document import Table
+from benchmarks.reporting.cells import inner, inners
+from benchmarks.reporting.render import Table
 
 DESIRED: Final = (256, 1024, 4096)
-_FOUND_WANTED: Final = 0.99  # Of the exhaustive scan's.
-_SPEED_WANTED: Final = 0.98  # Of the best of any single size, at the desired batch below.
+_FOUND_WANTED: Final = 0.99  # The found size over the exhaustive scan's.
+_SPEED_WANTED: Final = 0.98  # Over the best of any single size, at the desired batch below.
 _DESIRED_WANTED: Final = 1024
+
+Column = Callable[[Fields], str]
 
 
 def setting(case: Fields) -> str:
-    """Return what a model was measured in: ``"fp32 AdamW"`` or ``"bf16 inference"``."""
+    """Return how a model was run: ``"fp32 AdamW"`` or ``"bf16 inference"``."""
     is_training = case.get("mode") == "train"
     return f"{case.get('precision')} {case.get('optimizer') if is_training else 'inference'}"
 
 
-def sound(cases: Sequence[Fields]) -> list[Fields]:
-    """Return the cases that were measured."""
+def measured(cases: Sequence[Fields]) -> list[Fields]:
+    """Return the cases that did not end with an error."""
     return [case for case in cases if not case.get("error")]
 
 
 def held(cases: Sequence[Fields]) -> Table:
-    """Models against settings: the tolerable batch of each."""
+    """Return the tolerable batch by model and setting."""
     settings = list(dict.fromkeys(setting(case) for case in cases))
-    by_place = {(str(case.get("model")), setting(case)): case for case in cases}
-    firsts = {str(case.get("model")): case for case in reversed(cases)}
-    models = dict.fromkeys(str(case.get("model")) for case in cases)
+    by_model: dict[str, dict[str, Fields]] = {}
+    for case in cases:
+        by_model.setdefault(str(case.get("model")), {})[setting(case)] = case
     rows = [
-        [model, *_kind(firsts[model]), *(_held(by_place.get((model, s))) for s in settings)]
-        for model in models
+        [model, *_model_columns(own), *(_held(own.get(name)) for name in settings)]
+        for model, own in by_model.items()
     ]
-    return Table(
-        title="tolerable batch: the largest that ran, in examples",
-        header=["model", "example", "parameters", *settings],
-        rows=rows,
-    )
+    title = "tolerable batch: the largest that ran, in examples"
+    return Table(["model", "example", "parameters", *settings], rows, title)
 
 
-def _kind(case: Fields) -> list[str]:
-    count = cells.number(case.get("parameters"))
-    return [
-        cells.text(case.get("example")),
-        cells.NOTHING if count is None else f"{count / 1e6:.1f} M",
-    ]
+def _model_columns(cases: Mapping[str, Fields]) -> list[str]:
+    first = next(iter(cases.values()))
+    count = cells.number(first.get("parameters"))
+    parameters = cells.NOTHING if count is None else f"{count / 1e6:.1f} M"
+    return [cells.text(first.get("example")), parameters]
 
 
 def _held(case: Fields | None) -> str:
@@ -56,34 +55,25 @@ def _held(case: Fields | None) -> str:
 
 
 def searched(cases: Sequence[Fields]) -> Table:
-    """How each was found and what it took."""
-    header = [
-        *("model", "setting", "tolerable", "peak allocated", "reserved", "limit"),
-        *("reserved / limit", "trials", "out of memory", "search, seconds", "found / scan"),
-        *("limited by", "what rules out more"),
-    ]
-    rows = [
-        [
-            cells.text(case.get("model")),
-            setting(case),
-            cells.text(case.get("tolerable")),
-            cells.size(case.get("peak_allocated_bytes")),
-            cells.size(case.get("peak_reserved_bytes")),
-            cells.size(case.get("limit_bytes")),
-            cells.percent(case.get("share")),
-            cells.text(case.get("trials")),
-            cells.text(case.get("out_of_memory")),
-            cells.text(case.get("search_seconds")),
-            cells.text(inner(case, "scan").get("found_over_largest")),
-            cells.text(case.get("limited_by")),
-            _ruled_out(inner(case, "upper")),
-        ]
-        for case in sound(cases)
-    ]
-    return Table(title="every search", header=header, rows=rows, folded=True)
+    """Return what each search found and took."""
+    columns: dict[str, Column] = {
+        "tolerable": _value("tolerable"),
+        "peak allocated": _value("peak_allocated_bytes", cells.size),
+        "reserved": _value("peak_reserved_bytes", cells.size),
+        "limit": _value("limit_bytes", cells.size),
+        "reserved / limit": _value("share", cells.percent),
+        "trials": _value("trials"),
+        "out of memory": _value("out_of_memory"),
+        "search, seconds": _value("search_seconds"),
+        "found / scan": lambda case: cells.text(inner(case, "scan").get("found_over_largest")),
+        "limited by": _value("limited_by"),
+        "what rules out more": _ruled_out,
+    }
+    return _table(measured(cases), columns, "every search")._replace(folded=True)
 
 
-def _ruled_out(upper: Fields) -> str:
+def _ruled_out(case: Fields) -> str:
+    upper = inner(case, "upper")
     size, reason = cells.text(upper.get("size")), cells.text(upper.get("reason"))
     if cells.number(upper.get("bytes")) is None:
         return reason if size == cells.NOTHING else f"{size} {reason}"
@@ -91,113 +81,94 @@ def _ruled_out(upper: Fields) -> str:
 
 
 def speeds(cases: Sequence[Fields]) -> Table:
-    """The fastest size of each, beside the tolerable one."""
-    rows = []
-    for case in sound(cases):
-        row = [cells.text(case.get("model")), setting(case)]
-        for name in ("fastest", "tolerable"):
-            row += [cells.text(case.get(name)), rate_at(case, name)]
-        rows.append(row)
-    header = ["model", "setting", "fastest size", "examples per second"]
-    header += ["tolerable", "examples per second there"]
-    return Table(title="examples per second by size", header=header, rows=rows)
+    """Return the fastest size of each case, beside the tolerable size."""
+    columns: dict[str, Column] = {
+        "fastest size": _value("fastest"),
+        "examples per second": lambda case: rate_at(case, "fastest"),
+        "tolerable": _value("tolerable"),
+        "examples per second there": lambda case: rate_at(case, "tolerable"),
+    }
+    return _table(measured(cases), columns, "examples per second by size")
 
 
 def rate_at(case: Fields, name: str) -> str:
     """Return the examples per second at the size that is the case's ``name``."""
-    rates = {cells.whole(one.get("size")): one.get("examples_per_second") for one in sizes(case)}
+    sizes = inners(case, "sizes")
+    rates = {cells.whole(one.get("size")): one.get("examples_per_second") for one in sizes}
     return cells.text(rates.get(cells.whole(case.get(name))))
 
 
 def accumulations(cases: Sequence[Fields]) -> Table:
-    """What each desired batch takes."""
-    rows = []
-    for case in sound(cases):
-        if inners(case, "desired"):
-            plans = [plan_for(case, desired) for desired in DESIRED]
-            rows.append([cells.text(case.get("model")), setting(case), *plans])
-    header = ["model", "setting", *(f"desired {desired}" for desired in DESIRED)]
+    """Return how each desired batch is cut, and how fast it is."""
+
+    def column(desired: int) -> Column:
+        return lambda case: plan_for(case, desired)
+
+    planned = [case for case in measured(cases) if inners(case, "desired")]
+    columns = {f"desired {desired}": column(desired) for desired in DESIRED}
     title = "micro-batches x size: examples per second, of the best of any single size"
-    return Table(title=title, header=header, rows=rows)
+    return _table(planned, columns, title)
 
 
-def plan_for(case: Fields, wanted: int) -> str:
-    """Return how a desired batch is cut, how fast it goes, and its share of the best."""
+def plan_for(case: Fields, desired: int) -> str:
+    """Return how a desired batch is cut, how fast it is, and its share of the best size's speed."""
     plans = {cells.whole(plan.get("desired")): plan for plan in inners(case, "desired")}
-    desired = plans.get(wanted)
-    if desired is None:
+    plan = plans.get(desired)
+    if plan is None:
         return cells.NOTHING
-    steps, size = (cells.text(desired.get(key)) for key in ("accumulation_steps", "micro_batch"))
-    if desired.get("examples_per_second") is None:  # There was no time for it.
-        return f"{steps} x {size}"
-    rate = cells.text(desired.get("examples_per_second"))
-    return f"{steps} x {size}: {rate}, {cells.percent(desired.get('of_best'))}"
+    cut = " x ".join(cells.text(plan.get(key)) for key in ("accumulation_steps", "micro_batch"))
+    rate = plan.get("examples_per_second")
+    if rate is None:  # There was no time to measure it.
+        return cut
+    return f"{cut}: {cells.text(rate)}, {cells.percent(plan.get('of_best'))}"
 
 
 def predicted(cases: Sequence[Fields]) -> Table:
-    """The prediction beside what was found."""
-    rows = [
-        [
-            cells.text(case.get("model")),
-            setting(case),
-            cells.text(case.get("tolerable")),
-            cells.text(told.get("tolerable_safe")),
-            cells.text(told.get("tolerable_likely")),
-            cells.size(case.get("peak_reserved_bytes")),
-            cells.size(told.get("peak_bytes_at_found")),
-        ]
-        for case in sound(cases)
-        if (told := inner(case, "predicted"))
-    ]
-    header = ["model", "setting", "found", "predicted: safe", "likely"]
-    header += ["peak reserved there", "predicted peak there"]
-    return Table(title="largest batches, predicted before the search", header=header, rows=rows)
+    """Return the predictions beside what was found."""
+
+    def prediction(name: str, show: Callable[[object], str] = cells.text) -> Column:
+        return lambda case: show(inner(case, "predicted").get(name))
+
+    columns: dict[str, Column] = {
+        "found": _value("tolerable"),
+        "predicted: safe": prediction("tolerable_safe"),
+        "likely": prediction("tolerable_likely"),
+        "peak reserved there": _value("peak_reserved_bytes", cells.size),
+        "predicted peak there": prediction("peak_bytes_at_found", cells.size),
+    }
+    known = [case for case in measured(cases) if inner(case, "predicted")]
+    return _table(known, columns, "largest batches, predicted before the search")
 
 
 def failures(cases: Sequence[Fields]) -> Table:
-    """What failed, with the reason."""
+    """Return the cases that ended with an error, with the reason."""
     failed = [case for case in cases if case.get("error")]
-    rows = [[cells.text(c.get("model")), setting(c), cells.text(c.get("error"))] for c in failed]
-    return Table(title="what failed", header=["model", "setting", "reason"], rows=rows)
+    return _table(failed, {"reason": _value("error")}, "what failed")
 
 
 def verdicts(cases: Sequence[Fields]) -> Table:
-    """What is wanted, the worst that was measured, and whether it was held."""
-    scans = [cells.number(inner(case, "scan").get("found_over_largest")) for case in sound(cases)]
-    shares = [
-        cells.number(plan.get("of_best"))
-        for case in sound(cases)
-        for plan in inners(case, "desired")
-        if plan.get("desired") == _DESIRED_WANTED
-    ]
-    lines = [
-        _verdict("found / the exhaustive scan's", scans, _FOUND_WANTED),
-        _verdict(f"desired {_DESIRED_WANTED} / best of any size", shares, _SPEED_WANTED),
-    ]
-    header = ["wanted of every model", "worst", "of", "verdict"]
-    return Table(title="what is wanted", header=header, rows=[line for line in lines if line])
+    """Return each requirement, the worst that was measured, and whether it was held."""
+    cases = measured(cases)
+    scans = [inner(case, "scan").get("found_over_largest") for case in cases]
+    plans = [plan for case in cases for plan in inners(case, "desired")]
+    shares = [plan.get("of_best") for plan in plans if plan.get("desired") == _DESIRED_WANTED]
+    rows = []
+    for name, values, least in (
+        ("found / the exhaustive scan's", scans, _FOUND_WANTED),
+        (f"desired {_DESIRED_WANTED} / best of any size", shares, _SPEED_WANTED),
+    ):
+        known = [value for value in map(cells.number, values) if value is not None]
+        if known:
+            verdict = "held" if min(known) >= least else "NOT held"
+            rows.append([f"{name} >= {least:g}", f"{min(known):.3f}", str(len(known)), verdict])
+    return Table(["wanted of every model", "worst", "of", "verdict"], rows, "what is wanted")
 
 
-def _verdict(what: str, measured: Sequence[float | None], least: float) -> list[str]:
-    known = [value for value in measured if value is not None]
-    if not known:
-        return []
-    verdict = "held" if min(known) >= least else "NOT held"
-    return [f"{what} >= {least:g}", f"{min(known):.3f}", str(len(known)), verdict]
+def _value(name: str, show: Callable[[object], str] = cells.text) -> Column:
+    return lambda case: show(case.get(name))
 
 
-def inner(case: Fields, name: str) -> Fields:
-    """Return a field that has fields; none where it is null."""
-    value = case.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def inners(case: Fields, name: str) -> list[Fields]:
-    """Return a list of fields; none where it is null."""
-    value = case.get(name)
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
-
-
-def sizes(case: Fields) -> list[Fields]:
-    """Return the sizes that were timed."""
-    return inners(case, "sizes")
+def _table(cases: Sequence[Fields], columns: Mapping[str, Column], title: str) -> Table:
+    """Return a row for each case, which begins with the model and its setting."""
+    every: dict[str, Column] = {"model": _value("model"), "setting": setting, **columns}
+    return Table(list(every), [[show(case) for show in every.values()] for case in cases], title)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks.harness.records import Fields
 from benchmarks.reporting import cells
-from benchmarks.reporting.capacity import inner, inners, setting, sizes, sound
+from benchmarks.reporting.capacity import measured, setting
+from benchmarks.reporting.cells import inner, inners
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +31,7 @@ _SIZES: Final = (6.5, 5.0, 3.5, 2.5)  # What the next one covers still shows.
 _LOOKS: Final = tuple(zip(_COLOURS, _MARKERS, _SIZES, strict=True))
 _ACROSS: Final = 3
 _OURS: Final = "autobatch"
+_LEAST_SCALE: Final = 0.75  # Below it, letters are too small to be read.
 _REACH: Final = 15.0  # Percent to each side, at least.
 
 Draw = Callable[["Axes"], None]
@@ -94,6 +96,9 @@ def _inline(drawn: str) -> str:
     """Keep the element alone, in the page's colours; what names other places goes."""
     element = drawn[drawn.index("<svg") :]
     element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element)
+    points = float(element.partition(' width="')[2].partition("pt")[0])
+    least = f'<svg style="min-width: {_LEAST_SCALE * points:.0f}pt"'  # A narrow page scrolls.
+    element = element.replace("<svg", least, 1)
     element = re.sub(r'<g id="[a-z_]+\d+">', "<g>", element)  # Others on the page have the same.
     for colour, variable in _VARIABLES.items():
         element = element.replace(colour, f"var({variable})")
@@ -121,12 +126,14 @@ def _figure(panels: Mapping[str, Draw], stamp: str) -> "Figure":
 
 def memory(cases: Sequence[Fields]) -> dict[str, Draw]:
     """Memory over size, the limit drawn in: a panel for each model."""
-    return {model: _memory(own) for model, own in _by_model(sound(cases)).items()}
+    return {model: _memory(own) for model, own in _by_model(measured(cases)).items()}
 
 
 def speed(cases: Sequence[Fields]) -> dict[str, Draw]:
     """Examples per second over size: a panel for each model."""
-    timed = [case for case in sound(cases) if _points(sizes(case), "examples_per_second")]
+    timed = [
+        case for case in measured(cases) if _points(inners(case, "sizes"), "examples_per_second")
+    ]
     return {model: _speed(own) for model, own in _by_model(timed).items()}
 
 
@@ -192,15 +199,15 @@ def _split(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[floa
 def _speed(cases: Sequence[Fields]) -> Draw:
     def draw(axes: "Axes") -> None:
         for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
-            timed = sorted(_points(sizes(case), "examples_per_second"))
+            timed = sorted(_points(inners(case, "sizes"), "examples_per_second"))
             points = [(size, rate) for size, rate, _ in timed]
-            low, high = _spread(sizes(case), "examples_per_second")
+            low, high = _spread(inners(case, "sizes"), "examples_per_second")
             label = setting(case)
             axes.plot(*_split(points), marker, ls="-", lw=1, ms=ms, color=colour, label=label)
             axes.vlines([size for size, _ in points], low, high, color=colour, lw=1.5)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
-        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,g}")
         axes.set_ylim(0)
         axes.set_xlabel("size")
         axes.set_ylabel("examples per second")

@@ -1,4 +1,4 @@
-"""What the others did beside autobatch on a device, a line for each of them."""
+"""What autobatch and the other libraries did on one device, a cell for each."""
 
 import statistics
 from typing import Final
@@ -9,18 +9,18 @@ from benchmarks.reporting.results import Results
 
 LARGEST: Final = "found the largest"
 ON_TOP: Final = "on top of plain, us per micro-batch"
-_COST: Final = "cost in seconds"
+_NOT_INSTALLED: Final = "not installed"
 
 
 def search_cost(results: Results) -> dict[str, str]:
-    """Steps that a search costs on real models, by searcher: median [minimum, maximum] of them.
+    """Return what a search costs in steps, by searcher: median [minimum, maximum] of real models.
 
-    Only searches count whose find runs.
+    Only searches count that found a size that runs.
     """
     costs: dict[str, list[float]] = {}
     for row in results.rows("search", "real models"):
         own = costs.setdefault(str(row.get("by")), [])
-        cost = cells.number(row.get(_COST))
+        cost = cells.number(row.get("cost in seconds"))
         if row.get("runs") is True and cost is not None:
             own.append(cost)
     return {by: _spread(own) for by, own in costs.items()}
@@ -34,7 +34,7 @@ def _spread(values: list[float]) -> str:
 
 
 def on_top(results: Results) -> dict[tuple[str, str], str]:
-    """What a micro-batch costs on top of the plain loop, by model and engine."""
+    """Return what a micro-batch costs on top of the plain loop, by model and engine."""
     rows = results.rows("engine", "a window of micro-batches")
     return {
         (str(row.get("model")), str(row.get("by"))): cells.cell(row, ON_TOP)
@@ -44,16 +44,17 @@ def on_top(results: Results) -> dict[tuple[str, str], str]:
 
 
 def gradients(results: Results) -> dict[str, str]:
-    """The most that an update is off, by engine."""
-    rows = results.rows("exactness", "relative difference")
-    return {str(row.get("by")): _worst(row) for row in rows}
+    """Return the largest difference of an update, by engine."""
+    return {
+        str(row.get("by")): _worst(row) for row in results.rows("exactness", "relative difference")
+    }
 
 
 def _worst(row: Fields) -> str:
     worst = worst_update(row)
     if worst is not None:
         return f"{worst:.1g}"
-    return "not installed" if "not installed" in row.values() else cells.NOTHING
+    return _NOT_INSTALLED if _NOT_INSTALLED in row.values() else cells.NOTHING
 
 
 def worst_update(row: Fields) -> float | None:
@@ -62,7 +63,7 @@ def worst_update(row: Fields) -> float | None:
 
 
 def survivals(results: Results) -> dict[str, str]:
-    """What became of trainings in which memory ran out, by engine."""
+    """Return how trainings ended in which memory ran out, by engine."""
     found: dict[str, list[Fields]] = {}
     for row in results.rows("exactness", "memory runs out"):
         found.setdefault(str(row.get("by")), []).append(row)
@@ -70,9 +71,9 @@ def survivals(results: Results) -> dict[str, str]:
 
 
 def _survival(rows: list[Fields]) -> str:
-    if any(row.get("outcome") == "not installed" for row in rows):
-        return "not installed"
-    gone_on = [row for row in rows if row.get("outcome") == "goes on"]
-    off = [value for row in gone_on if (value := cells.number(row.get("parameters off by")))]
-    told = f"goes on in {len(gone_on)} of {len(rows)}"
-    return f"{told}, at most {max(off):.1g} off" if off else told
+    if any(row.get("outcome") == _NOT_INSTALLED for row in rows):
+        return _NOT_INSTALLED
+    survived = [row for row in rows if row.get("outcome") == "goes on"]
+    off = [value for row in survived if (value := cells.number(row.get("parameters off by")))]
+    text = f"goes on in {len(survived)} of {len(rows)}"
+    return f"{text}, at most {max(off):.1g} off" if off else text

@@ -131,7 +131,7 @@ def _sums(measurements: Sequence[SearchMeasurement]) -> Fields:
     shares = [one.share for one in measurements]
     trials, failures = _trials(measurements), _failures(measurements)
     return {
-        "found the largest": f"{sum(one.share == 1 for one in measurements)} of {len(measurements)}",
+        "found the largest": f"{sum(one.share == 1 for one in measurements)} of {len(shares)}",
         "mean found / possible": f"{statistics.fmean(shares):.3f}",
         "worst": f"{min(shares):.3f}",
         "do not run": sum(not one.runs for one in measurements),
