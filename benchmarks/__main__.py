@@ -70,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
     )
     reader.add_argument("--out", type=Path, help="default: benchmarks/results; with --quick, none")
     reader.add_argument("--quick", action="store_true", help="only see that it works")
-    reader.add_argument("--fresh", action="store_true", help="measure anew what was measured")
     return reader
 
 
@@ -91,7 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quick=asked.quick,
         models=tuple(asked.models),
         imitated=asked.imitate,
-        fresh=asked.fresh,
     )
     return runner.run({name: PARTS[name] for name in dict.fromkeys(parts)}, options)
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -37,7 +36,6 @@ def environment(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "autobatch": _version(),
         "commit": _commit(),
-        "code": _code(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # Processes that wanted a core in the last minute.
@@ -107,17 +105,3 @@ def _commit() -> str | None:
         return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):  # No git, or no repository.
         return None
-
-
-def _code() -> str:
-    """A digest of the code that measures and is measured: a commit says nothing of what is edited.
-
-    And a copy of the source tree has no commit.
-    """
-    root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for folder in ("autobatch", "benchmarks", "tests"):
-        depth = "*.py" if folder == "tests" else "**/*.py"  # black_box.py and the like.
-        for path in sorted((root / folder).glob(depth)):
-            if not path.name.startswith("test_"):
-                digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a part is told and what it hands back: cases in time, text for people, fields for JSON."""
+"""The records of a benchmark: cases within a deadline, tables for people, rows for JSON."""
 
 import math
 import time
@@ -18,28 +18,11 @@ SEED: Final = 0
 
 
 class Notice(NamedTuple):
-    """A case that begins: its name, its place among those of its kind, and how many they are."""
+    """A case that begins: its name, its index among its kind, and how many cases there are."""
 
     case: str
     place: int
     cases: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """Cases that were measured before.
-
-    Attributes:
-        cases: Rows, as they are written.
-        done: By name, the places of a finished case's rows among them.
-        seconds: How long they took.
-        last_seconds: How long the last of them took.
-    """
-
-    cases: Sequence[Fields] = ()
-    done: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    seconds: float = 0.0
-    last_seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,17 +31,17 @@ class Records:
 
     Attributes:
         device: Where models run.
-        deadline: By ``time.monotonic``: no case begins after it.
-        quick: Only to see that it works; the figures mean nothing.
-        models: The names of those that are wanted; none are all.
-        imitated: The card that the CPU's meter stands for.
-        tables: Rows by title, each as the columns' names and values; only of this run.
-        cases: The same and more, and those that were measured before.
-        done: By name, the places of a finished case's rows in ``cases``.
-        left_out: Cases that were not measured, and why.
+        deadline: No case begins later, by ``time.monotonic``.
+        quick: Whether the run only shows that everything works; its figures mean nothing.
+        models: The names of the requested models; empty for all.
+        imitated: The card whose memory the CPU's meter imitates.
+        tables: The rows of each table, as people see them.
+        cases: The same rows as the file holds them, with fields that no table shows.
+        done: The rows of each finished case.
+        left_out: The cases that were not measured, and why.
         last_seconds: How long the last case took.
-        short: Whether one of them was for want of time.
-        notice: Told of every case that begins.
+        short: Whether time was short for a case.
+        notice: Called with every case that begins.
         save: Called after every case.
     """
 
@@ -69,7 +52,7 @@ class Records:
     imitated: Gpu | None = None
     tables: dict[str, list[Fields]] = field(default_factory=dict)
     cases: list[Fields] = field(default_factory=list)
-    done: dict[str, list[int]] = field(default_factory=dict)
+    done: dict[str, list[Fields]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     last_seconds: float = 0.0
     short: bool = False
@@ -78,27 +61,26 @@ class Records:
 
     @property
     def left_seconds(self) -> float:
-        """Until the deadline."""
+        """The seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def in_time(
         self, cases: Mapping[str, Case], seconds: Callable[[str, Case], float] | None = None
     ) -> Iterator[tuple[str, Case]]:
-        """Yield the cases with their names until the deadline; the others are left out.
+        """Yield the cases with their names until the deadline; the other cases are left out.
 
-        One that was measured before is not yielded again. A case counts as measured when the next
-        is asked for.
+        A finished case is not yielded again. A case is finished when the next one is requested.
 
         Args:
-            cases: By name, which must be the part's only one.
-            seconds: What a case is expected to take, which is asked for just before it would begin;
-                None takes the one before it as an example.
+            cases: The cases by name; a name must be unique in its part.
+            seconds: Estimates how long a case takes, just before it would begin; None takes the
+                seconds of the case before.
         """
         for place, (name, case) in enumerate(cases.items()):
             if name in self.done:
                 continue
             expected = 0.0
-            if self.left_seconds > 0:  # Else nobody need think about it.
+            if self.left_seconds > 0:  # Estimates cost time themselves.
                 expected = self.last_seconds if seconds is None else seconds(name, case)
             if not self._has_time(name, expected):
                 continue
@@ -106,8 +88,8 @@ class Records:
             first, began = len(self.cases), time.monotonic()
             yield name, case
             self.last_seconds = time.monotonic() - began
-            if len(self.cases) > first:  # Else it was left out after all.
-                self.done[name] = list(range(first, len(self.cases)))
+            if len(self.cases) > first:  # A case without rows was left out after all.
+                self.done[name] = self.cases[first:]
                 self.save()
 
     def _has_time(self, name: str, seconds: float) -> bool:
@@ -118,27 +100,24 @@ class Records:
         return False
 
     def give_up(self, what: str) -> None:
-        """Note what time does not allow."""
+        """Record a case for which there is no time."""
         self.left_out.append(what)
         self.short = True
 
     def add(self, table: str, row: Fields, **more: object) -> None:
-        """Note one case: a row that is shown, and what is only written."""
+        """Add a row: columns that the table shows, and ``more`` that only the file holds."""
         self.tables.setdefault(table, []).append(row)
         written = {name: as_json(value) for name, value in ({**row, **more}).items()}
         self.cases.append({"table": table, **written})
 
     def rows(self, table: str) -> list[Fields]:
-        """Return the table's cases as they are written, those that were measured before too."""
+        """Return the rows of a table as the file holds them."""
         return [case for case in self.cases if case["table"] == table]
 
-    def take_up(self, kept: Kept) -> None:
-        """Begin with finished cases; what was summed up over them is left to the part."""
-        self.last_seconds = kept.last_seconds
-        for name, places in kept.done.items():
-            first = len(self.cases)
-            self.cases += [kept.cases[place] for place in places]
-            self.done[name] = list(range(first, len(self.cases)))
+    def begin_again(self) -> None:
+        """Keep the finished cases for another round; drop sums over cases and skipped cases."""
+        self.cases = [row for rows in self.done.values() for row in rows]
+        self.tables, self.left_out, self.short = {}, [], False
 
     def __str__(self) -> str:
         tables = [
@@ -152,7 +131,7 @@ class Records:
 
 
 def table_text(rows: list[Fields]) -> str:
-    """Return rows under the columns of the first, as plain text."""
+    """Return rows as plain text, under the columns of the first row."""
     header = [name.replace("_", " ") for name in rows[0]]
     cells = [header, *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -162,7 +141,7 @@ def table_text(rows: list[Fields]) -> str:
 
 
 def as_json(value: object) -> object:
-    """Return samples with their spread; nan and the infinities, which JSON lacks, as text."""
+    """Return a value for JSON: samples with their spread, nan and infinities as text."""
     if isinstance(value, Samples):
         spread = {"median": value.median, "minimum": min(value), "maximum": max(value)}
         return {**spread, "samples": list(value)}

@@ -1,6 +1,5 @@
-"""Measures parts within one budget of time, and keeps what is done."""
+"""Measure parts within one budget of time, and write each part's file after every case."""
 
-import json
 import signal
 import time
 import traceback
@@ -8,22 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from autobatch.prediction.gpus import Gpu
 from benchmarks.harness.environment import environment, keep_freed_memory, slug, write_atomically
 from benchmarks.harness.progress import Tell, shown
-from benchmarks.harness.records import Fields, Kept, Notice, Records
+from benchmarks.harness.records import Notice, Records
 from benchmarks.reporting import report
 
-# A figure stands beside another in one file only where all of these are the same.
-_SAME: Final = (
-    *("part", "quick", "imitated", "device", "driver", "torch", "code", "python", "threads"),
-    "seed",
-)
-_WORTH_SECONDS: Final = 5.0  # Of time left over, for another round.
+_ROUNDS: Final = 2  # The second round is for cases that had no time in the first.
+_WORTH_SECONDS: Final = 5.0  # With less time left there is no second round.
 _INTERRUPTED: Final = 130  # What a shell returns for Ctrl-C.
 
 
@@ -32,8 +27,8 @@ class Part:
     """A kind of benchmark.
 
     Attributes:
-        run: Measures it.
-        weight: Its share of the time, against the others'.
+        run: Measures the part and adds rows to the records.
+        weight: Its share of the time, relative to the other parts.
     """
 
     run: Callable[[Records], None]
@@ -42,16 +37,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is asked for.
+    """The options of a run.
 
     Attributes:
         device: Where models run.
         minutes: No case begins later.
         out: The folder of results; None writes nothing.
-        quick: Only to see that it works.
-        models: The names of those that are wanted; none are all.
-        imitated: The card that the CPU's meter stands for.
-        fresh: Whether to begin anew where there are results to go on from.
+        quick: Only show that everything works.
+        models: The names of the requested models; empty for all.
+        imitated: The card whose memory the CPU's meter imitates.
     """
 
     device: torch.device
@@ -60,17 +54,16 @@ class Options:
     quick: bool = False
     models: Sequence[str] = ()
     imitated: Gpu | None = None
-    fresh: bool = False
 
 
 @dataclass(slots=True)
 class _Work:
-    """A part that is being measured: its records, and its facts for the file."""
+    """A part that is being measured: its records, and the facts that its file states."""
 
     facts: dict[str, object]
     records: Records
     path: Path | None
-    seconds: float = 0.0
+    seconds: float = 0.0  # Of earlier rounds.
     began: float = field(default_factory=lambda: time.monotonic())
 
     def write(self) -> None:
@@ -78,16 +71,21 @@ class _Work:
         if self.path is None or not self.records.cases:
             return
         spent = {"seconds": round(self.seconds + time.monotonic() - self.began, 1)}
-        found = self.records
-        measured = {"left_out": found.left_out, "done": found.done, "cases": found.cases}
+        measured = {"left_out": self.records.left_out, "cases": self.records.cases}
         write_atomically(self.path, self.facts | spent | measured)
+
+    def begin_again(self) -> None:
+        """Prepare another round, for the cases that had no time."""
+        now = time.monotonic()
+        self.seconds, self.began = self.seconds + now - self.began, now
+        self.records.begin_again()
 
 
 def run(parts: Mapping[str, Part], options: Options) -> int:
     """Measure the parts and report; return an exit code: 0, 1 if one failed, 130 if interrupted.
 
-    Every part gets its share of what is left of the time, by weight. What that leaves is spent on
-    those that were short of it.
+    Each part gets a share of the remaining time, by weight. Time that is left after all parts goes
+    to the parts that were short of it.
     """
     folder = None if options.out is None else options.out / _folder(options)
     failed: set[str] = set()
@@ -95,8 +93,8 @@ def run(parts: Mapping[str, Part], options: Options) -> int:
     try:
         with _terminable(), shown(list(parts), options.minutes) as tell:
             _measure_all(parts, options, folder, failed, tell)
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first.
-        print("interrupted: what is done is kept, and the same command goes on with it")
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second.
+        print("interrupted: the finished cases are kept")
         code = _INTERRUPTED
     if folder is not None and folder.is_dir() and not _report(folder):
         failed.add("report")
@@ -104,7 +102,7 @@ def run(parts: Mapping[str, Part], options: Options) -> int:
 
 
 def share(left_seconds: float, weights: Sequence[float]) -> float:
-    """Return the first one's seconds of what is left for all of them."""
+    """Return the first part's seconds of the remaining time of all parts."""
     return max(left_seconds, 0.0) * weights[0] / sum(weights)
 
 
@@ -117,19 +115,21 @@ def _measure_all(
 ) -> None:
     deadline = time.monotonic() + 60 * options.minutes
     kept_memory = keep_freed_memory()
-    before: dict[str, Kept] = {}
+    works: dict[str, _Work] = {}
     waiting = list(parts)
-    for fresh in (options.fresh, False):
+    for _ in range(_ROUNDS):
         short = []
         for place, name in enumerate(waiting):
             weights = [parts[other].weight for other in waiting[place:]]
-            work = _begin(name, options, folder, kept_memory, tell)
-            work.records.deadline = time.monotonic() + share(deadline - time.monotonic(), weights)
-            _take_up(work, before.get(name), fresh=fresh)
-            if not _measure(parts[name], work):
+            if name in works:
+                works[name].begin_again()
+            else:
+                works[name] = _begin(name, options, folder, kept_memory, tell)
+            records = works[name].records
+            records.deadline = time.monotonic() + share(deadline - time.monotonic(), weights)
+            if not _measure(parts[name], works[name]):
                 failed.add(name)
-            before[name] = _kept(work)
-            if work.records.short and name not in failed:
+            elif records.short:
                 short.append(name)
         waiting = short
         if deadline - time.monotonic() < _WORTH_SECONDS:
@@ -159,46 +159,16 @@ def _begin(
     return work
 
 
-def _take_up(work: _Work, before: Kept | None, *, fresh: bool) -> None:
-    """Go on from what this run has done, else from a file of the same code on the same device."""
-    kept = before
-    if kept is None and work.path is not None and not fresh:
-        kept = read_kept(work.path, work.facts)
-    if kept is not None:
-        work.records.take_up(kept)
-        work.seconds = kept.seconds
-
-
-def read_kept(path: Path, facts: Fields) -> Kept | None:
-    """Return the finished cases of a file; None if it is another's, or not to be read."""
-    try:
-        written: Any = json.loads(path.read_text(encoding="utf-8"))
-        if any(written.get(name) != facts.get(name) for name in _SAME):
-            return None
-        cases, done = written["cases"], written["done"]
-        kept = Kept(cases=cases, done=done, seconds=written["seconds"])
-        Records(device=torch.device("cpu")).take_up(kept)  # That every place is there.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return kept
-
-
-def _kept(work: _Work) -> Kept:
-    found, seconds = work.records, work.seconds + time.monotonic() - work.began
-    last = found.last_seconds
-    return Kept(cases=found.cases, done=found.done, seconds=seconds, last_seconds=last)
-
-
 def _measure(part: Part, work: _Work) -> bool:
-    """Measure one part and tell it; return whether it came to its end."""
-    told = {key: value for key, value in work.facts.items() if value is not None}
-    print(", ".join(f"{key} {value}" for key, value in told.items()), end="\n\n", flush=True)
+    """Measure one part and print its tables; return whether it ended without an error."""
+    facts = [f"{key} {value}" for key, value in work.facts.items() if value is not None]
+    print(", ".join(facts), end="\n\n", flush=True)
     if work.records.done:
         print(f"{len(work.records.done)} cases were measured before", end="\n\n")
     error: Exception | None = None
     try:
         part.run(work.records)
-    except Exception as problem:  # noqa: BLE001  # The other parts are measured all the same.
+    except Exception as problem:  # noqa: BLE001  # The other parts are measured anyway.
         traceback.print_exc()
         error, work.facts["failed"] = problem, repr(problem)
     work.write()
@@ -216,10 +186,10 @@ def _folder(options: Options) -> str:
 
 
 def _report(folder: Path) -> bool:
-    """Let the report be written from the files of a folder; return whether it could be."""
+    """Write the report of a folder's files; return whether that succeeded."""
     try:
         written = report.write(folder)
-    except Exception:  # noqa: BLE001  # What was measured is in its files all the same.
+    except Exception:  # noqa: BLE001  # The result files are complete without it.
         traceback.print_exc()
         return False
     for path in written:
@@ -229,7 +199,7 @@ def _report(folder: Path) -> bool:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C: whoever ends this process shall find a report."""
+    """Treat SIGTERM as Ctrl-C, so that a run that is ended writes its report."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

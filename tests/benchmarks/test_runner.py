@@ -21,7 +21,7 @@ from benchmarks.harness import runner
 from benchmarks.harness.environment import environment
 from benchmarks.harness.progress import shown
 from benchmarks.harness.records import Notice, Records
-from benchmarks.harness.runner import Options, Part, read_kept, run, share
+from benchmarks.harness.runner import Options, Part, run, share
 
 CPU = torch.device("cpu")
 NAMES = ("a", "b", "c", "d")
@@ -112,37 +112,27 @@ def leave() -> None:
 
 @pytest.mark.parametrize("end", [press_ctrl_c, terminate, leave])
 @pytest.mark.parametrize("where", NAMES)
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_an_interrupted_run_keeps_its_finished_cases_and_writes_a_report(
     where: str, end: Callable[[], None], tmp_path: Path
 ) -> None:
-    first, second, whole = Work(happens={where: end}), Work(), Work()
-    assert run(only(first), options(tmp_path / "out")) == 130
-    assert run(only(second), options(tmp_path / "out")) == 0
-    assert run(only(whole), options(tmp_path / "whole")) == 0
-    assert first.measured == list(NAMES[: NAMES.index(where) + 1])
-    assert second.measured == list(NAMES[NAMES.index(where) :])
-    assert written(tmp_path / "out")["cases"] == written(tmp_path / "whole")["cases"]
-    assert [row["rows"] for row in written(tmp_path / "out")["cases"] if "rows" in row] == [8]
-
-
-def test_after_an_interrupt_the_file_holds_the_finished_cases_and_a_report_is_written(
-    tmp_path: Path,
-) -> None:
-    run(only(Work(happens={"c": press_ctrl_c})), options(tmp_path))
-    kept = written(tmp_path)
-    assert [row["case"] for row in kept["cases"]] == ["a", "a", "b", "b"]
-    assert kept["done"] == {"a": [0, 1], "b": [2, 3]}
-    assert len(REPORTS) == 1
+    work = Work(happens={where: end})
+    assert run(only(work), options(tmp_path)) == 130
+    before = NAMES[: NAMES.index(where)]
+    assert work.measured == [*before, where]
+    if before:
+        rows = [row["case"] for row in written(tmp_path)["cases"]]
+        assert rows == [name for name in before for _ in range(2)]
+    assert len(REPORTS) == bool(before)
 
 
 def test_the_file_is_there_after_every_case_even_if_the_process_is_killed(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     def look() -> None:
-        seen.append(list(written(tmp_path)["done"]))
+        seen.append([row["case"] for row in written(tmp_path)["cases"]])
 
     run(only(Work(happens={"b": look, "d": look})), options(tmp_path))
-    assert seen == [["a"], ["a", "b", "c"]]
+    assert seen == [["a", "a"], ["a", "a", "b", "b", "c", "c"]]
 
 
 def test_a_part_that_raises_keeps_its_cases_and_the_other_parts_run(tmp_path: Path) -> None:
@@ -152,53 +142,17 @@ def test_a_part_that_raises_keeps_its_cases_and_the_other_parts_run(tmp_path: Pa
     broken, other = Work(happens={"b": fail}), Work()
     parts = {"work": Part(run=broken, weight=1), "other": Part(run=other, weight=1)}
     assert run(parts, options(tmp_path)) == 1
-    assert (written(tmp_path)["failed"], list(written(tmp_path)["done"])) == (
-        "RuntimeError('no luck')",
-        ["a"],
-    )
+    file = written(tmp_path)
+    assert file["failed"] == "RuntimeError('no luck')"
+    assert [row["case"] for row in file["cases"]] == ["a", "a", "b"]
     assert other.measured == list(NAMES)
-    again = Work()
-    assert run({"work": Part(run=again, weight=1)}, options(tmp_path)) == 0
-    assert again.measured == ["b", "c", "d"]
-    assert "failed" not in written(tmp_path)
 
 
-def test_asked_to_begin_anew_everything_is_measured_again(tmp_path: Path) -> None:
-    again = Work()
+def test_another_run_measures_everything_and_replaces_the_file(tmp_path: Path) -> None:
     run(only(Work()), options(tmp_path))
-    run(only(again), options(tmp_path, fresh=True))
-    assert again.measured == list(NAMES)
-
-
-@pytest.mark.parametrize("name", ["code", "torch", "device", "driver", "threads", "seed"])
-def test_results_of_another_code_or_machine_are_not_gone_on_with(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(only(Work()), options(tmp_path))
-    facts = environment(CPU)
-    monkeypatch.setattr(runner, "_folder", lambda _: next(tmp_path.iterdir()).name)
-    monkeypatch.setattr(runner, "environment", lambda _: facts | {name: "another"})
-    other, same = Work(), Work()
-    run(only(other), options(tmp_path))
-    run(only(same), options(tmp_path))
-    assert (other.measured, same.measured) == (list(NAMES), [])
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", '{"cases": 3, "done": {}}', '{"cases": [], "done": {"a": [7]}, "seconds": 1}'],
-)
-def test_a_file_that_cannot_be_read_is_measured_anew(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "work.json"
-    path.write_text(content)
-    assert read_kept(path, {}) is None
-
-
-def test_what_a_quick_run_saw_is_no_result(tmp_path: Path) -> None:
-    run(only(Work()), options(tmp_path, quick=True))
-    real = Work()
-    run(only(real), options(tmp_path))
-    assert real.measured == list(NAMES)
+    again = Work(cases=("e",))
+    assert run(only(again), options(tmp_path)) == 0
+    assert [row.get("case") for row in written(tmp_path)["cases"]] == ["e", "e", None]
 
 
 @given(left=st.floats(0, 1e4), weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=6))
@@ -236,6 +190,8 @@ def test_what_a_cheap_part_leaves_is_spent_on_those_that_were_short(
     assert long.measured == list(names), "each once, though the part was run twice"
     assert written(tmp_path, "long")["left_out"] == []
     assert written(tmp_path, "long")["seconds"] == 200
+    rows = written(tmp_path, "long")["cases"]
+    assert [row["rows"] for row in rows if "rows" in row] == [40], "one sum, over both rounds"
 
 
 def test_a_case_that_would_end_too_late_does_not_begin_and_a_shorter_one_does(
@@ -272,7 +228,7 @@ def test_imitated_results_say_so_and_leave_measured_ones_alone(
     capsys.readouterr()
     imitation = Work()
     run(only(imitation), options(tmp_path, imitated=card))
-    assert imitation.measured == list(NAMES), "nothing measured is taken over"
+    assert imitation.measured == list(NAMES)
     assert (measured / "work.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [measured.name, "imitated-rtx-3060"]
@@ -283,15 +239,6 @@ def test_imitated_results_say_so_and_leave_measured_ones_alone(
     titles = [line for line in told if line.endswith((": rows", ": sum"))]
     assert titles == [f"imitated RTX 3060, no measured card: {name}" for name in ("rows", "sum")]
     assert json.loads(before)["imitated"] is None
-
-
-def test_a_file_of_a_measured_card_is_not_gone_on_with_by_an_imitation(tmp_path: Path) -> None:
-    run(only(Work()), options(tmp_path))
-    (measured,) = tmp_path.iterdir()
-    measured.rename(tmp_path / "imitated-rtx-3060")
-    imitation = Work()
-    run(only(imitation), options(tmp_path, imitated=find_gpu("RTX 3060")))
-    assert imitation.measured == list(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -335,12 +282,12 @@ def test_the_words_of_the_command_line_are_what_the_runner_is_told(
         return 7
 
     monkeypatch.setattr(runner, "run", note)
-    words = ["engine", "holdings", "engine", "--minutes", "2", "--imitate", "1GiB", "--fresh"]
+    words = ["engine", "holdings", "engine", "--minutes", "2", "--imitate", "1GiB"]
     assert command.main([*words, "--models", "gpt2", "swin_t", "--out", str(tmp_path)]) == 7
     assert command.main(["all", "--device", "cpu"]) == 7
     (parts, asked), (everything, standard) = told
     assert parts == ["engine", "capacity"]
-    assert (asked.minutes, asked.fresh, asked.out) == (2.0, True, tmp_path)
+    assert (asked.minutes, asked.out) == (2.0, tmp_path)
     assert (asked.models, asked.device) == (("gpt2", "swin_t"), CPU)
     assert asked.imitated is not None
     assert asked.imitated.capacity_bytes == 2**30
