@@ -1,4 +1,4 @@
-"""The benchmarks' command line: parts in, tables, files and a report out."""
+"""The benchmarks' command line: measures parts, prints tables, and writes files and a report."""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ from benchmarks.prediction import suite as prediction
 from benchmarks.reporting import command as reading
 from benchmarks.search import suite as search
 
-# In this order: what was cheap leaves its time to those behind it.
+# In the order of a run: time that a part leaves goes to the parts behind it.
 PARTS: Final[dict[str, Part]] = {
     "exactness": Part(run=exactness.run, weight=1),
     "capacity": Part(run=capacity.run, weight=6),
@@ -32,7 +32,7 @@ PARTS: Final[dict[str, Part]] = {
     "engine": Part(run=engine.run, weight=2),
     "prediction": Part(run=prediction.run, weight=2),
 }
-# Named by the first word; each is handed the words behind it and returns an exit code.
+# The commands by name; each takes the words behind its name and returns an exit code.
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     **reading.COMMANDS,
     "gpu": gpu.main,
@@ -44,7 +44,7 @@ _MOST_MINUTES: Final = 24 * 60
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     others = "also: python -m benchmarks report, compare, readme, gpu, each with its own --help"
     reader = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, epilog=others
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=_model,
         default=(),
-        help=f"of capacity: {', '.join(models.NAMES)}",
+        help=f"models of capacity: {', '.join(models.NAMES)}",
     )
     reader.add_argument(
         "--imitate", type=_card, metavar="CARD", help="the CPU's meter with that card's memory"
@@ -74,24 +74,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the parts that are named and write what each found; return 1 if one failed."""
+    """Measure the requested parts and write their files; return 1 if a part failed."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
     reader = parser()
-    asked = reader.parse_args(words)
-    if asked.imitate is not None and asked.device not in (None, torch.device("cpu")):
-        reader.error(f"--imitate runs on the CPU, got --device {asked.device}: leave one out")
-    parts = PARTS if _ALL in asked.parts or not asked.parts else asked.parts
-    options = Options(
-        device=torch.device("cpu") if asked.imitate else asked.device or _device(None),
-        minutes=asked.minutes,
-        out=asked.out or (None if asked.quick else RESULTS),
-        quick=asked.quick,
-        models=tuple(asked.models),
-        imitated=asked.imitate,
+    options = reader.parse_args(words)
+    if options.imitate is not None and options.device not in (None, torch.device("cpu")):
+        reader.error(f"--imitate runs on the CPU, got --device {options.device}: leave one out")
+    parts = PARTS if _ALL in options.parts or not options.parts else options.parts
+    run_options = Options(
+        device=torch.device("cpu") if options.imitate else options.device or _device(None),
+        minutes=options.minutes,
+        out=options.out or (None if options.quick else RESULTS),
+        quick=options.quick,
+        models=tuple(options.models),
+        imitated=options.imitate,
     )
-    return runner.run({name: PARTS[name] for name in dict.fromkeys(parts)}, options)
+    return runner.run({name: PARTS[name] for name in dict.fromkeys(parts)}, run_options)
 
 
 def _part(name: str) -> str:

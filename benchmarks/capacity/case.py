@@ -20,16 +20,16 @@ OPTIMIZERS: Final[Mapping[str, Callable[..., Optimizer]]] = {
     "AdamW": functools.partial(AdamW, lr=1e-4),
     "SGD": functools.partial(SGD, lr=1e-4, momentum=0.9),
 }
-CEILING: Final = 16384  # Larger batches are no one's; their images would fill the host.
+CEILING: Final = 16384  # Nobody trains on larger batches, and their images would fill the host.
 _MIB: Final = 2**20
-ROOM_BYTES: Final = 512 * _MIB  # For activations, where a CPU is measured as it is.
+ROOM_BYTES: Final = 512 * _MIB  # For activations, where a CPU imitates no card.
 _PER_PARAMETER: Final = (
-    6  # Times its own bytes: its gradient, AdamW's state, and what a step takes.
+    6  # Times a parameter's bytes: its gradient, AdamW's state, and the step's own tensors.
 )
 
 
 class Config(NamedTuple):
-    """How a model is run."""
+    """The mode, the precision and the optimizer of a model's run."""
 
     mode: Mode
     precision: Precision
@@ -39,7 +39,7 @@ class Config(NamedTuple):
         return ", ".join(word for word in self if word)
 
 
-# The most telling first: a budget that is short sees every model in it before any in another.
+# The most informative comes first: a short budget measures every model in it.
 ON_A_GPU: Final = (
     Config("train", "bf16", "AdamW"),
     Config("inference", "bf16", None),
@@ -66,16 +66,16 @@ ON_THE_CPU: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row.
+    """A row of the capacity table.
 
     Attributes:
-        name: The model's.
-        spec: The model.
-        config: How it is run.
-        device: Where.
-        card: The GPU that is here, or that is imitated.
+        name: The model's name.
+        spec: How the model and its data are made.
+        config: How the model is run.
+        device: Where the model runs.
+        card: This machine's GPU, or the imitated card.
         ceiling: The largest size of interest.
-        room_bytes: For activations, where a CPU is measured as it is.
+        room_bytes: Memory for activations, where a CPU imitates no card.
     """
 
     name: str
@@ -88,17 +88,17 @@ class Case:
 
     @property
     def imitates(self) -> bool:
-        """Whether the CPU's meter stands for the card."""
+        """True if the CPU's meter imitates the card."""
         return self.card is not None and self.device.type == "cpu"
 
     def model(self) -> nn.Module:
-        """Return it, on the device."""
+        """Return the model, on the device."""
         with self.device:
             return self.spec.make()
 
     @property
     def columns(self) -> dict[str, object]:
-        """What the row is of."""
+        """The columns that identify the row."""
         return {
             "model": self.name,
             "mode": self.config.mode,
@@ -108,7 +108,7 @@ class Case:
         }
 
     def arguments(self, model: nn.Module) -> dict[str, Any]:
-        """Return what a search and a trial are told."""
+        """Return the arguments of a search and of a trial."""
         optimizer = self.config.optimizer
         return {
             "loss": self.spec.loss,
@@ -121,7 +121,7 @@ class Case:
 
     def _limit_bytes(self, model: nn.Module) -> int | None:
         if self.device.type != "cpu":
-            return None  # What is free, with the headroom that a user has.
+            return None  # The free memory, less the default headroom.
         if self.card is not None:
             return allowed_bytes(self.card)
         parameter_bytes = sum(weight.nbytes for weight in model.parameters())
@@ -129,6 +129,6 @@ class Case:
 
 
 def allowed_bytes(card: Gpu) -> int:
-    """Return what a search on the card would let the allocator hold."""
+    """Return how many bytes a search on the card lets the allocator hold."""
     headroom_bytes = standard_headroom(card.capacity_bytes)
     return card.capacity_bytes - card.context_bytes[1] - headroom_bytes

@@ -1,4 +1,4 @@
-"""What stands beside a tolerable batch: every size near it, and what was predicted."""
+"""Reference values for a tolerable batch: every size near it, and the prediction."""
 
 import importlib.util
 import math
@@ -11,7 +11,7 @@ from torch import nn
 from autobatch import AutobatchError, SearchResult, Trial, predict
 from benchmarks.capacity.case import OPTIMIZERS, Case
 
-_NEAR: Final = 0.01  # Of the size that was found.
+_NEAR: Final = 0.01  # Sizes to scan, as a fraction of the size that was found.
 _AT_LEAST: Final = 8
 
 
@@ -20,7 +20,7 @@ def scan(
 ) -> dict[str, object] | None:
     """Try every size above the one that was found, up to one percent and at least eight more.
 
-    None on the CPU, whose meter is exact, and where time does not allow eight.
+    Returns None on the CPU, whose meter is exact, and where there is no time for eight sizes.
     """
     if case.device.type == "cpu" or found.size >= case.ceiling:
         return None
@@ -43,9 +43,9 @@ def scan(
 def predicted(
     case: Case, model: nn.Module, found: SearchResult, until: float
 ) -> dict[str, object] | None:
-    """Return what would have been said of this card without it; None where nothing can be.
+    """Return the prediction for this card; None where there is none.
 
-    A meter is no card: what it counts is not what an allocator holds.
+    Imitated cards are not predicted: the CPU's meter counts tensors, not an allocator's blocks.
     """
     if case.imitates or case.card is None or case.config.optimizer is None:
         return None

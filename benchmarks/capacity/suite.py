@@ -1,4 +1,4 @@
-"""What a device holds: for each model the tolerable batch, its speed, and accumulation."""
+"""Measure for each model the tolerable batch, its speed, and accumulation to larger batches."""
 
 import functools
 import gc
@@ -19,11 +19,11 @@ from benchmarks.harness.records import Records, as_json
 from benchmarks.harness.timing import Samples
 
 TABLE: Final = "capacity"
-_REPEATS: Final = 3  # Of a search whose seconds are few.
-_CHEAP: Final = 8  # A size whose trial tells what others cost.
-_TRIALS: Final = 1.7  # At what it finds: a search takes from one to two and a half of them.
+_REPEATS: Final = 3  # Searches are repeated while there is time.
+_CHEAP: Final = 8  # The size of a trial that estimates what larger sizes cost.
+_TRIALS: Final = 1.7  # A search takes 1 to 2.5 trials' time at the size that it finds.
 _QUICK_ROOM_BYTES: Final = 32 * 2**20
-_EXTRA_SECONDS: Final = 5.0  # For timing, where a search takes all the time that there is.
+_EXTRA_SECONDS: Final = 5.0  # For timing, after a search that takes all of its share.
 _SHOWN: Final = ("model", "mode", "precision", "optimizer", "example", "tolerable", "share")
 _MEASURED: Final = (
     *("parameters", "limit_bytes", "tolerable", "limited_by", "upper", "peak_allocated_bytes"),
@@ -33,7 +33,7 @@ _MEASURED: Final = (
 
 
 def run(records: Records) -> None:
-    """Measure every model in one configuration, then in the next."""
+    """Measure every model in one configuration, then every model in the next."""
     on_a_gpu = records.device.type != "cpu"
     card = _card(records.device) if on_a_gpu else records.imitated
     made, missing = model_specs(on_a_gpu=on_a_gpu)
@@ -67,9 +67,9 @@ def measure_all(cases: Mapping[str, Case], records: Records, *, later: int) -> N
     """Measure one configuration's cases.
 
     Args:
-        cases: By name.
-        records: Where rows go.
-        later: So many configurations are to follow.
+        cases: The cases by name.
+        records: Gets a row for each case.
+        later: How many configurations follow.
     """
     waiting = {name: case for name, case in cases.items() if name not in records.done}
     costs = functools.cache(lambda name: search_seconds(waiting[name]))
@@ -84,57 +84,57 @@ def measure_all(cases: Mapping[str, Case], records: Records, *, later: int) -> N
 
 
 def search_seconds(case: Case) -> float:
-    """Return about how long a search takes on the CPU, from a cheap trial.
+    """Estimate how many seconds a search takes on the CPU, from a cheap trial.
 
-    A step's seconds and bytes grow with its examples, and a search goes on until the limit.
+    A step's seconds and bytes grow with its examples, and a search continues up to the limit.
     """
     try:
         model = case.model()
-        asked = case.arguments(model)
-        trial = check(model, case.spec.data(_CHEAP), _CHEAP, **asked)
-    except Exception:  # noqa: BLE001  # The search will meet it too, and its row says so.
+        arguments = case.arguments(model)
+        trial = check(model, case.spec.data(_CHEAP), _CHEAP, **arguments)
+    except Exception:  # noqa: BLE001  # The search fails in the same way, and its row says so.
         return 0.0
     if not trial.fits:
         return 0.0
     forward = trial.phases[0]
     bytes_each = max(forward.peak_bytes - forward.floor_bytes, 1) / _CHEAP
-    size: float = min((asked["memory_limit"] - forward.floor_bytes) / bytes_each, case.ceiling)
+    size: float = min((arguments["memory_limit"] - forward.floor_bytes) / bytes_each, case.ceiling)
     return _TRIALS * trial.seconds / _CHEAP * size
 
 
 def _add(name: str, case: Case, until: float, records: Records) -> None:
-    """Add the case's row; one that fails says why."""
+    """Add the case's row; if the case fails, the row holds the reason."""
     row = case.columns | dict.fromkeys(_MEASURED) | {"error": ""}
     try:
         row |= measure(case, until, budget_seconds=max(records.left_seconds, 1.0))
     except SearchTimeoutError:
         records.give_up(f"{name}: no time, the search did not end")
-    except Exception as error:  # noqa: BLE001  # The others are measured all the same.
+    except Exception as error:  # noqa: BLE001  # The other cases are measured anyway.
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    # Only here has the error let go of what it held.
+    # The error's traceback held tensors until here.
     gc.collect()
     open_device(case.device).release_cached()
     if row["tolerable"] or row["error"]:
-        told = {key: row[key] for key in (*_SHOWN, "fastest", "error")}
-        records.add(TABLE, told, **{key: row[key] for key in row if key not in told})
+        shown = {key: row[key] for key in (*_SHOWN, "fastest", "error")}
+        records.add(TABLE, shown, **{key: row[key] for key in row if key not in shown})
 
 
 def measure(case: Case, until: float, budget_seconds: float | None = None) -> dict[str, object]:
-    """Search, then time sizes and logical batches, then look beside: as far as time allows.
+    """Search, then time sizes and logical batches, then scan and predict, as far as time allows.
 
     Args:
-        case: What to run.
-        until: By ``time.monotonic``; only the search does not heed it.
-        budget_seconds: In which the search must end.
+        case: The model and its configuration.
+        until: When to stop, by ``time.monotonic``; the search alone may end later.
+        budget_seconds: The seconds within which the search must end.
 
     Raises:
-        SearchTimeoutError: If it does not.
+        SearchTimeoutError: If the search does not end in time.
     """
     model = case.model()
     parameters = sum(weight.numel() for weight in model.parameters())
-    asked = case.arguments(model)
+    arguments = case.arguments(model)
     data = case.spec.data(case.ceiling)
-    find = functools.partial(find_batch_size, model, data, ceiling=case.ceiling, **asked)
+    find = functools.partial(find_batch_size, model, data, ceiling=case.ceiling, **arguments)
     began = time.perf_counter()
     found = find(search=SearchOptions(budget_seconds=budget_seconds))
     if found.limited_by == "time":
@@ -143,7 +143,7 @@ def measure(case: Case, until: float, budget_seconds: float | None = None) -> di
     row = {"parameters": parameters, **_found(found)}
     row |= throughput.measure(case, model, found, throughput.by(until, 0.8))
     row["predicted"] = predicted(case, model, found, until)
-    row["scan"] = scan(case, functools.partial(check, model, data, **asked), found, until)
+    row["scan"] = scan(case, functools.partial(check, model, data, **arguments), found, until)
     while len(seconds) < _REPEATS and time.monotonic() + seconds[-1] < until:
         began = time.perf_counter()
         find()
@@ -174,7 +174,7 @@ def _found(found: SearchResult) -> dict[str, object]:
 
 
 def _card(device: torch.device) -> Gpu:
-    """The GPU that is here; one that the catalogue does not know by its memory."""
+    """Return this machine's GPU; by its memory, where the catalogue does not know the GPU."""
     try:
         return find_gpu(torch.cuda.get_device_name(device))
     except ValueError:

@@ -1,4 +1,4 @@
-"""How fast sizes are, and logical batches that are cut: by the clock, in turns."""
+"""Time single sizes and accumulated logical batches, in turns."""
 
 import math
 import time
@@ -27,15 +27,13 @@ from benchmarks.harness.timing import Samples
 
 DESIRED: Final = (256, 1024, 4096)
 _ROUNDS: Final = 5
-_WHOLE: Final = (
-    4  # Runs that a window begins with time for: one unmeasured, one by the clock, rest.
-)
-_SAMPLE_SECONDS: Final = 0.05  # At least: a clock that is read seldom is read well.
+_WHOLE: Final = 4  # A window begins only with time for this many runs.
+_SAMPLE_SECONDS: Final = 0.05  # At least, so that reading the clock does not matter.
 _MOST_STEPS: Final = 50  # In one sample.
-_AS_FAST: Final = 0.98  # Of the most examples a second: a difference that is not worth more memory.
+_AS_FAST: Final = 0.98  # Of the most examples per second: more memory is not worth the rest.
 _DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What a step says that found no room, though it was given all that there is.
+# The errors of a step that did not fit in memory.
 _NO_ROOM: Final = (
     torch.OutOfMemoryError,
     DoesNotFitError,
@@ -47,7 +45,7 @@ Key = TypeVar("Key", int, str)
 
 
 class BatchPool:
-    """Batches of any size on the host, all views of one; pinned where a GPU reads them."""
+    """Batches of any size on the host, all views of one batch; pinned where a GPU reads them."""
 
     def __init__(self, sample: Batch, device: torch.device) -> None:
         self._sample = sample
@@ -55,7 +53,7 @@ class BatchPool:
         self._batch = sample
 
     def first(self, size: int) -> Batch:
-        """Return so many examples."""
+        """Return a batch of ``size`` examples."""
         if size > len(_tensors(self._batch)[0]):
             self._batch = _mapped(self._sample, lambda values: self._repeated(values, size))
         return _mapped(self._batch, lambda values: values[:size])
@@ -65,17 +63,17 @@ class BatchPool:
         return rows.pin_memory() if self._pinned else rows
 
 
-_BEST: Final = 0  # The best single size, among logical batches by their examples.
+_BEST: Final = 0  # The key of the best single size, beside logical batches by their examples.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """What is timed.
+    """A step, or a forward pass, that is timed.
 
     Attributes:
-        examples: In it.
-        run: Runs it, and returns whether it ran as was asked.
-        seconds: What it is expected to take.
+        examples: The examples of one run.
+        run: Runs the window; returns whether it was cut as requested.
+        seconds: The expected duration.
     """
 
     examples: int
@@ -85,14 +83,14 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A window's samples, and its peak in bytes; None where it was not read."""
+    """A window's samples, and its peak in bytes, or None where the peak was not read."""
 
     seconds: Samples
     peak_bytes: int | None
 
 
 def measure(case: Case, model: nn.Module, found: SearchResult, until: float) -> dict[str, object]:
-    """Return sizes, the fastest of them, logical batches, and the memory of all that was tried."""
+    """Return the sizes, the fastest size, the logical batches, and the memory of each trial."""
     model.train(case.config.mode == "train")
     bench = _Bench(case, model)
     each = _seconds_each(found)
@@ -110,7 +108,7 @@ def measure(case: Case, model: nn.Module, found: SearchResult, until: float) -> 
         if one.peak_bytes is not None
     ]
     return {
-        "sizes": [{"size": size, **_told(size, timed[size].seconds)} for size in sorted(timed)],
+        "sizes": [{"size": size, **_timing(size, timed[size].seconds)} for size in sorted(timed)],
         "fastest": fastest,
         "desired": _desired(bench, found.size, fastest, rates, until),
         "memory": memory,
@@ -118,33 +116,33 @@ def measure(case: Case, model: nn.Module, found: SearchResult, until: float) -> 
 
 
 def by(until: float, share: float) -> float:
-    """Return the moment when so much of the time until then is over."""
+    """Return the moment when this share of the time until ``until`` is over."""
     now = time.monotonic()
     return now + share * (until - now)
 
 
 def ladder(largest: int) -> list[int]:
-    """Return sizes to time, ascending: the largest, three quarters of it, and its halves."""
+    """Return the sizes to time, ascending: ``largest``, three quarters of it, and its halves."""
     halves = {largest >> power for power in range(largest.bit_length())}
     return sorted(halves | {max(largest * 3 // 4, 1)})
 
 
 def fastest_of(rates: Mapping[int, float]) -> int | None:
-    """Return the smallest size within 2 % of the most examples a second."""
+    """Return the smallest size within 2 % of the most examples per second."""
     enough = _AS_FAST * max(rates.values(), default=0.0)
     return min((size for size, rate in rates.items() if rate >= enough), default=None)
 
 
 def in_turns(windows: Mapping[Key, Window], device: MemoryDevice, until: float) -> dict[Key, Timed]:
-    """Time windows in turns, so that a clock that wanders does so for all.
+    """Time windows in turns, so that a change of the machine's speed concerns all of them.
 
-    Each runs once unmeasured. One that memory does not allow is left out, and so is one that
-    would take all of the time from the others.
+    Each window runs once unmeasured. Windows that run out of memory are left out, and so are
+    windows that would take the time of all others.
 
     Args:
-        windows: By name.
-        device: Where they run.
-        until: By ``time.monotonic``: nothing begins that is expected to end later.
+        windows: The windows by name.
+        device: Where the windows run.
+        until: No run begins that is expected to end later, by ``time.monotonic``.
     """
     taken, peaks = _warm(windows, device, until)
     samples: dict[Key, list[float]] = {key: [] for key in taken}
@@ -165,7 +163,7 @@ def in_turns(windows: Mapping[Key, Window], device: MemoryDevice, until: float) 
 def _warm(
     windows: Mapping[Key, Window], device: MemoryDevice, until: float
 ) -> tuple[dict[Key, float], dict[Key, int | None]]:
-    """Run each once; return what it took and its peak."""
+    """Run each window once; return its seconds and its peak in bytes."""
     taken: dict[Key, float] = {}
     peaks: dict[Key, int | None] = {}
     for key, window in windows.items():
@@ -182,7 +180,7 @@ def _warm(
 
 
 def _sample(window: Window, device: MemoryDevice, steps: int) -> float | None:
-    """Return a window's seconds, the mean of so many; None if it did not run as was asked."""
+    """Return a window's mean seconds over ``steps`` runs; None if it was not cut as requested."""
     device.synchronize()
     began = time.perf_counter()
     try:
@@ -201,7 +199,7 @@ def _steps(seconds: float) -> int:
 
 
 class _Bench:
-    """A model that is timed, with one optimizer for all sizes."""
+    """A model to time, with one optimizer for all sizes."""
 
     def __init__(self, case: Case, model: nn.Module) -> None:
         self._case = case
@@ -213,15 +211,15 @@ class _Bench:
 
     @property
     def trains(self) -> bool:
-        """Whether there are steps."""
+        """True if optimizer steps are timed, and not forward passes."""
         return self._optimizer is not None
 
     def single(self, size: int, seconds: float) -> Window:
-        """Return one step, or one forward pass, on a batch that is not cut."""
+        """Return one step, or one forward pass, on an undivided batch."""
         return self.cut(size, size, seconds) if self.trains else self._forward(size, seconds)
 
     def cut(self, examples: int, micro_batch: int, seconds: float) -> Window:
-        """Return one optimizer step for so many examples."""
+        """Return one optimizer step on ``examples`` examples, in micro-batches."""
         assert self._optimizer is not None, "inference accumulates nothing"
         accumulator = Accumulator(
             self._model,
@@ -229,7 +227,7 @@ class _Bench:
             self._case.spec.loss,
             micro_batch=micro_batch,
             precision=self._case.config.precision,
-            nonfinite="ignore",  # What noise teaches is not the question.
+            nonfinite="ignore",  # The inputs are noise.
         )
         count = -(-examples // micro_batch)
 
@@ -255,10 +253,10 @@ class _Bench:
 def _desired(
     bench: _Bench, largest: int, fastest: int | None, rates: Mapping[int, float], until: float
 ) -> list[dict[str, object]]:
-    """How logical batches are cut; as far as time allows also how fast that is.
+    """Return how logical batches are cut and, as far as time allows, how fast they are.
 
-    They are cut at the fastest size, or at the largest where no size was timed, and timed in turns
-    with the best single size.
+    Micro-batches have the fastest size, or the largest where no size was timed. The best single
+    size is timed in turns with the logical batches.
     """
     if not bench.trains:
         return []
@@ -282,18 +280,18 @@ def _desired(
         }
         if of_best is not None and desired in timed:
             seconds = timed[desired].seconds
-            row |= {**_told(desired, seconds), "of_best": desired / seconds.median / of_best}
+            row |= {**_timing(desired, seconds), "of_best": desired / seconds.median / of_best}
         rows.append(row)
     return rows
 
 
-def _told(examples: int, seconds: Samples) -> dict[str, object]:
+def _timing(examples: int, seconds: Samples) -> dict[str, object]:
     rates = Samples(examples / second for second in seconds)
     return {"seconds": as_json(seconds), "examples_per_second": as_json(rates)}
 
 
 def _seconds_each(found: SearchResult) -> float:
-    """What an example took in the largest trial that ran: two micro-batches at most."""
+    """Return the least seconds per example of the trials that fitted."""
     ran: Sequence[float] = [t.seconds / t.size for t in found.trials if t.fits]
     return min(ran, default=0.0)
 

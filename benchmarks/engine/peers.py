@@ -1,4 +1,4 @@
-"""A window of micro-batches as accelerate and Lightning take it, where they are installed."""
+"""A window of micro-batches by accelerate and by Lightning, where they are installed."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ from autobatch.commands.vision import import_torchvision
 
 Pair = tuple[Tensor, Tensor]
 Window = Callable[[], Iterable[Pair]]
-"""Takes one optimizer step; what it yields must be trained on by ``Fit.drive`` on its way."""
+"""Takes one optimizer step; ``Fit.drive`` trains on the micro-batches that it yields."""
 
 ACCELERATE: Final = "accelerate"
 LIGHTNING: Final = "lightning"
@@ -27,19 +27,19 @@ LEARNING_RATE: Final = 0.01
 
 
 def installed() -> list[str]:
-    """Return the names of those that can be measured here."""
+    """Return the names of the installed libraries."""
     return [name for name in ALL if importlib.util.find_spec(name)]
 
 
 def accelerate_window(
     model: nn.Module, micro_batches: Sequence[Pair], device: torch.device
 ) -> Window:
-    """Return a window by accelerate's documented pattern; its loader is left out, in its favour."""
+    """Return a window by accelerate's documented pattern, without its loader, in its favour."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        device_placement=False,  # It would choose the first GPU; the model is where it belongs.
+        device_placement=False,  # Else accelerate moves the model to the first GPU.
         gradient_accumulation_steps=len(micro_batches),
     )
     model, optimizer = accelerator.prepare(model, SGD(model.parameters(), lr=LEARNING_RATE))
@@ -61,16 +61,16 @@ def accelerate_window(
 
 
 class Fit:
-    """One ``Trainer.fit`` of Lightning's, between whose batches the others have their turns.
+    """One ``Trainer.fit`` of Lightning, between whose batches the other engines are timed.
 
-    Lightning is the one that calls for batches, so it cannot be called for a step. But it asks for
-    the next batch only when it is done with the last, its optimizer step included. So the whole
-    measurement is the iterator that it trains from: while it waits for a batch, others are timed.
-    There is no second thread, which would come with a second pool of OpenMP threads.
+    Lightning requests batches, so nobody can call it for a single step. Lightning requests the next
+    batch only after it has finished the last one, including the optimizer step. The whole
+    measurement therefore is the iterator that Lightning trains from: while Lightning waits for a
+    batch, other engines are timed. A second thread would bring a second pool of OpenMP threads.
 
     Args:
-        model: On ``device``.
-        micro_batches: Of one window.
+        model: A model on ``device``.
+        micro_batches: The micro-batches of one window.
         device: The CPU or a GPU.
     """
 
@@ -78,10 +78,10 @@ class Fit:
         self, model: nn.Module, micro_batches: Sequence[Pair], device: torch.device
     ) -> None:
         with contextlib.suppress(ImportError):
-            import_torchvision()  # Lightning imports it; beside a CPU build it needs our detour.
+            import_torchvision()  # Lightning's own import of it may fail beside a CPU build.
         from lightning.pytorch import LightningModule, Trainer
 
-        class Module(LightningModule):  # type: ignore[misc]  # Any to mypy: it is optional.
+        class Module(LightningModule):  # type: ignore[misc]  # Any to mypy: lightning is optional.
             def __init__(self) -> None:
                 super().__init__()
                 self.model = model
@@ -104,16 +104,16 @@ class Fit:
             )
 
     def window(self) -> Iterator[Pair]:
-        """Yield the micro-batches of one window to ``drive``; the step is taken when it ends."""
+        """Yield the micro-batches of one window; Lightning takes its step before the end."""
         yield from self._micro_batches
         self._module.total.item()
         self._module.total.zero_()
 
     def drive(self, work: Iterator[Pair]) -> None:
-        """Go through ``work`` and train on what it yields.
+        """Run ``work``, and train on the micro-batches that it yields.
 
         Raises:
-            RuntimeError: If Lightning ended before the work did.
+            RuntimeError: If Lightning ends before the work does.
         """
         with silence():
             self._trainer.fit(self._module, _Feed(work))
@@ -131,11 +131,11 @@ class _Feed:
         return self.work
 
     def __len__(self) -> int:
-        return 10**9  # Longer than any work. Without a length it is asked for one batch ahead.
+        return 10**9  # Longer than any work. Without a length Lightning loads one batch ahead.
 
 
 def quiet_trainer(device: torch.device) -> dict[str, Any]:
-    """Return what Lightning's ``Trainer`` is told here: where it runs, and to say nothing."""
+    """Return the arguments that make Lightning's ``Trainer`` run on a device, without output."""
     on_cpu = device.type == "cpu"
     return {
         "accelerator": "cpu" if on_cpu else "gpu",
@@ -150,13 +150,13 @@ def quiet_trainer(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep back what Lightning tells everyone: devices, tips, that it ended."""
+    """Suppress Lightning's messages about devices, tips and the end of a fit."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # torch's, of Lightning 2.6; and Lightning's, if the CPU is measured beside a GPU.
+            # The first is of Lightning 2.6; the second comes if the CPU is measured beside a GPU.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             warnings.filterwarnings("ignore", "GPU available but not used")
             yield

@@ -1,4 +1,4 @@
-"""What a step of autobatch costs beside the plain loop that a person writes, and beside others."""
+"""Compare a step of autobatch with the plain loop and with other libraries, in turns."""
 
 import time
 from collections import deque
@@ -27,11 +27,11 @@ _VERDICTS: Final = "engine: autobatch against what is wanted of it, by the media
 _RATIO_WANTED: Final = 0.99
 _PLAIN: Final = "plain"
 _OURS: Final = "autobatch"
-_AGAIN: Final = "plain again"  # The control: what the clock makes of the same work.
+_AGAIN: Final = "plain again"  # The control: the same work, timed a second time.
 
 
 class Case(NamedTuple):
-    """A model on the device, the shape of one example, and how much is run."""
+    """A model on the device, the shape of one example, and how many steps are timed."""
 
     model: nn.Module
     shape: tuple[int, ...]
@@ -39,11 +39,11 @@ class Case(NamedTuple):
     micro_batches: int
     steps: int  # Optimizer steps in one sample.
     rounds: int
-    most_us: float | None  # Wanted: on top of plain, a micro-batch. None wants the ratio.
+    most_us: float | None  # The most on top of plain, a micro-batch; None requires the ratio.
 
 
 class Spread(Samples):
-    """Samples with their quartiles, for of hundreds the extremes are accidents."""
+    """Samples with their quartiles: the extremes of hundreds of samples are accidents."""
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -52,12 +52,12 @@ class Spread(Samples):
         return float(low), float(high)
 
     def __str__(self) -> str:
-        told = [_short(value) for value in (self.median, *self.quartiles, min(self), max(self))]
-        return "{} ({} to {}) [{}, {}]".format(*told)
+        parts = [_short(value) for value in (self.median, *self.quartiles, min(self), max(self))]
+        return "{} ({} to {}) [{}, {}]".format(*parts)
 
 
 def run(records: Records) -> None:
-    """Measure everyone in turns."""
+    """Measure every engine in turns."""
     for name, case in records.in_time(_cases(records)):
         _measure(name, case, records)
 
@@ -65,7 +65,7 @@ def run(records: Records) -> None:
 def plain_step(
     model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor, size: int
 ) -> float:
-    """The accumulation loop by hand, with exact weights; returns the logical batch's loss."""
+    """Run the accumulation loop by hand, with exact weights; return the logical batch's loss."""
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     optimizer.zero_grad()
@@ -80,9 +80,9 @@ def plain_step(
 
 
 def turn(names: Sequence[str], place: int) -> list[str]:
-    """Return the order of round ``place``: a step further every other round, and backwards between.
+    """Return the order of round ``place``: rotated every other round, and reversed in between.
 
-    So everyone has each place equally often, and nobody always follows the same one.
+    Every engine has each place equally often, and no engine always follows the same one.
     """
     first = place // 2 % len(names)
     forwards = [*names[first:], *names[:first]]
@@ -99,7 +99,9 @@ def _measure(name: str, case: Case, records: Records) -> None:
     differences: dict[str, float] = {}
 
     def work() -> Iterator[Pair]:
-        yield from _rounds(windows, case.steps, 1, records, {by: [] for by in windows})  # Warm.
+        yield from _rounds(
+            windows, case.steps, 1, records, {by: [] for by in windows}
+        )  # A warm-up.
         for by in models:
             differences[by] = _difference(models[by], models[_PLAIN], case.model)
         yield from _rounds(windows, case.steps, case.rounds, records, seconds)
@@ -111,7 +113,7 @@ def _measure(name: str, case: Case, records: Records) -> None:
 def _windows(
     models: Mapping[str, nn.Module], case: Case, batch: Pair, device: torch.device
 ) -> tuple[dict[str, Window], Callable[[Iterator[Pair]], object]]:
-    """Return everyone's window, and what goes through work that is made of them."""
+    """Return the window of every engine, and the function that runs a sequence of them."""
     accumulator = Accumulator(
         models[_OURS],
         SGD(models[_OURS].parameters(), lr=LEARNING_RATE),
@@ -134,14 +136,16 @@ def _windows(
 
     windows = {_PLAIN: plain(models[_PLAIN]), _OURS: ours, _AGAIN: plain(models[_AGAIN])}
     x, y = (part.split(case.micro_batch) for part in batch)
-    micro_batches = list(zip(x, y, strict=True))  # Cut beforehand for others, in their favour.
+    micro_batches = list(
+        zip(x, y, strict=True)
+    )  # Peers get batches that are cut already, in their favour.
     if (model := models.get(peers.ACCELERATE)) is not None:
         windows[peers.ACCELERATE] = peers.accelerate_window(model, micro_batches, device)
     if (model := models.get(peers.LIGHTNING)) is not None:
         fit = peers.Fit(model, micro_batches, device)
         windows[peers.LIGHTNING] = fit.window
         return windows, fit.drive
-    return windows, deque[Pair](maxlen=0).extend  # Nothing is yielded.
+    return windows, deque[Pair](maxlen=0).extend  # Runs the work; it yields nothing.
 
 
 def _rounds(
@@ -151,9 +155,9 @@ def _rounds(
     records: Records,
     seconds: Mapping[str, list[float]],
 ) -> Iterator[Pair]:
-    """Time a sample of everyone's in each round; after the deadline none begins but the first.
+    """Time a sample of every engine in each round; after the deadline only the first round runs.
 
-    A machine that slows down for a while slows all of a round, so their ratios stay.
+    A machine that slows down for a while slows a whole round, so the ratios of a round stay.
     """
     for place in range(rounds):
         if place and time.monotonic() > records.deadline:
@@ -221,14 +225,14 @@ def _verdict(most_us: float | None, ratio: Samples, on_top: Samples) -> Fields:
     if most_us is None:
         return _held_at_least("plain / autobatch", _RATIO_WANTED, ratio)
     found = on_top.median
-    return _told(f"on top, us per micro-batch <= {most_us:g}", found, held=found <= most_us)
+    return _verdict_row(f"on top, us per micro-batch <= {most_us:g}", found, held=found <= most_us)
 
 
 def _held_at_least(name: str, least: float, ratio: Samples) -> Fields:
-    return _told(f"{name} >= {least:g}", ratio.median, held=ratio.median >= least)
+    return _verdict_row(f"{name} >= {least:g}", ratio.median, held=ratio.median >= least)
 
 
-def _told(wanted: str, found: float, *, held: bool) -> Fields:
+def _verdict_row(wanted: str, found: float, *, held: bool) -> Fields:
     return {"wanted": wanted, "measured": f"{found:.4g}", "verdict": "held" if held else "NOT held"}
 
 
@@ -242,7 +246,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _difference(one: nn.Module, other: nn.Module, start: nn.Module) -> float:
-    """Relative to how far ``other`` has come since ``start``: that both did the same work."""
+    """Return how far two models differ, relative to how far ``other`` has moved from ``start``."""
     vectors = (nn.utils.parameters_to_vector(m.parameters()).detach() for m in (one, other, start))
     first, second, before = vectors
     return float((first - second).norm() / (second - before).norm())
@@ -261,7 +265,7 @@ def _cases(records: Records) -> dict[str, Case]:
     }
     if not quick:
         resnet = import_torchvision().models.resnet18(num_classes=10).to(device)
-        # On the CPU as small as can be, where a window's own cost shows most, and as in the demo.
+        # The smallest images show a window's own cost best; 64 pixels are the demo's size.
         shapes = ((16, 32, 240), (16, 64, 160)) if device.type == "cpu" else ((64, 224, 80),)
         for size, pixels, rounds in shapes:
             cases[f"resnet18 at {pixels} px, 4 x {size}"] = Case(

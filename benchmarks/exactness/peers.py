@@ -1,4 +1,4 @@
-"""Gradient accumulation as each engine's documentation says, where it is installed."""
+"""Gradient accumulation by each engine's documentation, where the engine is installed."""
 
 import contextlib
 import importlib.util
@@ -24,14 +24,14 @@ CONTROL: Final = "mean of means, by hand"
 
 
 def undivided(training: ObservedTraining) -> None:
-    """Take each step on its whole batch: the truth."""
+    """Take each step on its whole batch: the reference."""
     model, optimizer = training.begin()
-    batches = [_moved(batch, training) for batch in training.task.logical_batches]
+    batches = [_on_device(batch, training) for batch in training.task.logical_batches]
     undivided_steps(model, optimizer, training.task.loss, batches)
 
 
 def autobatch(training: ObservedTraining) -> None:
-    """Take each step by ``Accumulator``."""
+    """Take each step with ``Accumulator``."""
     model, optimizer = training.begin()
     task = training.task
     accumulator = Accumulator(model, optimizer, task.loss, micro_batch=task.micro_batch)
@@ -40,12 +40,12 @@ def autobatch(training: ObservedTraining) -> None:
 
 
 def mean_of_means(training: ObservedTraining) -> None:
-    """The usual loop: each micro-batch's mean over the number of accumulation steps."""
+    """Run the usual loop: each micro-batch's mean over the number of accumulation steps."""
     model, optimizer = training.begin()
     loader, count = _loader(training), training.task.accumulation_steps
     optimizer.zero_grad()
     for number, batch in enumerate(loader, 1):
-        x, y = _moved(batch, training)
+        x, y = _on_device(batch, training)
         (training.task.loss(model(x), y) / count).backward()
         if number % count == 0 or number == len(loader):
             optimizer.step()
@@ -53,14 +53,14 @@ def mean_of_means(training: ObservedTraining) -> None:
 
 
 def accelerate(training: ObservedTraining) -> None:
-    """The pattern ``with accelerator.accumulate(model)``."""
+    """Train by the pattern ``with accelerator.accumulate(model)``."""
     _accumulate(
         training, *training.begin(), training.task.micro_batch, training.task.accumulation_steps
     )
 
 
 def accelerate_by_hand(training: ObservedTraining) -> None:
-    """The recipe for losses whose terms differ: the sum over the items of all micro-batches."""
+    """Train by the recipe for unequal micro-batches: sums, over the items of all of them."""
     from accelerate import Accelerator
 
     count, loss = training.task.accumulation_steps, training.task.loss
@@ -74,13 +74,13 @@ def accelerate_by_hand(training: ObservedTraining) -> None:
         items = sum((y != IGNORED).sum() for _, y in window) if loss.reduction == "mean" else 1
         for x, y in window:
             share = _summed(model(x), y) / items
-            accelerator.backward(share * count)  # It divides by that.
+            accelerator.backward(share * count)  # accelerate divides by the count.
         optimizer.step()
         optimizer.zero_grad()
 
 
 def accelerate_outside(training: ObservedTraining) -> None:
-    """``find_executable_batch_size`` around the epoch; the model lives outside."""
+    """Wrap the epoch in ``find_executable_batch_size``, with the model outside."""
     from accelerate.utils import find_executable_batch_size
 
     model, optimizer = training.begin()
@@ -93,7 +93,7 @@ def accelerate_outside(training: ObservedTraining) -> None:
 
 
 def accelerate_inside(training: ObservedTraining) -> None:
-    """``find_executable_batch_size`` as documented: everything is made anew inside."""
+    """Wrap the epoch in ``find_executable_batch_size``, with a new model inside, as documented."""
     from accelerate.utils import find_executable_batch_size
 
     desired = training.task.micro_batch * training.task.accumulation_steps
@@ -122,15 +122,15 @@ def _accumulate(
 
 
 def lightning(training: ObservedTraining) -> None:
-    """``Trainer(accumulate_grad_batches=...)``."""
+    """Train with ``Trainer(accumulate_grad_batches=...)``."""
     with contextlib.suppress(ImportError):
-        import_torchvision()  # Lightning imports it; beside a CPU build it needs our detour.
+        import_torchvision()  # Lightning's own import of it may fail beside a CPU build.
     from lightning.pytorch import LightningModule, Trainer
 
     model, optimizer = training.begin()
     device = training.task.device
 
-    class Module(LightningModule):  # type: ignore[misc]  # Any to mypy: it is optional.
+    class Module(LightningModule):  # type: ignore[misc]  # Any to mypy: lightning is optional.
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -153,7 +153,7 @@ def lightning(training: ObservedTraining) -> None:
 
 
 class _AnyModel(nn.Module):
-    """What ``Trainer`` of transformers takes: a model that returns its own loss."""
+    """A model that returns its own loss, as ``Trainer`` of transformers requires."""
 
     def __init__(self, body: nn.Module, loss: nn.CrossEntropyLoss) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _AnyModel(nn.Module):
 
 
 class _CountingModel(_AnyModel):
-    """One that takes the number of items, as the models of transformers do."""
+    """A model that takes the number of items, as the models of transformers do."""
 
     def forward(self, x: Tensor, labels: Tensor, **known: Tensor) -> dict[str, Tensor]:
         total = _summed(self.body(x), labels)
@@ -173,17 +173,17 @@ class _CountingModel(_AnyModel):
 
 
 def transformers(training: ObservedTraining) -> None:
-    """``Trainer``, with a model of one's own."""
+    """Train with ``Trainer`` and a user's own model."""
     _trainer(training, _AnyModel)
 
 
 def transformers_counting(training: ObservedTraining) -> None:
-    """``Trainer``, with a model that takes ``num_items_in_batch``."""
+    """Train with ``Trainer`` and a model that takes ``num_items_in_batch``."""
     _trainer(training, _CountingModel)
 
 
 def transformers_smaller(training: ObservedTraining) -> None:
-    """``Trainer`` with ``auto_find_batch_size``."""
+    """Train with ``Trainer`` and ``auto_find_batch_size``."""
     _trainer(training, _CountingModel, auto_find_batch_size=True)
 
 
@@ -220,7 +220,7 @@ def _trainer(training: ObservedTraining, wrap: type[_AnyModel], **options: Any) 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep back its report and its warnings, and those of what it imports."""
+    """Suppress the reports and warnings of transformers and of its imports."""
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -246,16 +246,16 @@ def _loader(
     )
 
 
-def _moved(batch: Any, training: ObservedTraining) -> Pair:
+def _on_device(batch: Any, training: ObservedTraining) -> Pair:
     x, y = batch
     return x.to(training.task.device), y.to(training.task.device)
 
 
-_NEEDS: Final = {"transformers": ("accelerate",)}  # Its Trainer, that is.
+_NEEDS: Final = {"transformers": ("accelerate",)}  # Its Trainer needs accelerate.
 
 
 def absent(package: str) -> bool:
-    """Whether it cannot be measured here."""
+    """Return whether a package, or a package that it needs, is not installed."""
     return any(
         importlib.util.find_spec(name) is None for name in (package, *_NEEDS.get(package, ()))
     )
@@ -270,7 +270,7 @@ GRADIENTS: Final[Mapping[str, tuple[str, Engine]]] = {
     "transformers, any model": ("transformers", transformers),
     "transformers, model takes num_items_in_batch": ("transformers", transformers_counting),
 }
-"""By name: the package that must be there, and the engine."""
+"""The engines by name, each with the package that it needs."""
 
 FAILURES: Final[Mapping[str, tuple[str, Engine]]] = {
     OURS: ("autobatch", autobatch),
@@ -280,4 +280,4 @@ FAILURES: Final[Mapping[str, tuple[str, Engine]]] = {
     "Lightning": ("lightning", lightning),
     "transformers, auto_find_batch_size": ("transformers", transformers_smaller),
 }
-"""Each in the way in which it survives most, where it has one."""
+"""The engines by name, each in its own way to survive when memory runs out, where it has one."""

@@ -1,4 +1,4 @@
-"""The law, measured: accumulated steps against undivided ones, in float64, by everyone."""
+"""Compare accumulated steps with undivided ones in float64, for every engine."""
 
 from typing import Final
 
@@ -23,7 +23,7 @@ _IN_STEP: Final = "once, as the optimizer begins step 2"
 
 
 def run(records: Records) -> None:
-    """Measure everyone in the cases in which engines take another step, then in failures."""
+    """Compare every engine's updates, then its trainings in which memory runs out."""
     tasks = gradient_tasks(records.device)
     gradients = {f"{by}: gradients": (by, *made) for by, made in GRADIENTS.items()}
     for _, (by, package, engine) in records.in_time(gradients):
@@ -38,7 +38,7 @@ def run(records: Records) -> None:
 
 
 def difference(engine: Engine, task: TrainingTask) -> float:
-    """Return how far an engine's last update is from the undivided batch's."""
+    """Return the relative difference of an engine's last update from the undivided batch's."""
     whole, own = ObservedTraining(task), ObservedTraining(task)
     undivided(whole)
     engine(own)
@@ -50,17 +50,17 @@ def _outcomes(package: str, engine: Engine, device: torch.device) -> dict[str, F
         return {_ANY: {"outcome": "not installed", "steps": "-", "parameters off by": "-"}}
     task = _failing_task(device)
     calm = ObservedTraining(task)
-    engine(calm)  # It has imported now what it needs.
+    engine(calm)  # The engine has imported its modules now.
     with light_heap():
         return {what: outcome(engine, what, calm) for what in (_ONCE, _ALWAYS, _IN_STEP)}
 
 
 def outcome(engine: Engine, what: str, calm: ObservedTraining) -> Fields:
-    """Return how an engine comes through, against its own training without a failure."""
+    """Return how a training ends, compared with the engine's own training without a failure."""
     training = ObservedTraining(calm.task, in_forward=_FAILURES.get(what), in_step=what == _IN_STEP)
     try:
         engine(training)
-    except Exception as error:  # noqa: BLE001  # That it ends so is the finding.
+    except Exception as error:  # noqa: BLE001  # The error is the result.
         ends = f"ends: {type(error).__name__}"
         return {"outcome": ends, "steps": len(training.steps), "parameters off by": "-"}
     return {
@@ -93,10 +93,10 @@ def _failing_task(device: torch.device) -> TrainingTask:
 
 
 def gradient_tasks(device: torch.device) -> dict[str, TrainingTask]:
-    """Return the cases by name. A loader cuts 10 by 4 into 4 + 4 + 2, autobatch into 4 + 3 + 3."""
+    """Return the tasks by name. A loader cuts 10 by 4 into 4 + 4 + 2, autobatch into 4 + 3 + 3."""
     by_sample, by_token = small_model(SEED), token_model(SEED)
     masked = _tokens(8)
-    masked[1][3:6] = IGNORED  # All of the second micro-batch.
+    masked[1][3:6] = IGNORED  # The whole second micro-batch.
     mean, total = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
 
     def task(model: nn.Module, loss: nn.CrossEntropyLoss, data: Pair, *cut: int) -> TrainingTask:
@@ -127,7 +127,7 @@ def _samples(examples: int) -> Pair:
 
 
 def _tokens(examples: int, length: int = 6) -> Pair:
-    """Of every length from 1 to ``length``; the rest is masked."""
+    """Return token sequences of every length from 1 to ``length``; the rest is masked."""
     generator = torch.Generator().manual_seed(SEED + examples)
     x = torch.randint(0, 7, (examples, length), generator=generator)
     y = torch.randint(0, 4, (examples, length), generator=generator)

@@ -1,4 +1,4 @@
-"""Small trainings in float64 that every engine is given alike, and what is noted of them."""
+"""Small trainings in float64, the same for every engine, and an observer of their steps."""
 
 import functools
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from reference import Pair, sgd, twin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-IGNORED: Final = -100  # A target that counts for nothing.
+IGNORED: Final = -100  # A target that the loss ignores.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingTask:
-    """One epoch, in order.
+    """A training of one epoch, in order.
 
     Attributes:
-        model: Each engine trains a copy.
+        model: The model; each engine trains a copy.
         loss: A cross-entropy, a mean or a sum.
         data: Inputs and targets, on the host.
-        micro_batch: The largest that the device is said to hold.
-        accumulation_steps: Micro-batches to a step; the last step may have fewer.
-        device: Where it is trained.
+        micro_batch: The largest micro-batch, in examples.
+        accumulation_steps: Micro-batches in a step; the last step may have fewer.
+        device: Where the model is trained.
     """
 
     model: nn.Module
@@ -35,27 +35,27 @@ class TrainingTask:
 
     @property
     def logical_batches(self) -> list[Pair]:
-        """What each step is of: ``desired`` examples, but for the last."""
+        """The logical batch of each step; the last may be smaller."""
         x, y = self.data
         size = self.micro_batch * self.accumulation_steps
         return list(zip(x.split(size), y.split(size), strict=True))
 
 
 Failure = Callable[["ObservedTraining", int], bool]
-"""Whether memory runs out in a forward pass of so many examples."""
+"""Returns whether memory runs out in a forward pass of this many examples."""
 
 
 @dataclass(slots=True)
 class ObservedTraining:
-    """One engine's training, watched by hooks: each step is noted, and memory runs out on cue.
+    """One engine's training, observed by hooks, which also make memory run out.
 
     Attributes:
-        task: What is trained.
-        in_forward: When memory runs out in a forward pass.
-        in_step: Whether it runs out once at the beginning of the second step.
-        steps: The parameters after each step that was taken, of every model that was begun.
-        begun: The parameters when the last model began.
-        forwards: Forward passes since the last step.
+        task: The training.
+        in_forward: Decides whether memory runs out in a forward pass.
+        in_step: Whether memory runs out once at the beginning of the second optimizer step.
+        steps: The parameters after each optimizer step, of every model that was begun.
+        begun: The initial parameters of the last model.
+        forwards: Forward passes since the last optimizer step.
         ran_out: How often memory ran out.
     """
 
@@ -68,7 +68,7 @@ class ObservedTraining:
     ran_out: int = 0
 
     def begin(self) -> tuple[nn.Module, Optimizer]:
-        """Return a fresh copy of the model, and its optimizer."""
+        """Return a new copy of the model, and its optimizer."""
         model = twin(self.task.model).to(self.task.device)
         optimizer = sgd(model)
         self.begun = _values(model)
@@ -80,7 +80,7 @@ class ObservedTraining:
 
     @property
     def last_update(self) -> Tensor:
-        """What the last step added to the parameters."""
+        """The change of the parameters in the last step."""
         before = self.steps[-2] if len(self.steps) > 1 else self.begun
         assert before is not None, "a step was taken, so a model was begun"
         return self.steps[-1] - before
@@ -109,5 +109,5 @@ def _values(model: nn.Module) -> Tensor:
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """The difference of two vectors over the length of ``other``."""
+    """Return the norm of the difference of two vectors over the norm of ``other``."""
     return float((one - other).norm() / other.norm())

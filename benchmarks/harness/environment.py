@@ -1,4 +1,4 @@
-"""What was measured on, and the file that keeps it."""
+"""The machine and the versions of a measurement, and the file that states them."""
 
 import ctypes
 import datetime
@@ -23,13 +23,13 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 def slug(name: str) -> str:
-    """Return ``name`` as a folder: ``"Intel(R) Xeon @ 2.0GHz"`` is ``intel-xeon``."""
+    """Return ``name`` as the name of a folder: ``"Intel(R) Xeon @ 2.0GHz"`` is ``intel-xeon``."""
     plain = re.sub(r"\((r|tm)\)|@[^,]*", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Return what a figure must not be read without."""
+    """Return the device, the versions and the other facts that belong to every figure."""
     return {
         "device": _name(device),
         "driver": nvml.survey().driver,
@@ -45,17 +45,18 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep what is freed; return whether it does.
+    """Make the C library keep freed memory; return whether it does.
 
-    Left alone, glibc gives the top of its heap back to the system when enough of it is free, and
-    the next window faults it in again, page by page: up to a third of a ResNet's step on the CPU.
-    Whether the top is free when gradients go is a matter of where some small block happens to lie,
-    so it comes and goes between processes, and between two engines in one.
+    By default, glibc returns the free top of its heap to the system, and the next step faults it in
+    again, page by page: up to a third of a ResNet's step on the CPU. A small block at the top
+    prevents the return, so the cost differs by chance between processes and between engines.
     """
     try:
         library = ctypes.CDLL(None)
         kept = library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        return bool(kept and library.mallopt(_M_MMAP_THRESHOLD, 2**25))  # The most it takes.
+        return bool(
+            kept and library.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        )  # The largest value that glibc accepts.
     except (OSError, AttributeError):  # Another C library.
         return False
 
@@ -78,27 +79,27 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    told = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    name = told[1] if told else platform.processor() or platform.machine()
+    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = model[1] if model else platform.processor() or platform.machine()
     return f"CPU {name}, {os.cpu_count()} cores"
 
 
 def _version() -> str:
     try:
         return importlib.metadata.version("torch-autobatch")
-    except importlib.metadata.PackageNotFoundError:  # A checkout that was not installed.
+    except importlib.metadata.PackageNotFoundError:  # autobatch runs from a checkout.
         return "(not installed)"
 
 
 def _commit() -> str | None:
-    """The code that was measured; its version number seldom moves."""
+    """Return the measured commit, with "-dirty" if files were changed."""
     git = ["git", "-C", str(ROOT)]
     try:
         commit, changed = (
             subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()
             for ask in (
                 ["describe", "--always"],
-                # Results are no code: those of the part before may just have been written.
+                # Results are no code, and the part before may just have written some.
                 ["status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md"],
             )
         )

@@ -1,4 +1,4 @@
-"""``make gpu``: the GPU's tests and the benchmarks within one budget of time, tests first."""
+"""``make gpu``: run the GPU's tests and then the benchmarks, within one budget of time."""
 
 import argparse
 import subprocess
@@ -12,13 +12,13 @@ import torch
 from benchmarks import ROOT
 
 _TESTS: Final = ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")
-_OF_TESTS: Final = 0.75  # Tests that hang shall not take the benchmarks' time as well.
+_OF_TESTS: Final = 0.75  # Tests that hang must not take the benchmarks' time.
 _TOO_LONG: Final = 124  # What timeout(1) returns.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the GPU's tests, then the benchmarks in what is left; return 0 if both were well."""
-    handed_on = "all else, PART and --out say, is handed to python -m benchmarks"
+    """Run the GPU's tests, then the benchmarks in the remaining time; return 0 if both succeed."""
+    handed_on = "other arguments, such as PART and --out, go to python -m benchmarks"
     reader = argparse.ArgumentParser(
         prog="python -m benchmarks gpu", description=__doc__, epilog=handed_on
     )
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def left_minutes(budget_seconds: float, spent_seconds: float) -> float:
-    """Return what tests have left of a budget, in minutes; nothing is less than nothing."""
+    """Return the minutes of a budget that the tests left, at least 0."""
     return max(budget_seconds - spent_seconds, 0.0) / 60
 
 

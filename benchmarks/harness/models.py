@@ -1,4 +1,4 @@
-"""The models that people ask about: how each is made, and what one of its batches is."""
+"""Well-known models: how each is made, and its batches."""
 
 import functools
 import importlib.util
@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from autobatch.commands.vision import import_torchvision
 from benchmarks.harness.records import SEED
 
-_SAMPLE: Final = 16  # Different examples; a batch repeats them.
+_SAMPLE: Final = 16  # Distinct examples, which a batch repeats.
 _CLASSES: Final = 1000
-# What fills memory soonest comes first: on a CPU that is what is waited for. Filling a GiB twice
-# takes a core from 2 s (EfficientNet) to 10 s (ViT), at 64 pixels much as at 224.
+# The models that fill memory fastest come first. On a CPU, filling a GiB twice takes one core from
+# 2 s (EfficientNet) to 10 s (ViT), at 64 pixels much as at 224.
 _VISION: Final = (
     *("efficientnet_b0", "mobilenet_v3_large", "convnext_tiny", "resnet50", "swin_t"),
     *("resnet101", "resnet152", "resnet18", "vit_b_16"),
@@ -28,13 +28,13 @@ Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A model to be held.
+    """A model with its data.
 
     Attributes:
-        make: Returns it, where torch makes tensors, with the same values each time.
+        make: Returns the model on the default device, with the same values each time.
         sample: Makes a few examples on the host.
-        example: The shape of one, for people.
-        loss: None is the model's own.
+        example: The shape of one example, for people.
+        loss: The loss; None is the model's own.
     """
 
     make: Callable[[], nn.Module]
@@ -43,12 +43,12 @@ class ModelSpec:
     loss: nn.Module | None
 
     def data(self, examples: int) -> "Repeated":
-        """Return so many examples."""
+        """Return a dataset of this many examples."""
         return Repeated(self.sample(), examples)
 
 
 class Repeated(Dataset[object]):
-    """A few examples, over and over."""
+    """A dataset that repeats a few examples."""
 
     def __init__(self, sample: Batch, examples: int) -> None:
         self._sample = sample
@@ -66,10 +66,9 @@ class Repeated(Dataset[object]):
 
 
 def model_specs(*, on_a_gpu: bool) -> tuple[dict[str, ModelSpec], dict[str, str]]:
-    """Return the models by name; and of those that cannot be made, the package that is missing.
+    """Return the models by name, and the missing package of each model that cannot be made.
 
-    Images are of 224 pixels and texts of 1024 tokens on a GPU, of 64 and 128 on the CPU, where a
-    step takes as long for each byte that it fills, but has to be waited for.
+    Images have 224 pixels and texts 1024 tokens on a GPU; on the CPU, which is slow, 64 and 128.
     """
     pixels, tokens = (224, 1024) if on_a_gpu else (64, 128)
     made = {name: vision(name, pixels) for name in _VISION}
@@ -79,7 +78,7 @@ def model_specs(*, on_a_gpu: bool) -> tuple[dict[str, ModelSpec], dict[str, str]
 
 
 def vision(name: str, pixels: int, classes: int = _CLASSES) -> ModelSpec:
-    """Return a classifier of torchvision that has learnt nothing."""
+    """Return an untrained classifier of torchvision."""
     size = {"image_size": pixels} if name.startswith("vit") else {}
     make = functools.partial(_vision, name, {"num_classes": classes, **size})
     sample = functools.partial(_images, pixels, classes)
@@ -92,7 +91,7 @@ def vision(name: str, pixels: int, classes: int = _CLASSES) -> ModelSpec:
 
 
 def language(config: Mapping[str, int], tokens: int) -> ModelSpec:
-    """Return a GPT-2 of transformers, from its configuration alone; it has a loss of its own."""
+    """Return an untrained GPT-2 of transformers, which computes its own loss."""
     sample = functools.partial(_tokens, tokens, config.get("vocab_size", 50257))
     make = functools.partial(_gpt2, dict(config))
     return ModelSpec(make=make, sample=sample, example=f"{tokens} tokens", loss=None)
@@ -105,7 +104,7 @@ def _vision(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _gpt2(config: dict[str, int]) -> nn.Module:
-    import_torchvision()  # transformers imports it, and does not get by without its operators.
+    import_torchvision()  # transformers imports torchvision, and needs its operators.
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(SEED)
@@ -116,7 +115,7 @@ def _gpt2(config: dict[str, int]) -> nn.Module:
         "loss_type": "ForCausalLM",
     }
     model = GPT2LMHeadModel(GPT2Config.from_dict(config | special))
-    model.loss_type = "ForCausalLM"  # As it falls back to by itself, with a warning.
+    model.loss_type = "ForCausalLM"  # The default, which would warn.
     return model
 
 

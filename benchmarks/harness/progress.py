@@ -1,7 +1,6 @@
-"""What is being measured and what is left: a bar on a terminal, plain lines elsewhere.
+"""Show which case is measured and the remaining time: a bar on a terminal, else plain lines.
 
-The only file of the benchmarks that knows rich. Nothing is drawn while a case runs, for a thread
-that draws is a thread that takes time.
+Nothing is drawn while a case runs, because a drawing thread takes time.
 """
 
 import datetime
@@ -14,16 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks.harness.records import Notice
 
-Tell = Callable[[str, Notice], None]  # The part that measures, and what begins.
+Tell = Callable[[str, Notice], None]  # Called with the part's name, and the case that begins.
 
 
 @contextmanager
 def shown(parts: Sequence[str], minutes: float, console: Console | None = None) -> Iterator[Tell]:
-    """Yield what is to be told of every case that begins.
+    """Yield a function to call with every case that begins.
 
     Args:
-        parts: In the order in which they run.
-        minutes: Until no case begins any more.
+        parts: The parts, in the order in which they run.
+        minutes: The minutes after which no case begins.
         console: Where to write; None is the standard output.
     """
     console = console or Console(file=sys.stdout)

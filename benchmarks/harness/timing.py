@@ -1,14 +1,14 @@
-"""Samples of a noisy clock, and what is said of them."""
+"""Repeated measurements of one value."""
 
 import statistics
 
 
 class Samples(list[float]):
-    """One number, measured at least once."""
+    """A value that was measured at least once; prints as ``median [minimum, maximum]``."""
 
     @property
     def median(self) -> float:
-        """The middle."""
+        """The median of the samples."""
         return statistics.median(self)
 
     def __str__(self) -> str:

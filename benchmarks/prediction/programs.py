@@ -1,4 +1,4 @@
-"""Training programs of others, written again to be traced on a GPU that is not here."""
+"""Training programs of others, written again so that they can be traced without a GPU."""
 
 import contextlib
 import functools
@@ -15,16 +15,16 @@ from autobatch.prediction.trace import Recorder, Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedLoop:
-    """The loop of xMem's published runs: ``conv_train_loop`` of exp/trainer/train_loop.py there.
+    """The loop of xMem's published runs: its ``conv_train_loop`` in exp/trainer/train_loop.py.
 
-    Names are bound to the next batch of the host before it is copied, so the old one is gone; what
-    else an iteration makes is held to the next. Four iterations are run.
+    The loop frees a batch before it copies the next one; the other tensors of an iteration live
+    until the next iteration. Four iterations are run.
 
     Attributes:
         model: A classifier.
-        optimizer: Its name.
+        optimizer: The optimizer's name in ``torch.optim``.
         pixels: Height and width of the images.
-        zero_grad: When an iteration lets go of gradients: 0 before the forward pass, 1 between
+        zero_grad: When an iteration frees gradients: 0 before the forward pass, 1 between
             forward and backward pass, 2 after the step.
     """
 
@@ -57,7 +57,7 @@ class PublishedLoop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LadderStep:
-    """The step of timm's benchmark with torch 1.12: gradients are zeroed in place.
+    """The step of timm's benchmark with torch 1.12, which zeroes gradients in place.
 
     Attributes:
         model: A classifier.
@@ -82,16 +82,16 @@ class LadderStep:
 
 
 def traces(program: PublishedLoop | LadderStep, batches: Sequence[int]) -> list[Trace]:
-    """Trace a program at each of these batches.
+    """Trace a program at each of these batch sizes.
 
     Raises:
-        RuntimeError: If this build of torch refuses tensors of a GPU that is not here.
+        RuntimeError: If this build of torch refuses tensors of a GPU that does not exist.
     """
     tensors = [*program.model.parameters(), *program.model.buffers()]
     order = Order(program=packed(program, tensors), batches=tuple(batches))
     answer = traced([order])
     if not answer.on_cuda:
-        raise RuntimeError("this build of torch refuses tensors of a GPU that is not here")
+        raise RuntimeError("this build of torch refuses tensors of a GPU that does not exist")
     return answer.traces[0]
 
 
@@ -101,22 +101,22 @@ def _batch(batch: int, pixels: int, recorder: Recorder) -> tuple[Tensor, Tensor]
 
 
 def _first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The classifier's own scores: a few models return those of a teacher's token too."""
+    """Return the classifier's logits; a few models also return those of a distillation token."""
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
-    """Leave weights as they come: drawing them takes longer than a trace."""
+    """Leave weights uninitialized: drawing their values takes longer than a trace."""
     own = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f)}
     try:
         for name in own:
-            setattr(nn.init, name, functools.partial(_as_it_is))
+            setattr(nn.init, name, functools.partial(_unchanged))
         yield
     finally:
         for name, function in own.items():
             setattr(nn.init, name, function)
 
 
-def _as_it_is(tensor: Tensor, *_: object, **__: object) -> Tensor:
+def _unchanged(tensor: Tensor, *_: object, **__: object) -> Tensor:
     return tensor

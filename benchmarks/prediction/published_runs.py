@@ -1,6 +1,6 @@
-"""Training runs that others published, beside what is predicted of them.
+"""Compare predictions with training runs that others published.
 
-Peaks as NVML saw them, and the same runs again under a limit: which of them ran out of memory.
+The runs have peaks as NVML saw them; the same runs under a limit say which ran out of memory.
 """
 
 import json
@@ -24,14 +24,14 @@ _PEAKS_ALL: Final = "prediction: the published peaks together, absolute errors i
 _LIMITED: Final = "prediction: published runs again, under a limit (MiB)"
 _LIMITED_ALL: Final = "prediction: whether a run fits under a limit"
 _FIRST: Final = "the first 13"
-_NOT_RECORDED: Final = 1  # Of zero_grad: what the programs did by themselves.
+_NOT_RECORDED: Final = 1  # The zero_grad mode that the programs have by default.
 _PIXELS: Final = 86
-_CLOSE: Final = 0.05  # A limit to what is needed: far from it, anybody would be right.
+_CLOSE: Final = 0.05  # How near a limit is to the need, where a prediction is hard.
 
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """What runs of several batches have in common."""
+    """A training program, which the runs of several batch sizes share."""
 
     torchvision: str
     num_classes: int
@@ -53,7 +53,7 @@ class _Program:
 
 
 def compare(records: Records) -> None:
-    """Predict every published run, and add its peak and what became of it under limits."""
+    """Predict every published run, and add its peak and its outcome under limits."""
     published = json.loads((DATA / "published_runs.json").read_text())
     first = json.loads((DATA / "measured_peaks.json").read_text())["runs"]
     totals: Mapping[str, int] = published["gpu_total_bytes"]
@@ -87,7 +87,7 @@ def _name_of(run: Mapping[str, Any]) -> str:
 
 
 def _mark_of(run: Mapping[str, Any]) -> tuple[str, int]:
-    """Runs of one name differ in when they let go of gradients, which not every file tells."""
+    """Return what identifies a run: runs of one name differ in when they free gradients."""
     return _name_of(run), run["measured_peak_bytes"]
 
 
@@ -126,7 +126,7 @@ def _add_peak(
 def _needed_bytes(run: Mapping[str, Any], trace: Trace) -> int:
     """Return the smallest limit under which the run is predicted to fit, to a thousandth.
 
-    What is torn is not torn alike under every limit, so that a smaller one may fit as well.
+    Memory is fragmented differently under every limit, so a smaller limit may fit as well.
     """
     most = _replayed(run, trace, None).peak_reserved
     too_small = trace.allocated_bytes(run["batch"]) // 2

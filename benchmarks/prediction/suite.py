@@ -1,4 +1,4 @@
-"""Predictions beside what others measured, and how long they take."""
+"""Compare predictions with what others measured, and time them."""
 
 import importlib.util
 import json
@@ -22,17 +22,17 @@ _MIB: Final = 2**20
 _RUNGS: Final = "prediction: the largest batch of timm's published ladder, RTX 3090, fp16"
 _RUNGS_ALL: Final = "prediction: the published rung, with one context for all models"
 _SECONDS: Final = "prediction: seconds for one GPU, with what-ifs, in a process that has imported"
-# MiB beside the allocator. nvidia-smi of an RTX 3090 with CUDA 11.0 and 11.1, before kernels were
-# loaded only when used, less the segment of the one tensor that was there: 1644 - 158
-# (github.com/pytorch/pytorch/issues/49877) and 1687 - 2 (issues/55277). The table by model has
-# their middle, rounded; the others show how much hangs on it.
+# The context in MiB: nvidia-smi of an RTX 3090 with CUDA 11.0 and 11.1, which loaded all kernels
+# at once, less the segment of the only tensor: 1644 - 158
+# (github.com/pytorch/pytorch/issues/49877) and 1687 - 2 (issues/55277). The table by model uses
+# their mean; the other values show its influence.
 _CONTEXTS: Final = (400, 800, 1200, 1486, 1586, 1685, 2000)
 _CONTEXT: Final = 1586
 _SIZES: Final = (6, 9)
 
 
 def run(records: Records) -> None:
-    """Compare peaks with the published ones, then rungs of the ladder where timm is installed."""
+    """Compare peaks with the published ones, then the ladder's sizes where timm is installed."""
     if importlib.util.find_spec("cloudpickle") is None:
         records.left_out.append("predictions: cloudpickle is not installed")
         return
@@ -44,7 +44,7 @@ def run(records: Records) -> None:
 
 
 def _in_seconds(records: Records) -> None:
-    """Time predictions: of the search benchmark's models, and of a ResNet-101."""
+    """Time predictions of the search benchmark's models and of a ResNet-101."""
     workloads, missing = real_models(torch.device("cpu"))
     records.left_out += [
         f"seconds of {name}: {lacks} is missing" for name, lacks in missing.items()
@@ -75,7 +75,7 @@ def _in_seconds(records: Records) -> None:
 
 
 def _processor_seconds() -> float:
-    """Seconds of processors that this process and those that it has waited for have taken."""
+    """Return the processor seconds of this process and of its finished children."""
     taken = os.times()
     return taken.user + taken.system + taken.children_user + taken.children_system
 
@@ -97,7 +97,7 @@ def _on_the_ladder(models: dict[str, dict[str, Any]], ladder: list[int], records
             trace = fitted(*traces(program, _SIZES))
             if trace is None:
                 raise ValueError("two batches take different ways")
-        except Exception as error:  # noqa: BLE001  # The other models are tried all the same.
+        except Exception as error:  # noqa: BLE001  # The other models are tried anyway.
             records.left_out.append(f"{name}: {type(error).__name__}: {error}"[:200])
             continue
         rungs = {context: _rung(trace, ladder, gpu, context * _MIB) for context in _CONTEXTS}

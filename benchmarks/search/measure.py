@@ -1,4 +1,4 @@
-"""One search measured: how far it came, what it took, and what it left behind."""
+"""Measure one search: the size that it finds, its cost, and what it leaves changed."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ from benchmarks.search.peers import PEERS, SearchTask, largest_by_doubling
 from benchmarks.search.workloads import SearchWorkload, residents
 
 OURS: Final = "autobatch"
-_MICRO_BATCHES: Final = 2  # Of a rehearsal.
-_MOST_ATTEMPTS: Final = 500  # A tenth less at a time, from 4096, are 75. A search may be endless.
+_MICRO_BATCHES: Final = 2  # In a trial step.
+_MOST_ATTEMPTS: Final = 500  # 75 attempts go from 4096 to 1 by tenths; some searches never end.
 _LOSS: Final = nn.CrossEntropyLoss()
 
 
 class Tried(NamedTuple):
-    """One trial."""
+    """A trial of a size."""
 
     size: int
     fits: bool
@@ -33,19 +33,19 @@ class Tried(NamedTuple):
 
 @dataclass(slots=True)
 class Passes:
-    """The forward passes of one model, in trials and outside. No search puts it back."""
+    """Counts the forward passes of a model, in trials and outside them; no search resets it."""
 
-    begun: list[int] = field(default_factory=list)  # Examples.
+    begun: list[int] = field(default_factory=list)  # The examples of each pass.
     ended: int = 0
 
     def watch(self, model: nn.Module) -> None:
-        """Count from now on."""
+        """Count the model's passes from now on."""
         model.register_forward_pre_hook(lambda _, inputs: self.begun.append(len(inputs[0])))
         model.register_forward_hook(lambda *_: self._end())
 
     @property
     def failed(self) -> int:
-        """Those that did not end."""
+        """The passes that did not end."""
         return len(self.begun) - self.ended
 
     def _end(self) -> None:
@@ -54,20 +54,20 @@ class Passes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchMeasurement:
-    """A search: what was found, what it took, and what it left behind.
+    """A search: the size that it found, its cost, and what it left changed.
 
     Attributes:
         found: The size; 0 if the search raised an error.
-        error: That error, or ``""``.
+        error: The error, or ``""``.
         tried: Every trial.
-        forwards: All passes of the model, those outside trials too.
-        examples: Run forward in them.
-        out_of_memory: Trials that failed, or passes that did not end if those are more.
-        seconds: As often as it was measured.
-        cost_seconds: Each in rehearsals at the found size, as the search itself took for one; empty
-            if it ran none.
+        forwards: All forward passes of the model, including those outside trials.
+        examples: The examples of these passes.
+        out_of_memory: The failed trials, or the passes that did not end if there are more of them.
+        seconds: The seconds of each repeat.
+        cost_seconds: The seconds over those of one trial at the found size; empty without such a
+            trial.
         unchanged: Whether model, optimizer and generators were left as they were.
-        possible: The largest size that the step runs at which was searched with.
+        possible: The largest size at which the searched step runs.
     """
 
     found: int
@@ -82,12 +82,12 @@ class SearchMeasurement:
     possible: int = 0
 
     def as_json(self) -> dict[str, object]:
-        """Return what ``read`` makes this of again."""
+        """Return the fields for JSON, from which ``read`` makes the measurement again."""
         return asdict(self)
 
     @classmethod
     def read(cls, written: Any) -> "SearchMeasurement":
-        """Return the measurement that was written, as JSON gives it back."""
+        """Return the measurement from the fields of ``as_json``."""
         return cls(
             **written
             | {
@@ -99,22 +99,22 @@ class SearchMeasurement:
 
     @property
     def cost_examples(self) -> float | None:
-        """Examples run forward, in rehearsals at the found size."""
+        """The examples of all passes, over those of one trial step at the found size."""
         return self.examples / (_MICRO_BATCHES * self.found) if self.found else None
 
     @property
     def runs(self) -> bool:
-        """Whether one can train at what was found."""
+        """True if the step runs at the found size."""
         return 0 < self.found <= self.possible
 
     @property
     def share(self) -> float:
-        """Found over possible; nothing if what was found does not run."""
+        """The found size over the possible size; 0 if the found size does not run."""
         return self.found / self.possible if self.runs else 0.0
 
 
 def measure_search(by: str, workload: SearchWorkload, repeats: int) -> SearchMeasurement:
-    """Let one search ``repeats`` times, each in a model of its own; only the seconds differ."""
+    """Run one search ``repeats`` times, each on a new model; only the seconds differ."""
     measurements = [_measure_once(by, workload) for _ in range(repeats)]
     return replace(
         measurements[-1],
@@ -125,7 +125,7 @@ def measure_search(by: str, workload: SearchWorkload, repeats: int) -> SearchMea
 
 
 def _measure_once(by: str, workload: SearchWorkload) -> SearchMeasurement:
-    open_device(workload.device).release_cached()  # What the last one left.
+    open_device(workload.device).release_cached()  # The memory of the search before.
     model = workload.make()
     optimizer = workload.optimizer(model.parameters())
     passes = Passes()
@@ -140,7 +140,7 @@ def _measure_once(by: str, workload: SearchWorkload) -> SearchMeasurement:
             _, search = PEERS[by]
             attempt = _attempt(workload, model, optimizer, tried)
             found = search(SearchTask(attempt, workload.ceiling, model, optimizer))
-    except Exception as problem:  # noqa: BLE001  # A search that raises has found nothing.
+    except Exception as problem:  # noqa: BLE001  # A search that raises finds nothing.
         error = repr(problem)
     seconds = time.perf_counter() - started
     unchanged = fingerprint(model, optimizer) == before
@@ -177,10 +177,10 @@ def _autobatch(
 def _attempt(
     workload: SearchWorkload, model: nn.Module, optimizer: Optimizer, tried: list[Tried]
 ) -> Callable[[int], None]:
-    """Return what others try: the same rehearsal, two micro-batches and a step, under the limit.
+    """Return the trial that other searches run: two micro-batches and a step, under the limit.
 
-    The limit holds in the window alone, as for autobatch: on the CPU the meter would else count
-    the host's batch and what a search saves. What is cut outside is copied inside, as by a move.
+    The limit holds only in the trial step, as in autobatch: outside it, the CPU's meter would count
+    the host's batch and the state that a search saves. The batch is copied inside the limit.
     """
     memory = open_device(workload.device, lambda: residents(model, optimizer))
     limit = workload.limit_bytes
@@ -188,7 +188,7 @@ def _attempt(
     def window(size: int) -> None:
         x, y = (part[:size] for part in workload.data)
         with nullcontext() if limit is None else memory.limited_to(limit):
-            rehearse(model, optimizer, x, y, workload.device)
+            take_trial_step(model, optimizer, x, y, workload.device)
             memory.synchronize()
 
     def attempt(size: int) -> None:
@@ -199,7 +199,7 @@ def _attempt(
             window(size)
             fits = True
         except torch.OutOfMemoryError as error:
-            # The meter's words; accelerate, Lightning and toma know CUDA's.
+            # accelerate, Lightning and toma recognise only CUDA's message.
             error.args = ("CUDA out of memory. Tried to allocate 1.00 GiB.",)
             raise
         finally:
@@ -208,27 +208,27 @@ def _attempt(
     return attempt
 
 
-def rehearse(
+def take_trial_step(
     model: nn.Module,
     optimizer: Optimizer,
     x: Tensor,
     y: Tensor,
     device: torch.device,
 ) -> None:
-    """Take one step on two micro-batches, each a copy of the same; the gradient is kept between."""
-    # On a GPU training copies the next micro-batch ahead, so one more is there, and in a trial too.
+    """Take one step on two micro-batches with the same examples; keep the gradient in between."""
+    # On a GPU autobatch copies the next micro-batch ahead, in training and in trials.
     ahead = (x.to(device), y.to(device)) if device.type == "cuda" else None
     optimizer.zero_grad()
     for _ in range(_MICRO_BATCHES):
         inputs, targets = x.to(device, copy=True), y.to(device, copy=True)
         _LOSS(model(inputs), targets).backward()
-        del inputs, targets  # As training lets go of them, before the step.
+        del inputs, targets  # Training frees them before the step, too.
     optimizer.step()
     del ahead
 
 
 def largest_possible(workload: SearchWorkload, found: int) -> int:
-    """The largest size by autobatch's ``check`` alone, looked for beside ``found`` first."""
+    """Return the largest size by autobatch's ``check`` alone, which tries ``found`` first."""
     model = workload.make()
     optimizer = workload.optimizer(model.parameters())
 
@@ -250,9 +250,9 @@ def largest_possible(workload: SearchWorkload, found: int) -> int:
 
 
 def largest_by_hand(workload: SearchWorkload, near: int) -> int:
-    """The largest size of the step that others try, with the optimizer's state there.
+    """Return the largest size of the other searches' step, with the optimizer's state in memory.
 
-    It needs a little less than autobatch's, which can take its window back: by buffers, say.
+    That step needs a little less memory than autobatch's, which keeps a copy of the buffers.
     """
     model = workload.make()
     attempt = _attempt(workload, model, workload.optimizer(model.parameters()), [])
@@ -273,7 +273,7 @@ def largest_by_hand(workload: SearchWorkload, near: int) -> int:
 
 
 def _memory_limit(workload: SearchWorkload) -> int | None:
-    """The limit of the whole process, whose context on a GPU comes on top."""
+    """Return the limit of the whole process, which on a GPU includes the context."""
     if workload.limit_bytes is None:
         return None
     return workload.limit_bytes + open_device(workload.device).read().outside_bytes

@@ -1,4 +1,4 @@
-"""The search for the largest size as others do it, where they are installed."""
+"""The searches of other libraries for the largest size, where they are installed."""
 
 import importlib
 import importlib.util
@@ -19,13 +19,13 @@ from benchmarks.engine.peers import quiet_trainer, silence
 
 @dataclass(frozen=True, slots=True)
 class SearchTask:
-    """What a search is given.
+    """The task of a search.
 
     Attributes:
-        attempt: Runs a window with micro-batches of a size, or raises ``torch.OutOfMemoryError``.
+        attempt: Runs a step with micro-batches of a size, or raises ``torch.OutOfMemoryError``.
         ceiling: The largest size of interest.
-        model: What the window trains, for those that save it and put it back.
-        optimizer: Its optimizer.
+        model: The trained model, for searches that save and restore it.
+        optimizer: The model's optimizer.
     """
 
     attempt: Callable[[int], None]
@@ -38,16 +38,16 @@ Search = Callable[[SearchTask], int]
 
 
 def installed() -> list[str]:
-    """Import what can be measured here, for an import is no part of a search; return the names."""
+    """Import the installed libraries, so that no search includes an import; return their names."""
     found = [name for name, (package, _) in PEERS.items() if _is_installed(package)]
     with suppress(ImportError):
-        import_torchvision()  # Lightning imports it; beside a CPU build it needs our detour.
+        import_torchvision()  # Lightning's own import of it may fail beside a CPU build.
     with silence():
         return [name for name in found if _imports(PEERS[name][0])]
 
 
 def _imports(package: str) -> bool:
-    """Whether it is not only there, but whole."""
+    """Return whether a package can be imported."""
     try:
         importlib.import_module(package)
     except ImportError:
@@ -56,9 +56,9 @@ def _imports(package: str) -> bool:
 
 
 def largest_by_doubling(fits: Callable[[int], bool], ceiling: int) -> int:
-    """The slow, obvious way: 2, 4, 8 and so on until one fails, then bisection.
+    """Return the largest size by 2, 4, 8 and so on until one fails, then by bisection.
 
-    It begins at 2 and comes to 1 last, for BatchNorm may refuse a single example.
+    The search begins at 2 and tries 1 last, because BatchNorm may refuse a single example.
     """
     good, bad, size = 0, ceiling + 1, min(2, ceiling)
     while bad - good > 1:
@@ -71,7 +71,7 @@ def largest_by_doubling(fits: Callable[[int], bool], ceiling: int) -> int:
 
 
 def doubling(task: SearchTask) -> int:
-    """Double, then bisect."""
+    """Search by doubling and bisection."""
 
     def fits(size: int) -> bool:
         try:
@@ -84,7 +84,7 @@ def doubling(task: SearchTask) -> int:
 
 
 def accelerate(task: SearchTask) -> int:
-    """From the ceiling down, a tenth less at a time."""
+    """Search from the ceiling down, a tenth less at a time."""
     from accelerate.utils import find_executable_batch_size
 
     def train(batch_size: int) -> int:
@@ -96,8 +96,8 @@ def accelerate(task: SearchTask) -> int:
 
 
 def toma(task: SearchTask) -> int:
-    """From the ceiling down, by halves."""
-    from toma import simple  # Without the cache, which would know sizes of earlier cases.
+    """Search from the ceiling down, by halves."""
+    from toma import simple  # Without the cache, which would reuse sizes of earlier cases.
 
     def train(batch_size: int) -> int:
         task.attempt(batch_size)
@@ -108,10 +108,10 @@ def toma(task: SearchTask) -> int:
 
 
 def torch_max_mem(task: SearchTask) -> int:
-    """From the ceiling down, by halves. Its default, multiples of 32, would find less."""
+    """Search from the ceiling down, by halves. The default, multiples of 32, would find less."""
     from torch_max_mem import maximize_memory_utilization
 
-    @maximize_memory_utilization(q=1)  # type: ignore[untyped-decorator]  # Any to mypy: optional.
+    @maximize_memory_utilization(q=1)  # type: ignore[untyped-decorator]  # Any to mypy: torch-max-mem is optional.
     def train(batch_size: int) -> int:
         task.attempt(batch_size)
         return batch_size
@@ -121,11 +121,10 @@ def torch_max_mem(task: SearchTask) -> int:
 
 
 def lightning(mode: str) -> Search:
-    """Lightning's batch size finder.
+    """Return Lightning's batch size finder, with ``attempt`` as its step, by manual optimization.
 
-    Its step is ours, by manual optimization, and one of them makes a trial. All in its favour:
-    three is its default; no margin is taken off; the data is longer than the ceiling, for else
-    its binary search may not end.
+    A trial has one step, where Lightning's default is three; no margin is subtracted; the data is
+    longer than the ceiling, because its binary search may not end otherwise. All three favour it.
 
     Args:
         mode: ``"power"`` or ``"binsearch"``.
@@ -135,7 +134,7 @@ def lightning(mode: str) -> Search:
         from lightning.pytorch import LightningModule, Trainer
         from lightning.pytorch.tuner import Tuner
 
-        class Module(LightningModule):  # type: ignore[misc]  # Any to mypy: it is optional.
+        class Module(LightningModule):  # type: ignore[misc]  # Any to mypy: lightning is optional.
             def __init__(self) -> None:
                 super().__init__()
                 self.automatic_optimization = False
@@ -149,7 +148,7 @@ def lightning(mode: str) -> Search:
                 return task.optimizer
 
             def train_dataloader(self) -> DataLoader[int]:
-                """Return one batch of what only has a length; the attempt has the data."""
+                """Return a loader whose batches only have a length; ``attempt`` has the data."""
                 numbers, batch = range(task.ceiling + 1), range(self.batch_size)
                 return DataLoader(numbers, batch_size=len(batch), sampler=batch)  # type: ignore[arg-type]  # A range is a sequence of int.
 
@@ -166,13 +165,15 @@ def lightning(mode: str) -> Search:
 
 @contextmanager
 def _back_on(device: torch.device, task: SearchTask) -> Iterator[None]:
-    """Bring model and optimizer back from the CPU, where Lightning leaves them."""
+    """Move model and optimizer back from the CPU, where Lightning leaves them."""
     try:
         yield
     finally:
         if next(task.model.parameters()).device != device:
             task.model.to(device)
-            task.optimizer.load_state_dict(task.optimizer.state_dict())  # It follows the model.
+            task.optimizer.load_state_dict(
+                task.optimizer.state_dict()
+            )  # The state follows the model.
 
 
 def _is_installed(package: str) -> bool:
@@ -187,4 +188,4 @@ PEERS: Final[dict[str, tuple[str, Search]]] = {
     "toma": ("toma", toma),
     "torch-max-mem": ("torch_max_mem", torch_max_mem),
 }
-"""By name: the package that is imported, and the search."""
+"""The searches by name, each with the package that it needs."""

@@ -1,4 +1,4 @@
-"""Finding the largest size: how far, at what cost, and what is left behind. Ours and others'."""
+"""Compare searches for the largest size: what each finds, costs and leaves changed."""
 
 import gc
 import math
@@ -21,20 +21,20 @@ from benchmarks.search.workloads import SearchWorkload, black_boxes, real_models
 
 _BOXES: Final = "search: black boxes that run out of memory above K examples"
 _MODELS: Final = (
-    "search: real models under a limit; cost is the whole search in rehearsals at the found size"
+    "search: real models under a limit; cost is the whole search in trial steps at the found size"
 )
 _ALL: Final = ", all of them together"
 _VERDICTS: Final = "search: autobatch against what is wanted of it"
 _EVERYONE: Final = (OURS, *peers.PEERS)
-_REPEATS: Final = 3  # Of ours; only the seconds differ.
+_REPEATS: Final = 3  # Repeats of autobatch's search; only the seconds differ.
 
 
-_BOX_FAILURES: Final = 43  # Of plain doubling and bisection.
-_Line = tuple[str, str, bool]  # What is wanted, what was measured, whether it was held.
+_BOX_FAILURES: Final = 43  # The failures of plain doubling and bisection.
+_Line = tuple[str, str, bool]  # The requirement, the measured value, whether it was held.
 
 
 def run(records: Records) -> None:
-    """Search in black boxes, then on real models under limits, everyone in each."""
+    """Let every searcher search the black boxes, then the real models under limits."""
     boxes = black_boxes(records.device)
     models, missing = real_models(records.device)
     cases = {_BOXES: len(boxes), _MODELS: len(models) + len(missing)}
@@ -56,7 +56,7 @@ def run(records: Records) -> None:
 
 
 def _measure_in(title: str, workloads: Mapping[str, SearchWorkload], records: Records) -> None:
-    """Let everyone search every workload."""
+    """Let every searcher search every workload."""
     present = {OURS, *peers.installed()}
     for name, workload in records.in_time(workloads):
         _measure_all(title, name, workload, records, present)
@@ -65,24 +65,24 @@ def _measure_in(title: str, workloads: Mapping[str, SearchWorkload], records: Re
 def _measure_all(
     title: str, name: str, workload: SearchWorkload, records: Records, present: Container[str]
 ) -> None:
-    """Let everyone search one workload; autobatch first: its size is where the truth is sought."""
+    """Let every searcher search one workload; autobatch first, whose size is then verified."""
     possible = by_hand = workload.possible
     for by in _EVERYONE:
         if by not in present:
             records.add(title, {"case": name, "by": by, **_absent()})
             continue
-        _freeze()  # Some import more at their first search.
+        _freeze()  # Some libraries import more modules at their first search.
         own = measure_search(by, workload, _REPEATS if by == OURS and not records.quick else 1)
         if possible is None or by_hand is None:
             possible = largest_possible(workload, own.found)
             by_hand = largest_by_hand(workload, possible)
         own = replace(own, possible=possible if by == OURS else by_hand)
-        row = {"case": name, "by": by, **_told(own)}
+        row = {"case": name, "by": by, **_row(own)}
         records.add(title, row, forwards=own.forwards, error=own.error, measurement=own.as_json())
 
 
 def _measurements(title: str, records: Records) -> dict[str, list[SearchMeasurement]]:
-    """Return everyone's, from what is written: some may have been made before."""
+    """Return every searcher's measurements, from the rows of all rounds."""
     done: dict[str, list[SearchMeasurement]] = {by: [] for by in (OURS, *peers.installed())}
     for row in records.rows(title):
         if "measurement" in row:
@@ -92,9 +92,9 @@ def _measurements(title: str, records: Records) -> dict[str, list[SearchMeasurem
 
 @contextmanager
 def light_heap() -> Iterator[None]:
-    """Keep the collector off what was imported: six frameworks.
+    """Exclude the imported modules of six libraries from garbage collection.
 
-    Others collect after every failure, and would spend nearly all of their time on that.
+    Other libraries collect after every failure, and would spend nearly all of their time on that.
     """
     _freeze()
     try:
@@ -108,7 +108,7 @@ def _freeze() -> None:
     gc.freeze()
 
 
-def _told(one: SearchMeasurement) -> Fields:
+def _row(one: SearchMeasurement) -> Fields:
     return {
         "found": "an error" if one.error else one.found,
         "possible": one.possible,
@@ -149,12 +149,12 @@ def _sums(measurements: Sequence[SearchMeasurement]) -> Fields:
 def verdicts(
     measurements: Mapping[str, Sequence[SearchMeasurement]], cases: int, *, on_boxes: bool
 ) -> list[Fields]:
-    """Return what is wanted of autobatch, what was measured, and whether it was held.
+    """Return each requirement of autobatch, the measured value, and whether it was held.
 
     Args:
-        measurements: Everyone's, in the same cases.
-        cases: How many there are; fewer were measured if time was short.
-        on_boxes: Or on real models.
+        measurements: The measurements of every searcher, in the same cases.
+        cases: The number of cases; fewer were measured if time was short.
+        on_boxes: Whether the cases are black boxes, and not real models.
     """
     ours = measurements[OURS]
     others = {by: own for by, own in measurements.items() if by != OURS}
@@ -182,7 +182,7 @@ def _on_models(
         _at_most("out of memory, mean", statistics.fmean(_failures(ours)), 0.5),
     ]
     for what, cost, most in (("seconds", _cost_seconds, 2.5), ("examples", _cost_examples, 2.0)):
-        lines.append(_at_most(f"rehearsals in {what}, median", cost(ours), most))
+        lines.append(_at_most(f"trial steps in {what}, median", cost(ours), most))
         costs = {by: cost(own) for by, own in others.items()}
         lines.append(_least(f"no one cheaper in {what}, median", cost(ours), costs))
     return [*lines, _as_far(ours, others)]
@@ -191,7 +191,7 @@ def _on_models(
 def _rivals(
     ours: Sequence[SearchMeasurement], others: Mapping[str, Sequence[SearchMeasurement]]
 ) -> list[_Line]:
-    """Those that find the largest size in every case that was measured."""
+    """Compare autobatch with the searchers that find the largest size in every case."""
     exact = {by: own for by, own in others.items() if all(one.share == 1 for one in own)}
     return [
         _least(
@@ -206,9 +206,10 @@ def _rivals(
 def _as_far(
     ours: Sequence[SearchMeasurement], others: Mapping[str, Sequence[SearchMeasurement]]
 ) -> _Line:
-    """Who stops halfway pays half, and who returns what does not run pays for no trial of it.
+    """Compare each search that found the largest size with autobatch's in the same case.
 
-    So this one holds each find of a largest size against ours in the same case.
+    A search that stops halfway costs half, and a search that returns a size that does not run saves
+    the trial of it; neither counts here.
     """
     finds = [
         (by, rival.cost_seconds.median < own.cost_seconds.median)
@@ -217,8 +218,10 @@ def _as_far(
         if rival.share == 1
     ]
     cheaper = [by for by, is_cheaper in finds if is_cheaper]
-    told = f"{len(cheaper)} of {len(finds)} such finds" + "".join(f", {by}" for by in set(cheaper))
-    return "no one cheaper in seconds where the largest is found", told, not cheaper
+    measured = f"{len(cheaper)} of {len(finds)} such finds" + "".join(
+        f", {by}" for by in set(cheaper)
+    )
+    return "no one cheaper in seconds where the largest is found", measured, not cheaper
 
 
 def _at_most(what: str, measured: float, most: float) -> _Line:
@@ -226,8 +229,8 @@ def _at_most(what: str, measured: float, most: float) -> _Line:
 
 
 def _least(what: str, own: float, others: Mapping[str, float]) -> _Line:
-    told = [f"{by} {value:.3g}" for by, value in others.items()] or ["no one else"]
-    return what, f"{own:.3g}; {', '.join(told)}", all(own <= value for value in others.values())
+    values = [f"{by} {value:.3g}" for by, value in others.items()] or ["no one else"]
+    return what, f"{own:.3g}; {', '.join(values)}", all(own <= value for value in others.values())
 
 
 def _verdict(held: bool) -> str:
@@ -243,7 +246,7 @@ def _failures(measurements: Sequence[SearchMeasurement]) -> list[int]:
 
 
 def _cost_seconds(measurements: Sequence[SearchMeasurement]) -> float:
-    """The median over the cases whose find runs; infinite if there is none."""
+    """Return the median over the cases whose size runs; infinite if there is no such case."""
     costs = [one.cost_seconds.median for one in measurements if one.runs and one.cost_seconds]
     return statistics.median(costs or [math.inf])
 

@@ -1,4 +1,4 @@
-"""What is searched: black boxes whose memory is a number, and six real models under limits."""
+"""The workloads to search: black boxes with a known limit, and six real models under limits."""
 
 import functools
 import importlib.util
@@ -21,20 +21,20 @@ _GPT_2: Final = "GPT-2 of 2 layers, 128 wide, 32 tokens, AdamW"
 _BOX_LIMITS: Final = (1, 3, 7, 37, 100, 129, 1000)
 _BOX_CEILINGS: Final = (256, 4096)
 _EXAMPLES: Final = 1000
-_ON_A_GPU: Final = 8  # Limits and data grow so: cuBLAS alone takes 32 MiB of them there.
+_ON_A_GPU: Final = 8  # Factor of limits and data: cuBLAS alone takes 32 MiB there.
 _MIB: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchWorkload:
-    """One case for every searcher.
+    """A case for every searcher.
 
     Attributes:
         make: Returns the same model each time, on the device.
-        optimizer: Makes a fresh one; its state is born in the search.
-        data: On the host; its length is the ceiling.
+        optimizer: Makes a new optimizer, whose state first appears in the search.
+        data: Inputs and targets on the host; their length is the ceiling.
         device: Where the model runs.
-        limit_bytes: What tensors may take there; None where the model itself says what is too much.
+        limit_bytes: The most that tensors may take; None where the model itself raises the error.
         possible: The largest size, where it is known beforehand.
     """
 
@@ -52,7 +52,7 @@ class SearchWorkload:
 
 
 def black_boxes(device: torch.device) -> dict[str, SearchWorkload]:
-    """The 14 cases, by name. Each model has a gradient that is to be kept."""
+    """Return the 14 cases by name. Each model has a gradient, which a search must not change."""
     pairs = [(limit, ceiling) for ceiling in _BOX_CEILINGS for limit in _BOX_LIMITS]
     return {
         f"K = {limit}, ceiling {ceiling}": SearchWorkload(
@@ -67,7 +67,7 @@ def black_boxes(device: torch.device) -> dict[str, SearchWorkload]:
 
 
 def real_models(device: torch.device) -> tuple[dict[str, SearchWorkload], dict[str, str]]:
-    """Six models under three limits each, by name; and of what is missing, what it lacks."""
+    """Return six models under three limits each by name, and the package of each missing one."""
     scale = _ON_A_GPU if device.type == "cuda" else 1
     images = _images(_EXAMPLES * scale, channels=3, pixels=32, classes=10)
     momentum = functools.partial(SGD, lr=0.01, momentum=0.9)
@@ -93,7 +93,12 @@ def real_models(device: torch.device) -> tuple[dict[str, SearchWorkload], dict[s
             )
 
     ten = {"num_classes": 10}
-    layers = {"num_layers": 4, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}  # B has 12.
+    layers = {
+        "num_layers": 4,
+        "num_heads": 12,
+        "hidden_dim": 768,
+        "mlp_dim": 3072,
+    }  # ViT-B has 12 layers.
     vit = functools.partial(vision.VisionTransformer, image_size=32, patch_size=16, **layers, **ten)
     convnext = functools.partial(vision.convnext_tiny, **ten)
     add("MLP 3072-64-64-10, Adam", _mlp, Adam, (8, 10, 12))
@@ -129,7 +134,7 @@ def _mlp() -> nn.Module:
 
 
 class _Gpt2(nn.Module):
-    """Made from its configuration alone. Returns scores as the cross-entropy takes them."""
+    """A GPT-2 from its configuration; returns logits in the layout of the cross-entropy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +162,7 @@ def _images(examples: int, *, channels: int, pixels: int, classes: int) -> Pair:
 
 
 def residents(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield the tensors that live on the device between steps."""
+    """Yield the tensors that stay on the device between steps."""
     yield from model.parameters()
     yield from model.buffers()
     for entry in optimizer.state.values():

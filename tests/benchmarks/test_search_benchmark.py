@@ -142,7 +142,7 @@ def test_a_search_that_does_not_end_or_raises_has_found_nothing(
     result = measure_search("other", workload, 1)
     assert (result.found, len(result.tried), result.share) == (0, attempts, 0)
     assert error in result.error
-    assert search._told(result)["found"] == "an error"
+    assert search._row(result)["found"] == "an error"
 
 
 def test_passes_outside_trials_count_and_repeats_only_add_seconds() -> None:
@@ -154,7 +154,7 @@ def test_passes_outside_trials_count_and_repeats_only_add_seconds() -> None:
     assert (len(once.seconds), len(twice.seconds), len(twice.cost_seconds)) == (1, 2, 2)
 
 
-def test_cost_is_in_rehearsals_at_the_found_size() -> None:
+def test_cost_is_in_trial_steps_at_the_found_size() -> None:
     done = _measurement([(4, True), (20, False), (10, True)], examples=8 + 20 + 20, seconds=6.0)
     assert done.cost_examples == 48 / 20
     assert _measurement([], examples=0, found=0).cost_examples is None
@@ -179,11 +179,11 @@ _GOOD = [(4, True), (9, True), (10, True)]
         ({"tried": [(2, True), *_GOOD]}, {}, "trials, median <= 3"),
         ({"tried": [(11, False), *_GOOD[1:]]}, {}, "out of memory, median <= 0"),
         ({"tried": [(11, False), *_GOOD[1:]]}, {}, "out of memory, mean <= 0.5"),
-        ({"cost": 2.6}, {}, "rehearsals in seconds, median <= 2.5"),
+        ({"cost": 2.6}, {}, "trial steps in seconds, median <= 2.5"),
         ({"cost": 2.0}, {"cost": 1.9}, "no one cheaper in seconds, median"),
         ({"cost": 2.0}, {"cost": 1.9}, "no one cheaper in seconds where the largest is found"),
-        ({"found": 11, "cost": 0.1}, {}, "rehearsals in seconds, median <= 2.5"),
-        ({"examples": 41}, {}, "rehearsals in examples, median <= 2"),
+        ({"found": 11, "cost": 0.1}, {}, "trial steps in seconds, median <= 2.5"),
+        ({"examples": 41}, {}, "trial steps in examples, median <= 2"),
         ({"examples": 38}, {"examples": 36}, "no one cheaper in examples, median"),
         ({}, {"tried": _GOOD[1:]}, "no one who finds all with fewer trials"),
         (
