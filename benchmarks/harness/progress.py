@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks.harness.records import Notice
 
-Tell = Callable[[str, Notice], None]  # Called with the part's name, and the case that begins.
+Notify = Callable[[str, Notice], None]  # Called with the part's name, and the case that begins.
 
 
 @contextmanager
-def shown(parts: Sequence[str], minutes: float, console: Console | None = None) -> Iterator[Tell]:
+def shown(parts: Sequence[str], minutes: float, console: Console | None = None) -> Iterator[Notify]:
     """Yield a function to call with every case that begins.
 
     Args:
@@ -28,14 +28,14 @@ def shown(parts: Sequence[str], minutes: float, console: Console | None = None) 
     console = console or Console(file=sys.stdout)
     end = datetime.datetime.now() + datetime.timedelta(minutes=minutes)
     if console.is_terminal:
-        with _bars(parts, end, console) as tell:
-            yield tell
+        with _bars(parts, end, console) as notify:
+            yield notify
     else:
         yield lambda part, notice: print(_line(part, notice, end), flush=True, file=console.file)
 
 
 @contextmanager
-def _bars(parts: Sequence[str], end: datetime.datetime, console: Console) -> Iterator[Tell]:
+def _bars(parts: Sequence[str], end: datetime.datetime, console: Console) -> Iterator[Notify]:
     name = TextColumn("{task.description}", markup=False)
     ends = TextColumn(f"until {end:%H:%M:%S}")
     case = TextColumn("{task.fields[case]}", markup=False)
@@ -45,12 +45,12 @@ def _bars(parts: Sequence[str], end: datetime.datetime, console: Console) -> Ite
             part: progress.add_task(part, total=None, case="waits") for part in parts
         }
 
-        def tell(part: str, notice: Notice) -> None:
+        def notify(part: str, notice: Notice) -> None:
             task = tasks[part]
             progress.update(task, completed=notice.place, total=notice.cases, case=notice.case)
             progress.refresh()
 
-        yield tell
+        yield notify
 
 
 def _line(part: str, notice: Notice, end: datetime.datetime) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from autobatch.prediction.gpus import Gpu
 from benchmarks.harness.environment import environment, keep_freed_memory, slug, write_atomically
-from benchmarks.harness.progress import Tell, shown
+from benchmarks.harness.progress import Notify, shown
 from benchmarks.harness.records import Notice, Records
 from benchmarks.reporting import report
 
@@ -91,8 +91,8 @@ def run(parts: Mapping[str, Part], options: Options) -> int:
     failed: set[str] = set()
     code = 0
     try:
-        with _terminable(), shown(list(parts), options.minutes) as tell:
-            _measure_all(parts, options, folder, failed, tell)
+        with _terminable(), shown(list(parts), options.minutes) as notify:
+            _measure_all(parts, options, folder, failed, notify)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second.
         print("interrupted: the finished cases are kept")
         code = _INTERRUPTED
@@ -111,7 +111,7 @@ def _measure_all(
     options: Options,
     folder: Path | None,
     failed: set[str],
-    tell: Tell,
+    notify: Notify,
 ) -> None:
     deadline = time.monotonic() + 60 * options.minutes
     kept_memory = keep_freed_memory()
@@ -124,7 +124,7 @@ def _measure_all(
             if name in works:
                 works[name].begin_again()
             else:
-                works[name] = _begin(name, options, folder, kept_memory, tell)
+                works[name] = _begin(name, options, folder, kept_memory, notify)
             records = works[name].records
             records.deadline = time.monotonic() + share(deadline - time.monotonic(), weights)
             if not _measure(parts[name], works[name]):
@@ -137,7 +137,7 @@ def _measure_all(
 
 
 def _begin(
-    name: str, options: Options, folder: Path | None, kept_memory: bool, tell: Tell
+    name: str, options: Options, folder: Path | None, kept_memory: bool, notify: Notify
 ) -> _Work:
     card = options.imitated
     facts = {
@@ -153,7 +153,7 @@ def _begin(
     work = _Work(facts, records, None if folder is None else folder / f"{name}.json")
 
     def notice(what: Notice) -> None:
-        tell(name, what)
+        notify(name, what)
 
     records.notice, records.save = notice, work.write
     return work

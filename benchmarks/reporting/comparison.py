@@ -19,8 +19,8 @@ def compare(devices: Sequence[Results]) -> Document:
         ValueError: If some results are imitated and some are measured.
     """
     if len({device.imitated is None for device in devices}) > 1:
-        names = "; ".join(f"{device.folder}: {device.name}" for device in devices)
-        raise ValueError(f"imitated figures never stand beside measured ones ({names})")
+        mixed = "; ".join(f"{device.folder}: {device.name}" for device in devices)
+        raise ValueError(f"imitated figures never stand beside measured ones ({mixed})")
     names = _names(devices)
     by_case, by = ("model", "setting"), ("by",)
     chapters: dict[str, tuple[Sequence[str], Callable[[Results], Column]]] = {

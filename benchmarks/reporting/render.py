@@ -1,7 +1,7 @@
 """Documents as plain data, and the templates that print them as Markdown or as a page."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -114,7 +114,7 @@ _FAINT: Final = ("not installed", cells.NOTHING)
 _UNITS: Final = {"to", "of", "e", "x", "M", "B", "KiB", "MiB", "GiB", "inf"}
 
 
-def _environment(**options: object) -> Environment:
+def _environment(finalize: Callable[[object], Markup] | None = None) -> Environment:
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -122,7 +122,7 @@ def _environment(**options: object) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        **options,
+        finalize=finalize,
     )
 
 

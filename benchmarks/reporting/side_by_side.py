@@ -33,7 +33,7 @@ def _spread(values: list[float]) -> str:
     return cells.text({"median": statistics.median(values), **ends})
 
 
-def on_top(results: Results) -> dict[tuple[str, str], str]:
+def on_top(results: Results) -> dict[tuple[str, ...], str]:
     """Return what a micro-batch costs on top of the plain loop, by model and engine."""
     rows = results.rows("engine", "a window of micro-batches")
     return {

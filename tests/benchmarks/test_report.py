@@ -387,3 +387,24 @@ def test_a_result_s_figures_reach_the_page(tmp_path: Path) -> None:
     result["cases"][0]["tokens"] = 0.875
     path.write_text(json.dumps(result))
     assert written(tmp_path)[0] != before
+
+
+@needs_matplotlib
+def test_a_drawing_keeps_a_readable_width_on_a_narrow_page() -> None:
+    drawing = pictures.svg(pictures.memory([made_up.capacity()]), "")
+    width = float(re.findall(r' width="([\d.]+)pt"', drawing)[0])
+    least = float(re.findall(r'<svg style="min-width: (\d+)pt"', drawing)[0])
+    assert least == pytest.approx(0.75 * width, abs=0.5)
+
+
+@needs_matplotlib
+def test_the_speeds_of_a_slow_model_have_different_labels() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    slow = [{"size": n, "examples_per_second": made_up.samples(n / 2)} for n in (1, 2, 4)]
+    pictures.speed([made_up.capacity(sizes=slow)])["resnet50"](axes)
+    axes.set_ylim(0, 3)
+    axes.set_yticks([0, 0.5, 1, 1.5])
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["0", "0.5", "1", "1.5"]
