@@ -133,9 +133,7 @@ def memory(cases: Sequence[Fields]) -> dict[str, Draw]:
 
 def speed(cases: Sequence[Fields]) -> dict[str, Draw]:
     """Return a panel of examples per second over size for each model."""
-    timed = [
-        case for case in measured(cases) if _points(inners(case, "sizes"), "examples_per_second")
-    ]
+    timed = [case for case in measured(cases) if inners(case, "sizes")]
     return {model: _speed(own) for model, own in _by_model(timed).items()}
 
 
@@ -163,10 +161,11 @@ def _memory(cases: Sequence[Fields]) -> Draw:
         unit, name = (2**30, "GiB") if limit_bytes >= 2**32 else (2**20, "MiB")
         limit = limit_bytes / unit
         for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
-            tried = sorted(_points(inners(case, "memory"), "peak_bytes"))
-            ran = [(size, peak / unit) for size, peak, passed in tried if passed and peak]
-            failed = [size for size, _, passed in tried if not passed]
-            axes.plot(*_split(ran), marker, ls="-", lw=1, ms=ms, color=colour, label=setting(case))
+            tried = [(_size(one), one.get("passed"), _peak(one)) for one in inners(case, "memory")]
+            ran = sorted((size, peak / unit) for size, passed, peak in tried if passed and peak)
+            failed = sorted(size for size, passed, _ in tried if not passed)
+            x, y = [size for size, _ in ran], [peak for _, peak in ran]
+            axes.plot(x, y, marker, ls="-", lw=1, ms=ms, color=colour, label=setting(case))
             axes.plot(failed, [limit] * len(failed), "x", color=colour, ms=6, mew=1.6)
         if limit:
             _draw_limit(axes, limit)
@@ -178,6 +177,14 @@ def _memory(cases: Sequence[Fields]) -> Draw:
     return draw
 
 
+def _size(row: Fields) -> int:
+    return cells.whole(row.get("size")) or 0
+
+
+def _peak(row: Fields) -> float:
+    return cells.number(row.get("peak_bytes")) or 0.0
+
+
 def _draw_limit(axes: "Axes", limit: float) -> None:
     axes.axhline(limit, color=_INK, lw=1, ls=(0, (5, 3)))
     place = axes.get_yaxis_transform()
@@ -186,27 +193,19 @@ def _draw_limit(axes: "Axes", limit: float) -> None:
     axes.set_ylim(0, 1.15 * limit)
 
 
-def _points(tried: Sequence[Fields], value: str) -> list[tuple[int, float, bool]]:
-    return [
-        (size, cells.number(one.get(value)) or 0.0, bool(one.get("passed", True)))
-        for one in tried
-        if (size := cells.whole(one.get("size"))) is not None
-    ]
-
-
-def _split(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
-
-
 def _speed(cases: Sequence[Fields]) -> Draw:
     def draw(axes: "Axes") -> None:
         for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
-            timed = sorted(_points(inners(case, "sizes"), "examples_per_second"))
-            points = [(size, rate) for size, rate, _ in timed]
-            low, high = _spread(inners(case, "sizes"), "examples_per_second")
+            timed = sorted(inners(case, "sizes"), key=_size)
+            x = [_size(one) for one in timed]
+            rates = [inner(one, "examples_per_second") for one in timed]
+            y, low, high = (
+                [cells.number(rate.get(key)) or 0.0 for rate in rates]
+                for key in ("median", "minimum", "maximum")
+            )
             label = setting(case)
-            axes.plot(*_split(points), marker, ls="-", lw=1, ms=ms, color=colour, label=label)
-            axes.vlines([size for size, _ in points], low, high, color=colour, lw=1.5)
+            axes.plot(x, y, marker, ls="-", lw=1, ms=ms, color=colour, label=label)
+            axes.vlines(x, low, high, color=colour, lw=1.5)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,g}")
@@ -216,16 +215,6 @@ def _speed(cases: Sequence[Fields]) -> Draw:
         axes.legend(fontsize=8, loc="lower right")
 
     return draw
-
-
-def _spread(timed: Sequence[Fields], name: str) -> tuple[list[float], list[float]]:
-    """Return the minima and the maxima, in the order of the sizes."""
-    ordered = sorted(timed, key=lambda one: cells.whole(one.get("size")) or 0)
-    ends = [[cells.number(inner(one, name).get(key)) or 0 for one in ordered] for key in _ENDS]
-    return ends[0], ends[1]
-
-
-_ENDS: Final = ("minimum", "maximum")
 
 
 def bars(
