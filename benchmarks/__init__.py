@@ -1,7 +1,10 @@
-"""What autobatch costs and what it brings, measured on this machine: ``python -m benchmarks``."""
+"""Measure what autobatch costs and gains on this machine: ``python -m benchmarks``."""
 
 import sys
 from pathlib import Path
+from typing import Final
 
-# The black box, the fingerprint and the slow references that the tests use are measured here too.
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+ROOT: Final = Path(__file__).parent.parent  # The repository.
+
+# The benchmarks use the tests' black box, fingerprint and reference implementations.
+sys.path.append(str(ROOT / "tests"))

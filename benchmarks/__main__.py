@@ -1,4 +1,4 @@
-"""The benchmarks' command line: parts in, tables, files and a report out."""
+"""The benchmarks' command line: measures parts, prints tables, and writes files and a report."""
 
 import argparse
 import sys
@@ -13,31 +13,38 @@ from autobatch.devices.factory import choose_device
 from autobatch.devices.host_memory import host_memory
 from autobatch.prediction.gpu_catalogue import Gpu, find_gpu
 from autobatch.units import format_bytes
-from benchmarks import engine, exactness, gpu, holdings, prediction, runner, search, zoo
-from benchmarks.holdings_case import allowed_bytes
+from benchmarks import ROOT
+from benchmarks.capacity import suite as capacity
+from benchmarks.capacity.case import allowed_bytes
+from benchmarks.engine import suite as engine
+from benchmarks.exactness import suite as exactness
+from benchmarks.harness import gpu, models, runner
+from benchmarks.harness.runner import Options, Part
+from benchmarks.prediction import suite as prediction
 from benchmarks.reporting import command as reading
-from benchmarks.runner import Options, Part
+from benchmarks.search import suite as search
 
-# In this order: what was cheap leaves its time to those behind it.
+# In the order of a run: time that a part leaves goes to the parts behind it.
 PARTS: Final[dict[str, Part]] = {
     "exactness": Part(run=exactness.run, weight=1),
-    "holdings": Part(run=holdings.run, weight=6),
+    "capacity": Part(run=capacity.run, weight=6),
     "search": Part(run=search.run, weight=4),
     "engine": Part(run=engine.run, weight=2),
     "prediction": Part(run=prediction.run, weight=2),
 }
-# Named by the first word; each is handed the words behind it and returns an exit code.
+# The commands by name; each takes the words behind its name and returns an exit code.
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     **reading.COMMANDS,
     "gpu": gpu.main,
 }
-RESULTS: Final = Path(__file__).parent / "results"
+RESULTS: Final = ROOT / "benchmarks" / "results"
 _ALL: Final = "all"
+_OLD_NAMES: Final = {"holdings": "capacity"}  # Still accepted on the command line.
 _MOST_MINUTES: Final = 24 * 60
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     others = "also: python -m benchmarks report, compare, readme, gpu, each with its own --help"
     reader = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, epilog=others
@@ -52,40 +59,43 @@ def parser() -> argparse.ArgumentParser:
     reader.add_argument("--minutes", type=_minutes, default=8.0, help="no case begins later")
     reader.add_argument("--device", type=_device, help="cpu, cuda; default: a GPU if there is one")
     reader.add_argument(
-        "--models", nargs="+", type=_model, default=(), help=f"of holdings: {', '.join(zoo.NAMES)}"
+        "--models",
+        nargs="+",
+        type=_model,
+        default=(),
+        help=f"models of capacity: {', '.join(models.NAMES)}",
     )
     reader.add_argument(
         "--imitate", type=_card, metavar="CARD", help="the CPU's meter with that card's memory"
     )
     reader.add_argument("--out", type=Path, help="default: benchmarks/results; with --quick, none")
     reader.add_argument("--quick", action="store_true", help="only see that it works")
-    reader.add_argument("--fresh", action="store_true", help="measure anew what was measured")
     return reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the parts that are named and write what each found; return 1 if one failed."""
+    """Measure the requested parts and write their files; return 1 if a part failed."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
     reader = parser()
-    asked = reader.parse_args(words)
-    if asked.imitate is not None and asked.device not in (None, torch.device("cpu")):
-        reader.error(f"--imitate runs on the CPU, got --device {asked.device}: leave one out")
-    parts = PARTS if _ALL in asked.parts or not asked.parts else asked.parts
-    options = Options(
-        device=torch.device("cpu") if asked.imitate else asked.device or _device(None),
-        minutes=asked.minutes,
-        out=asked.out or (None if asked.quick else RESULTS),
-        quick=asked.quick,
-        models=tuple(asked.models),
-        imitated=asked.imitate,
-        fresh=asked.fresh,
+    options = reader.parse_args(words)
+    if options.imitate is not None and options.device not in (None, torch.device("cpu")):
+        reader.error(f"--imitate runs on the CPU, got --device {options.device}: leave one out")
+    parts = PARTS if _ALL in options.parts or not options.parts else options.parts
+    run_options = Options(
+        device=torch.device("cpu") if options.imitate else options.device or _device(None),
+        minutes=options.minutes,
+        out=options.out or (None if options.quick else RESULTS),
+        quick=options.quick,
+        models=tuple(options.models),
+        imitated=options.imitate,
     )
-    return runner.run({name: PARTS[name] for name in dict.fromkeys(parts)}, options)
+    return runner.run({name: PARTS[name] for name in dict.fromkeys(parts)}, run_options)
 
 
 def _part(name: str) -> str:
+    name = _OLD_NAMES.get(name, name)
     if name not in (*PARTS, _ALL):
         known = ", ".join([*PARTS, _ALL])
         raise argparse.ArgumentTypeError(f"there is no {name!r}; choose from {known}")
@@ -105,9 +115,9 @@ def _minutes(text: str) -> float:
 
 
 def _model(name: str) -> str:
-    if name not in zoo.NAMES:
+    if name not in models.NAMES:
         raise argparse.ArgumentTypeError(
-            f"there is no model {name!r}; choose from {', '.join(zoo.NAMES)}"
+            f"there is no model {name!r}; choose from {', '.join(models.NAMES)}"
         )
     return name
 

@@ -305,7 +305,7 @@ def test_a_sum_that_is_not_finite_is_read_as_such(bad: float) -> None:
 def test_a_result_that_is_kept_keeps_neither_the_device_nor_tensors(sent: bool) -> None:
     held = torch.ones(1)
     device = Waiting(lambda: [held])
-    ledger = Ledger(1, device)
+    ledger = LossRecord(1, device)
     ledger.add(torch.tensor(2.0), None)
     if sent:
         ledger.send()

@@ -1,1 +1,1 @@
-"""Everything that reads results: the report, the comparison of cards and the README's tables."""
+"""Read results: the report of a device, the comparison of devices, the README's figures."""

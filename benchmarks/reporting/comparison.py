@@ -1,110 +1,98 @@
 """Several devices side by side."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.findings import Fields
-from benchmarks.reporting import cells, holdings
-from benchmarks.reporting.beside import LARGEST, gradients, on_top, search_cost
-from benchmarks.reporting.document import Document, Section, Table
+from benchmarks.harness.records import Fields
+from benchmarks.reporting import capacity, cells
+from benchmarks.reporting.render import Document, Section, Table
 from benchmarks.reporting.results import Results
+from benchmarks.reporting.side_by_side import LARGEST, gradients, on_top, search_cost
 
-Told = dict[tuple[str, ...], str]
-"""By the names of a row, its cell."""
+Column = Mapping[tuple[str, ...], str]
+"""The cells of one device, by the names at the start of their rows."""
 
 
-def compare(cards: Sequence[Results]) -> Document:
-    """Return a document with a column for each.
+def compare(devices: Sequence[Results]) -> Document:
+    """Return a document with a column for each device.
 
     Raises:
-        ValueError: If some are imitated and some measured.
+        ValueError: If some results are imitated and some are measured.
     """
-    kinds = {card.imitated is None for card in cards}
-    if len(kinds) > 1:
-        told = "; ".join(f"{card.folder}: {card.name}" for card in cards)
-        raise ValueError(f"imitated figures never stand beside measured ones ({told})")
-    names = _names(cards)
-    cases = [holdings.sound(card.rows("holdings")) for card in cards]
-    chapters: dict[str, tuple[Sequence[str], list[Told]]] = {
-        "Tolerable batch": (("model", "setting"), [_held(own) for own in cases]),
+    if len({device.imitated is None for device in devices}) > 1:
+        mixed = "; ".join(f"{device.folder}: {device.name}" for device in devices)
+        raise ValueError(f"imitated figures never stand beside measured ones ({mixed})")
+    names = _names(devices)
+    by_case, by = ("model", "setting"), ("by",)
+    chapters: dict[str, tuple[Sequence[str], Callable[[Results], Column]]] = {
+        "Tolerable batch": (
+            by_case,
+            lambda device: _by_case(device, lambda case: cells.text(case.get("tolerable"))),
+        ),
         "Examples per second at the fastest size": (
-            ("model", "setting"),
-            [_fast(c) for c in cases],
+            by_case,
+            lambda device: _by_case(device, lambda case: capacity.rate_at(case, "fastest")),
         ),
-        "Accumulation to 1024": (("model", "setting"), [_accumulated(own) for own in cases]),
+        "Accumulation to 1024": (by_case, _accumulated),
         "What a search costs on real models, in steps": (
-            ("by",),
-            [_keyed(search_cost(card)) for card in cards],
+            by,
+            lambda device: _by_name(search_cost(device)),
         ),
-        "Real models in which the largest batch was found": (
-            ("by",),
-            [_column(card.rows("search", "real models", "together"), LARGEST) for card in cards],
-        ),
-        "What a step costs on top of the plain loop, us per micro-batch": (
-            ("model", "by"),
-            [dict(on_top(card).items()) for card in cards],
-        ),
-        "The most that an update is off": (
-            ("by",),
-            [_keyed(gradients(card)) for card in cards],
-        ),
+        "Real models in which the largest batch was found": (by, _found_the_largest),
+        "What a step costs on top of the plain loop, us per micro-batch": (("model", "by"), on_top),
+        "The most that an update is off": (by, lambda device: _by_name(gradients(device))),
     }
-    made = [
-        Section(title=title, blocks=[_beside(key, names, columns)])
-        for title, (key, columns) in chapters.items()
-        if any(columns)
-    ]
+    sections = [Section("The devices", [_facts(names, devices)])]
+    for title, (key, column) in chapters.items():
+        columns = [column(device) for device in devices]
+        if any(columns):
+            sections.append(Section(title, [_side_by_side(key, names, columns)]))
     return Document(
         title=" beside ".join(names),
-        stamp=", ".join(dict.fromkeys(card.stamp for card in cards if card.stamp)),
-        warning=" ".join(dict.fromkeys(card.warning for card in cards if card.warning)),
-        facts=[("devices", str(len(cards)))],
-        sections=[Section(title="The devices", blocks=[_facts(names, cards)]), *made],
+        stamp=", ".join(dict.fromkeys(device.stamp for device in devices if device.stamp)),
+        warning=" ".join(dict.fromkeys(device.warning for device in devices if device.warning)),
+        facts=[("devices", str(len(devices)))],
+        sections=sections,
     )
 
 
-def _names(cards: Sequence[Results]) -> list[str]:
-    """Names that differ: of two runs on one device, the folders too."""
-    names = [card.name for card in cards]
+def _names(devices: Sequence[Results]) -> list[str]:
+    """Return the devices' names; with the folders, where one device was measured twice."""
+    names = [device.name for device in devices]
     return [
-        f"{name} ({card.folder})" if names.count(name) > 1 else name
-        for name, card in zip(names, cards, strict=True)
+        f"{name} ({device.folder})" if names.count(name) > 1 else name
+        for name, device in zip(names, devices, strict=True)
     ]
 
 
-def _facts(names: Sequence[str], cards: Sequence[Results]) -> Table:
+def _facts(names: Sequence[str], devices: Sequence[Results]) -> Table:
     facts = ("device", "driver", "torch", "autobatch", "commit", "date")
-    rows = [[name, *(card.fact(f) for f in facts)] for name, card in zip(names, cards, strict=True)]
-    return Table(title="", header=["card", *facts], rows=rows)
+    pairs = zip(names, devices, strict=True)
+    rows = [[name, *(device.fact(fact) for fact in facts)] for name, device in pairs]
+    return Table(["card", *facts], rows)
 
 
-def _beside(key: Sequence[str], names: Sequence[str], columns: Sequence[Told]) -> Table:
-    rows = dict.fromkeys(name for column in columns for name in column)
+def _side_by_side(key: Sequence[str], names: Sequence[str], columns: Sequence[Column]) -> Table:
+    rows = dict.fromkeys(row for column in columns for row in column)
     return Table(
-        header=[*key, *names],
-        rows=[[*row, *(column.get(row, cells.NOTHING) for column in columns)] for row in rows],
+        [*key, *names],
+        [[*row, *(column.get(row, cells.NOTHING) for column in columns)] for row in rows],
     )
 
 
-def _by_case(cases: Iterable[Fields], tell: Callable[[Fields], str]) -> Told:
-    return {(str(case.get("model")), holdings.setting(case)): tell(case) for case in cases}
+def _by_case(device: Results, show: Callable[[Fields], str]) -> Column:
+    cases = capacity.measured(device.rows("capacity"))
+    return {(str(case.get("model")), capacity.setting(case)): show(case) for case in cases}
 
 
-def _held(cases: Sequence[Fields]) -> Told:
-    return _by_case(cases, lambda case: cells.text(case.get("tolerable")))
+def _accumulated(device: Results) -> Column:
+    column = _by_case(device, lambda case: capacity.plan_for(case, 1024))
+    return {row: cell for row, cell in column.items() if cell != cells.NOTHING}
 
 
-def _fast(cases: Sequence[Fields]) -> Told:
-    return _by_case(cases, lambda case: f"{holdings.rate_at(case, 'fastest')}")
+def _found_the_largest(device: Results) -> Column:
+    rows = device.rows("search", "real models", "together")
+    return {(str(row.get("by")),): cells.text(row.get(LARGEST)) for row in rows}
 
 
-def _accumulated(cases: Sequence[Fields]) -> Told:
-    told = _by_case(cases, lambda case: holdings.plan_for(case, 1024))
-    return {name: cell for name, cell in told.items() if cell != cells.NOTHING}
-
-
-def _column(rows: Sequence[Fields], name: str) -> Told:
-    return {(str(row.get("by")),): cells.text(row.get(name)) for row in rows}
-
-
-def _keyed(told: dict[str, str]) -> Told:
-    return {(by,): cell for by, cell in told.items()}
+def _by_name(column: Mapping[str, str]) -> Column:
+    return {(by,): cell for by, cell in column.items()}

@@ -1,4 +1,4 @@
-"""Drawings of results, with matplotlib where it is installed."""
+"""Draw results, where matplotlib is installed."""
 
 import io
 import math
@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.findings import Fields
+from benchmarks.harness.records import Fields
 from benchmarks.reporting import cells
-from benchmarks.reporting.holdings import inner, inners, setting, sizes, sound
+from benchmarks.reporting.capacity import measured, setting
+from benchmarks.reporting.cells import inner, inners
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# For the eyes of a page these are variables, so that it can be light or dark.
+# On a page these colours become CSS variables, so that the page can be light or dark.
 _INK, _FAINT, _GRID, _BAR = "#1f2328", "#656d76", "#e6e6e6", "#a9b1ba"
 _COLOURS: Final = ("#0072b2", "#c2410c", "#00805e", "#8250a0")
 _VARIABLES: Final = {
@@ -26,33 +27,34 @@ _VARIABLES: Final = {
     **dict(zip(_COLOURS, ("--first", "--second", "--third", "--fourth"), strict=True)),
 }
 _MARKERS: Final = "osD^"
-_SIZES: Final = (6.5, 5.0, 3.5, 2.5)  # What the next one covers still shows.
+_SIZES: Final = (6.5, 5.0, 3.5, 2.5)  # A smaller marker does not hide the one below it.
 _LOOKS: Final = tuple(zip(_COLOURS, _MARKERS, _SIZES, strict=True))
 _ACROSS: Final = 3
 _OURS: Final = "autobatch"
+_LEAST_SCALE: Final = 0.75  # Below it, letters are too small to be read.
 _REACH: Final = 15.0  # Percent to each side, at least.
 
 Draw = Callable[["Axes"], None]
 
 
 def available() -> bool:
-    """Whether there is something to draw with."""
+    """Return whether matplotlib is installed."""
     try:
-        import matplotlib.figure  # noqa: F401  # Only whether it is there.
+        import matplotlib.figure  # noqa: F401  # A test of presence.
     except ModuleNotFoundError:
         return False
     return True
 
 
 def _styled() -> AbstractContextManager[None]:
-    """Set what no user's own style should change; nothing of it stays."""
+    """Set a style that is independent of the user's, for one block."""
     import matplotlib as mpl
 
     return mpl.rc_context(
         {
-            "svg.fonttype": "none",  # Letters stay letters, which one can select and search.
+            "svg.fonttype": "none",  # Text stays text, which can be selected and searched.
             "svg.hashsalt": "autobatch",
-            "text.parse_math": False,  # A name may have a dollar.
+            "text.parse_math": False,  # A name may contain a dollar sign.
             "font.size": 9.0,
             "axes.titlesize": 9.5,
             "axes.edgecolor": _FAINT,
@@ -71,7 +73,7 @@ def _styled() -> AbstractContextManager[None]:
 
 
 def svg(panels: Mapping[str, Draw], stamp: str) -> str:
-    """Draw panels, named by their titles, as an element for a page."""
+    """Draw panels, by title, as an SVG element for a page."""
     target = io.StringIO()
     with _styled():
         none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -80,7 +82,7 @@ def svg(panels: Mapping[str, Draw], stamp: str) -> str:
 
 
 def png(panels: Mapping[str, Draw], stamp: str) -> bytes:
-    """Draw panels as an image for the README."""
+    """Draw panels, by title, as a PNG image for the README."""
     target = io.BytesIO()
     with _styled():
         none = {"Software": None}
@@ -91,10 +93,15 @@ def png(panels: Mapping[str, Draw], stamp: str) -> bytes:
 
 
 def _inline(drawn: str) -> str:
-    """Keep the element alone, in the page's colours; what names other places goes."""
+    """Return the SVG element alone, in the page's colours and without references to other files."""
     element = drawn[drawn.index("<svg") :]
     element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element)
-    element = re.sub(r'<g id="[a-z_]+\d+">', "<g>", element)  # Others on the page have the same.
+    points = float(element.partition(' width="')[2].partition("pt")[0])
+    least = f'<svg style="min-width: {_LEAST_SCALE * points:.0f}pt"'  # A narrow page scrolls.
+    element = element.replace("<svg", least, 1)
+    element = re.sub(
+        r'<g id="[a-z_]+\d+">', "<g>", element
+    )  # Other drawings on the page use the same ids.
     for colour, variable in _VARIABLES.items():
         element = element.replace(colour, f"var({variable})")
     return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit; font-family: inherit", element)
@@ -120,13 +127,13 @@ def _figure(panels: Mapping[str, Draw], stamp: str) -> "Figure":
 
 
 def memory(cases: Sequence[Fields]) -> dict[str, Draw]:
-    """Memory over size, the limit drawn in: a panel for each model."""
-    return {model: _memory(own) for model, own in _by_model(sound(cases)).items()}
+    """Return a panel of memory over size, with the limit, for each model."""
+    return {model: _memory(own) for model, own in _by_model(measured(cases)).items()}
 
 
 def speed(cases: Sequence[Fields]) -> dict[str, Draw]:
-    """Examples per second over size: a panel for each model."""
-    timed = [case for case in sound(cases) if _points(sizes(case), "examples_per_second")]
+    """Return a panel of examples per second over size for each model."""
+    timed = [case for case in measured(cases) if inners(case, "sizes")]
     return {model: _speed(own) for model, own in _by_model(timed).items()}
 
 
@@ -136,7 +143,7 @@ def chosen(cases: Sequence[Fields]) -> list[Fields]:
 
 
 def _by_model(cases: Sequence[Fields]) -> dict[str, list[Fields]]:
-    """Trainings with the optimizer that was measured first; inference if there are none."""
+    """Return trainings with the optimizer that was measured first; inference if there is none."""
     found: dict[str, list[Fields]] = {}
     for case in cases:
         found.setdefault(str(case.get("model")), []).append(case)
@@ -154,10 +161,11 @@ def _memory(cases: Sequence[Fields]) -> Draw:
         unit, name = (2**30, "GiB") if limit_bytes >= 2**32 else (2**20, "MiB")
         limit = limit_bytes / unit
         for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
-            tried = sorted(_points(inners(case, "memory"), "peak_bytes"))
-            ran = [(size, peak / unit) for size, peak, passed in tried if passed and peak]
-            failed = [size for size, _, passed in tried if not passed]
-            axes.plot(*_split(ran), marker, ls="-", lw=1, ms=ms, color=colour, label=setting(case))
+            tried = [(_size(one), one.get("passed"), _peak(one)) for one in inners(case, "memory")]
+            ran = sorted((size, peak / unit) for size, passed, peak in tried if passed and peak)
+            failed = sorted(size for size, passed, _ in tried if not passed)
+            x, y = [size for size, _ in ran], [peak for _, peak in ran]
+            axes.plot(x, y, marker, ls="-", lw=1, ms=ms, color=colour, label=setting(case))
             axes.plot(failed, [limit] * len(failed), "x", color=colour, ms=6, mew=1.6)
         if limit:
             _draw_limit(axes, limit)
@@ -169,6 +177,14 @@ def _memory(cases: Sequence[Fields]) -> Draw:
     return draw
 
 
+def _size(row: Fields) -> int:
+    return cells.whole(row.get("size")) or 0
+
+
+def _peak(row: Fields) -> float:
+    return cells.number(row.get("peak_bytes")) or 0.0
+
+
 def _draw_limit(axes: "Axes", limit: float) -> None:
     axes.axhline(limit, color=_INK, lw=1, ls=(0, (5, 3)))
     place = axes.get_yaxis_transform()
@@ -177,30 +193,22 @@ def _draw_limit(axes: "Axes", limit: float) -> None:
     axes.set_ylim(0, 1.15 * limit)
 
 
-def _points(tried: Sequence[Fields], value: str) -> list[tuple[int, float, bool]]:
-    return [
-        (size, cells.number(one.get(value)) or 0.0, bool(one.get("passed", True)))
-        for one in tried
-        if (size := cells.whole(one.get("size"))) is not None
-    ]
-
-
-def _split(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
-
-
 def _speed(cases: Sequence[Fields]) -> Draw:
     def draw(axes: "Axes") -> None:
         for case, (colour, marker, ms) in zip(cases, _LOOKS, strict=False):
-            timed = sorted(_points(sizes(case), "examples_per_second"))
-            points = [(size, rate) for size, rate, _ in timed]
-            low, high = _spread(sizes(case), "examples_per_second")
+            timed = sorted(inners(case, "sizes"), key=_size)
+            x = [_size(one) for one in timed]
+            rates = [inner(one, "examples_per_second") for one in timed]
+            y, low, high = (
+                [cells.number(rate.get(key)) or 0.0 for rate in rates]
+                for key in ("median", "minimum", "maximum")
+            )
             label = setting(case)
-            axes.plot(*_split(points), marker, ls="-", lw=1, ms=ms, color=colour, label=label)
-            axes.vlines([size for size, _ in points], low, high, color=colour, lw=1.5)
+            axes.plot(x, y, marker, ls="-", lw=1, ms=ms, color=colour, label=label)
+            axes.vlines(x, low, high, color=colour, lw=1.5)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
-        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,g}")
         axes.set_ylim(0)
         axes.set_xlabel("size")
         axes.set_ylabel("examples per second")
@@ -209,20 +217,10 @@ def _speed(cases: Sequence[Fields]) -> Draw:
     return draw
 
 
-def _spread(timed: Sequence[Fields], name: str) -> tuple[list[float], list[float]]:
-    """Return minima and maxima, by size."""
-    ordered = sorted(timed, key=lambda one: cells.whole(one.get("size")) or 0)
-    ends = [[cells.number(inner(one, name).get(key)) or 0 for one in ordered] for key in _ENDS]
-    return ends[0], ends[1]
-
-
-_ENDS: Final = ("minimum", "maximum")
-
-
 def bars(
     rows: Sequence[Fields], name: str, unit: str, *, beside: str = "", words: str = ""
 ) -> Draw:
-    """One bar for each ``by``, with its number and another column in words; ours stands out."""
+    """Return a bar for each ``by``, with its value and another column; autobatch has a colour."""
     known = [(row, value) for row in rows if (value := _finite(row, name)) is not None]
 
     def draw(axes: "Axes") -> None:
@@ -233,9 +231,9 @@ def bars(
         uppers = {place: [high] for place, _, high in zip(*ranges, strict=True)}
         axes.barh(names, values, color=colours, height=0.6)
         for place, (row, value) in enumerate(known):
-            told = cells.text(value) + (f", {words} {cells.text(row[beside])}" if beside else "")
+            label = cells.text(value) + (f", {words} {cells.text(row[beside])}" if beside else "")
             where = (max(value, 0.0, *uppers.get(place, [])), place)
-            axes.annotate(told, where, (4, 0), textcoords="offset points", va="center")
+            axes.annotate(label, where, (4, 0), textcoords="offset points", va="center")
         axes.hlines(*ranges, color=_INK, lw=1.2)
         axes.invert_yaxis()
         ends = [0.0, *values, *ranges[1], *ranges[2]]
@@ -248,7 +246,7 @@ def bars(
 
 
 def _quartiles(rows: Sequence[Fields], name: str) -> tuple[list[int], list[float], list[float]]:
-    """Return places, lower and upper quartiles of the rows that have them."""
+    """Return the indices, lower and upper quartiles of the rows that have quartiles."""
     found = [(place, inner(row, "quartiles").get(name)) for place, row in enumerate(rows)]
     known = [(place, ends) for place, ends in found if isinstance(ends, list) and len(ends) == 2]
     places, ends = [place for place, _ in known], [pair for _, pair in known]
@@ -261,11 +259,11 @@ def _finite(row: Fields, name: str) -> float | None:
 
 
 def agreement(pairs: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Draw:
-    """How far predictions are off, in percent over what was measured, and a tenth to each side.
+    """Return a panel of prediction errors in percent over measured values, with lines at 10 %.
 
     Args:
-        pairs: By name, what was measured and what was predicted; the first lie on top.
-        unit: Of both.
+        pairs: The measured and predicted values by name; the first name is drawn on top.
+        unit: The unit of the values.
     """
 
     def draw(axes: "Axes") -> None:
@@ -276,10 +274,10 @@ def agreement(pairs: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> 
         named = zip(pairs.items(), _COLOURS, _MARKERS, strict=False)
         farthest = 0.0
         for place, ((name, points), colour, marker) in enumerate(named):
-            measured = [was for was, _ in points]
-            off = [100 * (told / was - 1) for was, told in points]
+            known = [value for value, _ in points]
+            off = [100 * (predicted / value - 1) for value, predicted in points]
             farthest = max(farthest, *map(abs, off))
-            axes.plot(measured, off, marker, ms=4, color=colour, zorder=4 - place, label=name)
+            axes.plot(known, off, marker, ms=4, color=colour, zorder=4 - place, label=name)
         reach = max(_REACH, 1.2 * farthest)
         axes.set(xscale="log", ylim=(-reach, reach))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,4 @@
-"""What was measured on one device, read back from its folder."""
+"""Read the result files of one device."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.findings import Fields
+from benchmarks.harness.records import Fields
 
-PARTS: Final = ("holdings", "search", "engine", "exactness", "prediction")
+PARTS: Final = ("capacity", "search", "engine", "exactness", "prediction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One file.
+    """A result file.
 
     Attributes:
-        name: ``"search"``, say.
-        facts: What its figures must not be read without.
-        cases: Rows of all its tables.
+        name: The part, such as ``"search"``.
+        facts: The device, the versions and the other facts of the file.
+        cases: The rows of all tables.
     """
 
     name: str
@@ -27,32 +27,32 @@ class Part:
 
     @property
     def left_out(self) -> list[str]:
-        """What was not measured, and why."""
-        told = self.facts.get("left_out")
-        return [str(text) for text in told] if isinstance(told, list) else []
+        """The cases that were not measured, and why."""
+        left_out = self.facts.get("left_out")
+        return [str(text) for text in left_out] if isinstance(left_out, list) else []
 
     @property
     def tables(self) -> dict[str, list[Fields]]:
-        """Rows by the title of their table, in the order of the file."""
+        """The rows by the title of their table, in the order of the file."""
         found: dict[str, list[Fields]] = {}
         for case in self.cases:
             found.setdefault(str(case.get("table", self.name)), []).append(case)
         return found
 
     def rows(self, *words: str) -> list[Fields]:
-        """Return the rows of the first table whose title has all the words."""
+        """Return the rows of the first table whose title contains all the words."""
         named = (rows for title, rows in self.tables.items() if all(w in title for w in words))
         return next(named, [])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """A device's parts.
+    """The results of a device.
 
     Attributes:
-        folder: Where they lie.
-        parts: By name, the known ones first.
-        unreadable: Files that are no results, and why.
+        folder: The folder of the files.
+        parts: The parts by name, in the order of a report.
+        unreadable: The files that are no results, and why.
     """
 
     folder: Path
@@ -61,56 +61,56 @@ class Results:
 
     @property
     def device(self) -> str:
-        """What was measured on."""
+        """The measured device."""
         return self.fact("device")
 
     @property
     def imitated(self) -> str | None:
-        """The card whose capacity was imitated; None if all is measured."""
+        """The imitated card; None if the figures are measured."""
         card = next(iter(self.parts.values())).facts.get("imitated")
         return None if card is None else str(card)
 
     @property
     def name(self) -> str:
-        """The device, or what it imitated, with that word."""
+        """The device, or "imitated" and the card."""
         return self.device if self.imitated is None else f"imitated {self.imitated}"
 
     @property
     def stamp(self) -> str:
-        """What must stand at every figure: that it is imitated, or of a quick run; or nothing."""
+        """The mark at every figure: "imitated RTX 3060", "quick run", both or nothing."""
         quick = any(part.facts.get("quick") for part in self.parts.values())
         return ", ".join(([] if self.imitated is None else [self.name]) + ["quick run"] * quick)
 
     @property
     def warning(self) -> str:
-        """The same in a sentence."""
+        """The mark in a sentence."""
         quick = "It was run with --quick, only to see that it works: the figures mean nothing."
         imitated = (
             f"Every figure here is {self.name}: that card's capacity on the device below. "
             "None was measured on that card."
         )
-        told = [] if self.imitated is None else [imitated]
-        return " ".join([*told, quick] if "quick" in self.stamp else told)
+        sentences = [] if self.imitated is None else [imitated]
+        return " ".join([*sentences, quick] if "quick" in self.stamp else sentences)
 
     def fact(self, name: str) -> str:
-        """Return a fact of all parts: each value once, where they differ; of dates the days."""
-        told = [_told(part.facts.get(name)) for part in self.parts.values()]
+        """Return a fact of all parts: each value once; for dates the first and the last day."""
+        values = [_text(part.facts.get(name)) for part in self.parts.values()]
         if name == "date":
-            days = sorted({date.partition("T")[0] for date in told})
+            days = sorted({date.partition("T")[0] for date in values})
             return " to ".join(dict.fromkeys((days[0], days[-1])))
-        return ", ".join(dict.fromkeys(told))
+        return ", ".join(dict.fromkeys(values))
 
     def rows(self, part: str, *words: str) -> list[Fields]:
-        """Return rows of a part's table; none if it is not there."""
+        """Return the rows of a part's table; no rows if the part was not measured."""
         return self.parts[part].rows(*words) if part in self.parts else []
 
 
 def read(folder: Path) -> Results:
-    """Read a device's folder.
+    """Read the result files in a folder.
 
     Raises:
-        ValueError: If there is no result in it, or if they are of several devices, or some
-            imitated and some measured.
+        ValueError: If the folder has no result, or results of several devices, or imitated and
+            measured results.
     """
     parts: dict[str, Part] = {}
     unreadable = []
@@ -125,9 +125,9 @@ def read(folder: Path) -> Results:
         raise ValueError(f"no results in {folder}: it should hold files such as search.json")
     kinds = {name: _kind(part) for name, part in parts.items()}
     if len(set(kinds.values())) > 1:
-        told = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        mixed = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise ValueError(
-            f"{folder} mixes what must not be mixed ({told}); give each its own folder"
+            f"{folder} mixes what must not be mixed ({mixed}); give each its own folder"
         )
     return Results(folder=folder, parts=parts, unreadable=tuple(unreadable))
 
@@ -141,7 +141,7 @@ def _part(path: Path) -> Part:
 
 
 def _printable(value: object) -> object:
-    """Return JSON without characters that would steer a terminal; names come from anywhere."""
+    """Return JSON without control characters, which names from anywhere might contain."""
     if isinstance(value, str):
         return "".join(letter if letter.isprintable() else " " for letter in value)
     if isinstance(value, list):
@@ -158,8 +158,8 @@ def _place(path: Path) -> tuple[int, str]:
 
 def _kind(part: Part) -> str:
     card = part.facts.get("imitated")
-    return f"{_told(part.facts.get('device'))}" + (f", imitating {card}" if card else "")
+    return f"{_text(part.facts.get('device'))}" + (f", imitating {card}" if card else "")
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     return "none" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""What every benchmark shares: records, timing, models, the environment and the runner."""

@@ -1,0 +1,1 @@
+"""How predictions compare with what others measured, and how long they take."""

@@ -1,0 +1,204 @@
+"""Compare predictions with training runs that others published.
+
+The runs have peaks as NVML saw them; the same runs under a limit say which ran out of memory.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from autobatch.compat.torchvision import import_torchvision
+from autobatch.prediction.caching_allocator import Replay, replay
+from autobatch.prediction.gpu_catalogue import find_gpu
+from autobatch.prediction.trace import Trace
+from benchmarks import ROOT
+from benchmarks.harness.records import Fields, Records
+from benchmarks.prediction.programs import PublishedLoop, traces, without_values
+
+DATA: Final = ROOT / "benchmarks" / "data"
+_MIB: Final = 2**20
+_PEAKS: Final = "prediction: the peak of published runs, as NVML saw it (MiB)"
+_PEAKS_ALL: Final = "prediction: the published peaks together, absolute errors in percent"
+_LIMITED: Final = "prediction: published runs again, under a limit (MiB)"
+_LIMITED_ALL: Final = "prediction: whether a run fits under a limit"
+_FIRST: Final = "the first 13"
+_NOT_RECORDED: Final = 1  # The zero_grad mode that the programs have by default.
+_PIXELS: Final = 86
+_CLOSE: Final = 0.05  # How near a limit is to the need, where a prediction is hard.
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A training program, which the runs of several batch sizes share."""
+
+    torchvision: str
+    num_classes: int
+    optimizer: str
+    zero_grad: int
+
+    def __str__(self) -> str:
+        return f"{self.torchvision}, {self.optimizer}, zero_grad {self.zero_grad}"
+
+    def traces(self, batches: Sequence[int]) -> list[Trace]:
+        with without_values():
+            model = import_torchvision().models.get_model(
+                self.torchvision, weights=None, num_classes=self.num_classes
+            )
+        loop = PublishedLoop(
+            model=model, optimizer=self.optimizer, pixels=_PIXELS, zero_grad=self.zero_grad
+        )
+        return traces(loop, batches)
+
+
+def compare(records: Records) -> None:
+    """Predict every published run, and add its peak and its outcome under limits."""
+    published = json.loads((DATA / "published_runs.json").read_text())
+    first = json.loads((DATA / "measured_peaks.json").read_text())["runs"]
+    totals: Mapping[str, int] = published["gpu_total_bytes"]
+    programs: dict[str, tuple[_Program, list[dict[str, Any]]]] = {}
+    for run in published["runs"]:
+        program = _program_of(run)
+        programs.setdefault(str(program), (program, []))[1].append(run)
+    if records.quick:
+        programs = dict(list(programs.items())[-1:])
+    marks = {_mark_of(run) for run in first}
+    for _, (program, runs) in records.in_time(programs):
+        for run, trace in zip(runs, program.traces([r["batch"] for r in runs]), strict=True):
+            _add_peak(run, trace, totals[run["gpu"]], records, first=_mark_of(run) in marks)
+            for limit in run["capped"]:
+                _add_limited(run, limit, trace, totals[run["gpu"]], records)
+    _sum_up(records)
+
+
+def _program_of(run: Mapping[str, Any]) -> _Program:
+    mode = run["zero_grad_mode"]
+    return _Program(
+        run["torchvision"],
+        run["num_classes"],
+        run["optimizer"],
+        _NOT_RECORDED if mode is None else mode,
+    )
+
+
+def _name_of(run: Mapping[str, Any]) -> str:
+    return f"{run['torchvision']}, {run['optimizer']}, {run['batch']}, {run['gpu']}"
+
+
+def _mark_of(run: Mapping[str, Any]) -> tuple[str, int]:
+    """Return what identifies a run: runs of one name differ in when they free gradients."""
+    return _name_of(run), run["measured_peak_bytes"]
+
+
+def _replayed(run: Mapping[str, Any], trace: Trace, limit_bytes: int | None) -> Replay:
+    workspace = find_gpu(run["gpu"]).workspace_bytes
+    return replay(trace.events(run["batch"], workspace_bytes=workspace), limit_bytes=limit_bytes)
+
+
+def _add_peak(
+    run: Mapping[str, Any], trace: Trace, total_bytes: int, records: Records, *, first: bool
+) -> None:
+    context = sum(find_gpu(run["gpu"]).context_bytes) // 2
+    ran = _replayed(run, trace, total_bytes - context)
+    measured = run["measured_peak_bytes"]
+    errors = {
+        "xMem": _percent(run["xmem_bytes"], measured),
+        "allocator": _percent(ran.peak_reserved, measured),
+        "context": _percent(ran.peak_reserved + context, measured),
+    }
+    row = {
+        "run": _name_of(run),
+        "zero_grad": run["zero_grad_mode"],
+        _FIRST: first,
+        "measured": measured // _MIB,
+        "xMem": run["xmem_bytes"] // _MIB,
+        "reserved": ran.peak_reserved // _MIB,
+        "allocated": ran.peak_allocated // _MIB,
+        "xMem_%": round(errors["xMem"], 1),
+        "error_%": round(errors["allocator"], 1),
+        "with_context_%": round(errors["context"], 1),
+        "fits": ran.fits,
+    }
+    records.add(_PEAKS, row, absolute_errors=[abs(error) for error in errors.values()])
+
+
+def _needed_bytes(run: Mapping[str, Any], trace: Trace) -> int:
+    """Return the smallest limit under which the run is predicted to fit, to a thousandth.
+
+    Memory is fragmented differently under every limit, so a smaller limit may fit as well.
+    """
+    most = _replayed(run, trace, None).peak_reserved
+    too_small = trace.allocated_bytes(run["batch"]) // 2
+    while most - too_small > most // 1000:
+        middle = (most + too_small) // 2
+        if _replayed(run, trace, middle).fits:
+            most = middle
+        else:
+            too_small = middle
+    return most
+
+
+def _add_limited(
+    run: Mapping[str, Any],
+    limit: Mapping[str, Any],
+    trace: Trace,
+    total_bytes: int,
+    records: Records,
+) -> None:
+    limit_bytes = int(limit["fraction"] * total_bytes)
+    needed_bytes = _needed_bytes(run, trace)
+    predicted = _replayed(run, trace, limit_bytes)
+    measured = limit["peak_bytes"]
+    known = measured is not None and predicted.fits
+    row = {
+        "run": _name_of(run),
+        "limit": limit_bytes // _MIB,
+        "that of": limit["by"],
+        "of what is needed": round(limit_bytes / needed_bytes, 3),
+        "ran": limit["ran"],
+        "predicted": predicted.fits,
+        "right": predicted.fits == limit["ran"],
+        "measured": measured // _MIB if known else None,
+        "reserved": predicted.peak_reserved // _MIB if known else None,
+        "error_%": round(_percent(predicted.peak_reserved, measured), 1) if known else None,
+    }
+    records.add(_LIMITED, row)
+
+
+def _percent(predicted: int, measured: int) -> float:
+    return 100 * (predicted / measured - 1)
+
+
+def _sum_up(records: Records) -> None:
+    rows: list[Any] = records.rows(_PEAKS)
+    for runs, chosen in ((_FIRST, [row for row in rows if row[_FIRST]]), ("all", rows)):
+        for place, by in enumerate(
+            ("xMem", "autobatch, allocator only", "autobatch, with context")
+        ):
+            errors = [row["absolute_errors"][place] for row in chosen]
+            _add_errors({"runs": runs, "by": by}, errors, records, _PEAKS_ALL)
+    limited: list[Any] = records.rows(_LIMITED)
+    for became, ran in (("ran", True), ("ran out of memory", False)):
+        rows = [row for row in limited if row["ran"] is ran]
+        close = [row for row in rows if abs(row["of what is needed"] - 1) <= _CLOSE]
+        if rows:
+            row = {
+                "published": became,
+                "runs": len(rows),
+                "predicted so": sum(row["right"] for row in rows),
+                "limit within 5 % of what is needed": len(close),
+                "of these predicted so": sum(row["right"] for row in close),
+            }
+            records.add(_LIMITED_ALL, row)
+    errors = [abs(row["error_%"]) for row in limited if row["error_%"] is not None]
+    _add_errors(
+        {"runs": "under a limit", "by": "autobatch, allocator only"}, errors, records, _PEAKS_ALL
+    )
+
+
+def _add_errors(row: Fields, errors: Iterable[float], records: Records, table: str) -> None:
+    found = list(errors)
+    if found:
+        spread = {"median": statistics.median(found), "worst": max(found), "number": len(found)}
+        records.add(table, {**row, **spread})

@@ -1,0 +1,1 @@
+"""What a search for the largest batch finds and costs, for every library."""
