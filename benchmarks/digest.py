@@ -51,7 +51,7 @@ Pair = tuple[Tensor, Tensor]
 Case = Callable[[int], object]
 
 ROOT: Final = Path(__file__).parent.parent
-RESULTS: Final = ROOT / "benchmarks" / "results"
+FILE: Final = ROOT / "benchmarks" / "data" / "digest.json"  # Names the machine it is of.
 SEED: Final = 1
 
 CASES: Final[dict[str, Case]] = {}
@@ -711,14 +711,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def default_file() -> Path:
-    """Return the file beside the machine's other results."""
-    name = f"CPU {machine()['cpu']}, {os.cpu_count()} cores".lower()
-    plain = re.sub(r"\((r|tm)\)|@[^,]*", " ", name)
-    folder = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-    return RESULTS / folder / "digest.json"
-
-
 def refusal(kept: Mapping[str, object]) -> str:
     """Return why digests that were kept cannot be compared with this machine's, or ``""``."""
     here = machine()
@@ -746,7 +738,7 @@ def compare(kept: Mapping[str, str], names: Sequence[str]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digest", description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the digests instead")
-    parser.add_argument("--file", type=Path, default=default_file(), help="where they are kept")
+    parser.add_argument("--file", type=Path, default=FILE, help="where they are kept")
     parser.add_argument("--only", default="", help="cases whose names hold this text")
     options = parser.parse_args(arguments)
     names = [name for name in CASES if options.only in name]

@@ -417,9 +417,8 @@ def named_tests(cell: str) -> list[tuple[str, str]]:
 
 
 def functions_of(file: str) -> set[str]:
-    folder, _, name = file.rpartition("/")
-    source = (Path(__file__).parent / folder / f"test_{name}.py").read_text()
-    nodes = ast.parse(source).body
+    (path,) = Path(__file__).parent.rglob(f"test_{file}.py")
+    nodes = ast.parse(path.read_text()).body
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autobatch import course, find_and_train
+from autobatch import find_and_train
 from autobatch.data.worker_memory import crowded
+from autobatch.training import trainer
 
 ROWS = TensorDataset(torch.randn(64, 256), torch.randint(0, 3, (64,)))  # 1032 bytes each.
 FIRST = ROWS[:8]
@@ -39,7 +40,7 @@ def test_what_loads_nothing_ahead_crowds_nothing(batches: object) -> None:
 
 def test_training_warns_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """USERS 1.5.4."""
-    monkeypatch.setattr(course, "host_memory", lambda: (2**30, 1000))
+    monkeypatch.setattr(trainer, "host_memory", lambda: (2**30, 1000))
     with pytest.warns(UserWarning, match="1 worker of the loader may hold 2 batches") as caught:
         find_and_train(
             nn.Linear(256, 3), loader(1), 16, max_steps=1, memory_limit="1GiB", device="cpu",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_exact, assert_same_parameters, token_model, undivided_steps
-from test_replay import Fails
+from test_oom_retry import Fails
 from torch import Tensor, nn
 
 from autobatch import Accumulator

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-TESTS: Final = Path(__file__).parent
+TESTS: Final = Path(__file__).parents[1]
 # Each case runs in a fork of one process: what a case imports, no other case has imported.
 LAUNCHER: Final = """
 import json, os, sys

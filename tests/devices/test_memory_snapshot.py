@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_replay import Flaky, adam, windows
+from test_oom_retry import Flaky, adam, windows
 
 from autobatch import Accumulator, find_and_train, find_batch_size
 from autobatch.devices.memory_snapshot import write_snapshot

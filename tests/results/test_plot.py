@@ -256,7 +256,7 @@ def test_nothing_of_the_users_matplotlib_is_touched() -> None:
     root = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root.parent}"},
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root.parents[1]}"},
         capture_output=True,
         text=True,
         check=False,
@@ -268,7 +268,7 @@ def test_importing_autobatch_does_not_import_matplotlib() -> None:
     code = "import autobatch, autobatch.cli, sys; assert 'matplotlib' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,

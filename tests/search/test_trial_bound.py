@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import FAR, FEW, any_candidates, by_hand
+from test_bracketing import FAR, FEW, any_candidates, by_hand
 
 from autobatch.results.plan import useful_sizes
 from autobatch.search.trial_bound import TrialBound, doubled

@@ -36,7 +36,7 @@ from autobatch.isolation import process as parent
 from autobatch.isolation.messages import Raised, packed, unpacked
 from autobatch.isolation.process import run_isolated
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ISOLATED = SearchOptions(isolate=True)
 
 
