@@ -368,7 +368,7 @@ def test_an_unknown_loss_is_checked_beside_the_limit_and_changes_no_plan() -> No
         assert known.plan.accumulation_steps > 1
         assert (known.replays, other.replays) == (0, 0)
         assert known.notes == ()
-        assert any("the loss is none that autobatch knows" in note for note in other.notes)
+        assert any("autobatch does not know this loss" in note for note in other.notes)
 
 
 @pytest.mark.parametrize("desired", [3, 5, 9])

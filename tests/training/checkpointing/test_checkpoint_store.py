@@ -409,8 +409,8 @@ def test_a_file_of_another_program_is_refused_and_never_removed(tmp_path: Path) 
 
 
 def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
-    content = whole(tmp_path).replace(b"autobatch checkpoint 1", b"autobatch checkpoint 7")
-    with pytest.warns(UserWarning, match=r"its format is 7, and this autobatch reads 1"):
+    content = whole(tmp_path).replace(b"autobatch checkpoint 2", b"autobatch checkpoint 7")
+    with pytest.warns(UserWarning, match=r"its format is 7, and this autobatch reads 2"):
         assert latest_step(damaged(tmp_path, content)) == 1
 
 
@@ -557,7 +557,7 @@ class Odd:
     [
         (lambda: 0, "lambda"),
         (deque([1]), "deque"),
-        (Odd(), "test_checkpoint.Odd"),
+        (Odd(), "test_checkpoint_store.Odd"),
         ((n for n in range(3)), "generator"),
     ],
 )
