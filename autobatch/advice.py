@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from autobatch.platforms import spilling_platform
+from autobatch.compat.platform import spilling_platform
 from autobatch.remedies import JOINED_PIECES
 from autobatch.results import SearchResult
 from autobatch.units import format_bytes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from autobatch.breakdown import Breakdown
-from autobatch.platforms import spilling_platform
+from autobatch.compat.platform import spilling_platform
 from autobatch.units import format_bytes
 
 _REQUEST: Final = re.compile(r"tried to allocate (\d+\.\d\d) ([KMGT])iB", re.IGNORECASE)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from autobatch.compat.torch_settings import Settings
 from autobatch.randomness import Restore, random_state
-from autobatch.settings import Settings
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 PLAIN_TYPES: Final = frozenset(_PLAIN)

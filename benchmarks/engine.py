@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from autobatch import Accumulator
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from benchmarks import engine_peers as peers
 from benchmarks.engine_peers import LEARNING_RATE, NOTHING, Pair, Window
 from benchmarks.findings import SEED, Fields, Findings

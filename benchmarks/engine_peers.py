@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 
 Pair = tuple[Tensor, Tensor]
 Window = Callable[[], Iterable[Pair]]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import Accumulator
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from benchmarks.engine_peers import quiet_trainer, silence
 from benchmarks.lessons import IGNORED, Watch
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.prediction.allocator import replay
 from autobatch.prediction.gpus import Gpu, find_gpu
 from autobatch.prediction.predict import predict

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.prediction.allocator import Replay, replay
 from autobatch.prediction.gpus import find_gpu
 from autobatch.prediction.trace import Trace

@@ -12,7 +12,7 @@ from reference import twin
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.units import format_bytes
 from benchmarks.engine_peers import Pair
 from benchmarks.findings import SEED

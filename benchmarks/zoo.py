@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from benchmarks.findings import SEED
 
 _SAMPLE: Final = 16  # Different examples; a batch repeats them.

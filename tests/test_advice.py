@@ -7,8 +7,8 @@ import torch
 from test_demo import RESULT
 
 from autobatch import advice as module
-from autobatch import platforms
 from autobatch.advice import advice, torn
+from autobatch.compat import platform
 from autobatch.results import SearchResult, Trial
 
 GIB = 2**30
@@ -71,9 +71,9 @@ def test_a_driver_that_spills_to_the_host_is_said(
 def test_platforms_are_told_apart(
     release: str, system: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(platforms, "platform", SimpleNamespace(release=lambda: release))
-    monkeypatch.setattr(platforms, "sys", SimpleNamespace(platform=system))
-    assert platforms.spilling_platform() == found
+    monkeypatch.setattr(platform, "platform", SimpleNamespace(release=lambda: release))
+    monkeypatch.setattr(platform, "sys", SimpleNamespace(platform=system))
+    assert platform.spilling_platform() == found
 
 
 @pytest.mark.parametrize(

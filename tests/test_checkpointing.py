@@ -5,7 +5,7 @@ import torch
 from test_trace import order
 from torch import Tensor, nn
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.prediction.checkpointing import checkpoint_activations, repeated_blocks, why_not
 from autobatch.prediction.orders import traced
 from autobatch.prediction.trace import fitted

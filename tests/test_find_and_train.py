@@ -31,7 +31,7 @@ from autobatch import (
 )
 from autobatch.batches.nest import Nest
 from autobatch.batches.regroup import logical_batches
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.devices.base import MemoryReading
 from autobatch.devices.metered import MeteredDevice
 from autobatch.events import Event, StepEnded, TrialEnded

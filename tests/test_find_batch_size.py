@@ -25,7 +25,7 @@ from autobatch import (
     find_batch_size,
     state,
 )
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.devices.metered import MeteredDevice
 from autobatch.job import Job
 from autobatch.training.driver import Driver

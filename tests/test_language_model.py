@@ -12,7 +12,7 @@ from reference import Pair
 from torch import Tensor, nn
 
 from autobatch import TrainingResult, find_and_train
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 
 Batch = dict[str, Tensor]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autobatch import Accumulator
 from autobatch.batches.marks import Pieces
 from autobatch.batches.nest import Nest, cut, map_tensors, size_of, take
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import InexactStepError
 from autobatch.training.own_loss import OwnLoss, call_with_labels, candidates, own_loss_of
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import AutobatchError
 from autobatch.prediction import child, fakecuda
 from autobatch.prediction.allocator import replay

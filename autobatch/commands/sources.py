@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from autobatch.batches.regroup import Data
 from autobatch.commands.arguments import DATA_NAMES, MODEL_NAMES, factory_of
-from autobatch.commands.vision import import_torchvision
+from autobatch.compat.torchvision import import_torchvision
 from autobatch.plan import check_size
 
 _DIGITS_TEST: Final = 360

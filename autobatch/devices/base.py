@@ -6,7 +6,7 @@ from typing import Final, Protocol
 
 import torch
 
-from autobatch.platforms import spilling_platform
+from autobatch.compat.platform import spilling_platform
 from autobatch.results import OtherProcess
 from autobatch.units import Size, parse_bytes, parse_headroom
 

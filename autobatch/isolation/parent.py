@@ -13,12 +13,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Final, TypeVar, cast
 
+from autobatch.compat.torch_settings import Settings
 from autobatch.errors import AutobatchError, ProcessDiedError
 from autobatch.events import Event, Observer, SearchStarted, TrialEnded, TrialStarted
 from autobatch.isolation.child import command
 from autobatch.isolation.wire import Message, Raised, Returned, Told, packed
 from autobatch.results import Trial, Verdict
-from autobatch.settings import Settings
 
 Result = TypeVar("Result")
 Task = Callable[[Observer, Sequence[Trial]], Result]

@@ -1,0 +1,1 @@
+"""What differs between builds and settings of torch, its companions and operating systems."""
