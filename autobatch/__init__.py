@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     )
     from autobatch.largest import find_largest
     from autobatch.plan import BatchPlan
-    from autobatch.prediction.answer import Prediction
     from autobatch.prediction.predict import peak, predict
+    from autobatch.prediction.result import Prediction
     from autobatch.probing.options import SearchOptions
     from autobatch.results import (
         Evaluation,
@@ -88,7 +88,7 @@ _HOMES: Final = {
     "InexactStepError": "autobatch.errors",
     "NonFiniteLossError": "autobatch.errors",
     "Phase": "autobatch.results",
-    "Prediction": "autobatch.prediction.answer",
+    "Prediction": "autobatch.prediction.result",
     "ProcessDiedError": "autobatch.errors",
     "ReplayLimitError": "autobatch.errors",
     "SearchOptions": "autobatch.probing.options",

@@ -11,7 +11,7 @@ import torch
 from autobatch import DeviceUnavailableError
 from autobatch.devices.choose import choose_device
 from autobatch.devices.host import host_memory
-from autobatch.prediction.gpus import Gpu, find_gpu
+from autobatch.prediction.gpu_catalogue import Gpu, find_gpu
 from autobatch.units import format_bytes
 from benchmarks import engine, exactness, gpu, holdings, prediction, runner, search, zoo
 from benchmarks.holdings_case import allowed_bytes

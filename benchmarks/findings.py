@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import torch
 
-from autobatch.prediction.gpus import Gpu
+from autobatch.prediction.gpu_catalogue import Gpu
 from benchmarks.samples import Samples
 
 Case = TypeVar("Case")

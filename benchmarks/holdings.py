@@ -10,7 +10,7 @@ import torch
 
 from autobatch import SearchOptions, SearchResult, SearchTimeoutError, check, find_batch_size
 from autobatch.devices.choose import open_device
-from autobatch.prediction.gpus import Gpu, custom_gpu, find_gpu
+from autobatch.prediction.gpu_catalogue import Gpu, custom_gpu, find_gpu
 from benchmarks import holdings_speed as speed
 from benchmarks.findings import Findings, as_json
 from benchmarks.holdings_beside import predicted, scan

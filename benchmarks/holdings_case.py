@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from autobatch.devices.base import standard_headroom
-from autobatch.prediction.gpus import Gpu
+from autobatch.prediction.gpu_catalogue import Gpu
 from benchmarks.zoo import Subject
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 
 from autobatch.compat.torchvision import import_torchvision
-from autobatch.prediction.allocator import replay
-from autobatch.prediction.gpus import Gpu, find_gpu
+from autobatch.prediction.caching_allocator import replay
+from autobatch.prediction.gpu_catalogue import Gpu, find_gpu
 from autobatch.prediction.predict import predict
 from autobatch.prediction.trace import Trace, fitted
 from benchmarks.findings import Findings

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autobatch.prediction.orders import Order, packed, traced
 from autobatch.prediction.trace import Recorder, Trace
+from autobatch.prediction.tracing_process import Order, packed, traced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

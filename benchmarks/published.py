@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from autobatch.compat.torchvision import import_torchvision
-from autobatch.prediction.allocator import Replay, replay
-from autobatch.prediction.gpus import find_gpu
+from autobatch.prediction.caching_allocator import Replay, replay
+from autobatch.prediction.gpu_catalogue import find_gpu
 from autobatch.prediction.trace import Trace
 from benchmarks.findings import Fields, Findings
 from benchmarks.programs import PublishedLoop, traces, without_values

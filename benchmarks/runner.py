@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from autobatch.prediction.gpus import Gpu
+from autobatch.prediction.gpu_catalogue import Gpu
 from benchmarks import report
 from benchmarks.findings import Fields, Findings, Kept, Notice
 from benchmarks.machine import environment, keep_freed_memory, slug, write_atomically

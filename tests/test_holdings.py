@@ -14,7 +14,7 @@ from torch import nn
 
 from autobatch import SearchResult, SearchTimeoutError, StepInterruptedError, Trial, check
 from autobatch.devices.choose import open_device
-from autobatch.prediction.gpus import custom_gpu, find_gpu
+from autobatch.prediction.gpu_catalogue import custom_gpu, find_gpu
 from autobatch.results import Upper
 from benchmarks import holdings, holdings_speed, zoo
 from benchmarks.findings import Findings

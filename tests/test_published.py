@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autobatch.prediction.gpus import find_gpu
+from autobatch.prediction.gpu_catalogue import find_gpu
 from autobatch.prediction.trace import Recorder, Trace
 from benchmarks import programs, published
 from benchmarks.findings import Findings

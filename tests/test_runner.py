@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from autobatch.prediction.gpus import find_gpu
+from autobatch.prediction.gpu_catalogue import find_gpu
 from benchmarks import __main__ as command
 from benchmarks import findings as findings_module
 from benchmarks import runner

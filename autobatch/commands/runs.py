@@ -35,9 +35,9 @@ from autobatch.devices.choose import choose_device
 from autobatch.events import SearchEnded
 from autobatch.plan import check_size
 from autobatch.plot import check_plot
-from autobatch.prediction.answer import Prediction
-from autobatch.prediction.gpus import custom_gpu
+from autobatch.prediction.gpu_catalogue import custom_gpu
 from autobatch.prediction.predict import predict
+from autobatch.prediction.result import Prediction
 from autobatch.probing.options import SearchOptions
 from autobatch.results import SearchResult
 from autobatch.training.precision import check_precision

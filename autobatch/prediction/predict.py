@@ -12,11 +12,11 @@ from autobatch.breakdown import break_down
 from autobatch.errors import DoesNotFitError
 from autobatch.job import Job, OptimizerFactory
 from autobatch.plan import check_size
-from autobatch.prediction.allocator import replay
-from autobatch.prediction.answer import Prediction, WhatIf, interval
-from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
-from autobatch.prediction.step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
+from autobatch.prediction.caching_allocator import replay
+from autobatch.prediction.gpu_catalogue import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
+from autobatch.prediction.result import Prediction, WhatIf, interval
 from autobatch.prediction.trace import ACTIVATIONS
+from autobatch.prediction.traced_step import LARGEST, Mode, Step, TracedStep, trace_own, trace_step
 from autobatch.results import LimitedBy
 from autobatch.training.options import LossLike, StepOptions
 from autobatch.training.precision import PrecisionName

@@ -21,8 +21,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from autobatch.prediction.allocator import Event, block_bytes
-from autobatch.prediction.fakecuda import OnFakeCuda, fake_cuda, fake_is_real, home_of
+from autobatch.prediction.caching_allocator import Event, block_bytes
+from autobatch.prediction.fake_cuda import OnFakeCuda, fake_cuda, fake_is_real, home_of
 
 _aten: Final[Any] = torch.ops.aten
 _PRODUCTS: Final = (

@@ -16,9 +16,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 import autobatch
 from autobatch import AutobatchError, peak, predict
 from autobatch.cli import main
-from autobatch.prediction import step as module
-from autobatch.prediction.answer import Prediction
-from autobatch.prediction.gpus import find_gpu
+from autobatch.prediction import traced_step as module
+from autobatch.prediction.gpu_catalogue import find_gpu
+from autobatch.prediction.result import Prediction
 
 KIB = 2**10
 DATA = torch.zeros(4, 64), torch.zeros(4, dtype=torch.long)

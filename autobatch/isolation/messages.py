@@ -14,7 +14,7 @@ import torch
 
 from autobatch.errors import ISOLATED, AutobatchError
 from autobatch.events import Event
-from autobatch.pickling import cloudpickle
+from autobatch.isolation.serialization import cloudpickle
 
 _DEPTH: Final = 12  # How far into an argument the part that cannot be sent is sought.
 

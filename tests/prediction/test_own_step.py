@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import autobatch
 from autobatch import DoesNotFitError, peak
-from autobatch.prediction.answer import Prediction
-from autobatch.prediction.gpus import custom_gpu
-from autobatch.prediction.orders import holdings
+from autobatch.prediction.gpu_catalogue import custom_gpu
+from autobatch.prediction.result import Prediction
+from autobatch.prediction.tracing_process import holdings
 
 MIB = 2**20
 CARD = custom_gpu("3GiB")

@@ -14,10 +14,9 @@ from torch import nn
 
 from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import AutobatchError
-from autobatch.prediction import child, fakecuda
-from autobatch.prediction.allocator import replay
-from autobatch.prediction.orders import Answer, Order, packed, traced
-from autobatch.prediction.program import Change, TrainingStep, Updates
+from autobatch.prediction import fake_cuda, tracing_worker
+from autobatch.prediction.caching_allocator import replay
+from autobatch.prediction.programs import Change, TrainingStep, Updates
 from autobatch.prediction.trace import (
     GRADIENTS,
     STATE,
@@ -30,6 +29,7 @@ from autobatch.prediction.trace import (
     with_updates,
 )
 from autobatch.prediction.trace import Change as Event
+from autobatch.prediction.tracing_process import Answer, Order, packed, traced
 from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
 
@@ -389,7 +389,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script.write_text(
         "import torch\n"
         "from torch import nn\n"
-        "from autobatch.prediction.orders import Order, packed, traced\n"
+        "from autobatch.prediction.tracing_process import Order, packed, traced\n"
         "class Own(nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -407,7 +407,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(child.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(tracing_worker.__file__).parents[2])},
     )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
@@ -417,8 +417,8 @@ def test_another_build_of_torch_is_traced_as_on_the_cpu(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where labels are fake as well, and their count is guessed."""
-    monkeypatch.setattr(fakecuda, "works", lambda: False)
-    answer: Answer = child.answer([order(*NETS[name]())])
+    monkeypatch.setattr(fake_cuda, "works", lambda: False)
+    answer: Answer = tracing_worker.answer([order(*NETS[name]())])
     assert not answer.on_cuda
     every = fitted(*answer.traces[0])
     assert every is not None

@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.errors import AutobatchError
 from autobatch.prediction.kernels import FORMS, RECURRENT_CELLS, attention_of_cuda
-from autobatch.prediction.remembered import Remembered
+from autobatch.prediction.op_cache import Remembered
 
 _MOST_TRUE: Final = (
     5000  # Conditions in a step. Where there are more, a loop waits for one to fail.

@@ -6,9 +6,13 @@ from test_trace import order
 from torch import Tensor, nn
 
 from autobatch.compat.torchvision import import_torchvision
-from autobatch.prediction.checkpointing import checkpoint_activations, repeated_blocks, why_not
-from autobatch.prediction.orders import traced
+from autobatch.prediction.activation_checkpointing import (
+    checkpoint_activations,
+    repeated_blocks,
+    why_not,
+)
 from autobatch.prediction.trace import fitted
+from autobatch.prediction.tracing_process import traced
 
 WIDTH, DEPTH = 64, 8
 

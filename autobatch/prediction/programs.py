@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from autobatch.batches.nest import Nest, map_tensors, unwrapped
 from autobatch.devices.base import MemoryDevice
-from autobatch.prediction.checkpointing import checkpoint_activations
+from autobatch.prediction.activation_checkpointing import checkpoint_activations
 from autobatch.prediction.trace import STATE, Recorder
 from autobatch.state import training_mode
 from autobatch.training.evaluation import inference

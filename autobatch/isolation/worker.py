@@ -14,8 +14,8 @@ from typing import Final, cast
 from autobatch.devices.failures import verdict_of
 from autobatch.errors import DeviceLostError
 from autobatch.events import Event, TrialEnded, TrialStarted
-from autobatch.isolation.wire import Message, Raised, Returned, Told, unpacked
-from autobatch.pickling import cloudpickle
+from autobatch.isolation.messages import Message, Raised, Returned, Told, unpacked
+from autobatch.isolation.serialization import cloudpickle
 from autobatch.results import Verdict
 
 _NONE: Final = "none"  # No PYTHONPATH.

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final, Literal
 from autobatch.breakdown import Breakdown
 from autobatch.plan import BatchPlan, check_size
 from autobatch.plot import save
-from autobatch.prediction.allocator import replay
-from autobatch.prediction.gpus import Gpu, safe_bytes
-from autobatch.prediction.picture import peak_over_batch
-from autobatch.prediction.step import Mode, Step
+from autobatch.prediction.caching_allocator import replay
+from autobatch.prediction.gpu_catalogue import Gpu, safe_bytes
+from autobatch.prediction.plot import peak_over_batch
 from autobatch.prediction.trace import Place
+from autobatch.prediction.traced_step import Mode, Step
 from autobatch.probing.prior import Prior
 from autobatch.results import LimitedBy
 from autobatch.training.precision import PrecisionName

@@ -16,8 +16,8 @@ from typing import Final, TypeVar, cast
 from autobatch.compat.torch_settings import Settings
 from autobatch.errors import AutobatchError, ProcessDiedError
 from autobatch.events import Event, Observer, SearchStarted, TrialEnded, TrialStarted
-from autobatch.isolation.child import command
-from autobatch.isolation.wire import Message, Raised, Returned, Told, packed
+from autobatch.isolation.messages import Message, Raised, Returned, Told, packed
+from autobatch.isolation.worker import command
 from autobatch.results import Trial, Verdict
 
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autobatch.prediction.allocator import (
+from autobatch.prediction.caching_allocator import (
     CachingAllocator,
     Event,
     Replay,

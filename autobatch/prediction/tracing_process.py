@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.errors import AutobatchError
-from autobatch.pickling import packer
+from autobatch.isolation.serialization import packer
 from autobatch.prediction.trace import Program, Trace
 
 _TAIL: Final = 2000  # Characters of what the child said last.
-_CHILD: Final = "autobatch.prediction.child"
+_CHILD: Final = "autobatch.prediction.tracing_worker"
 
 
 class Settings(NamedTuple):

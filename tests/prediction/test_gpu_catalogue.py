@@ -2,7 +2,7 @@
 
 import pytest
 
-from autobatch.prediction.gpus import CATALOGUE, Gpu, custom_gpu, find_gpu, visible_bytes
+from autobatch.prediction.gpu_catalogue import CATALOGUE, Gpu, custom_gpu, find_gpu, visible_bytes
 
 MIB, GIB = 2**20, 2**30
 REPORTED = {  # What torch.cuda.get_device_name says.

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from autobatch.batches.sample import read_sample
 from autobatch.job import Job
-from autobatch.prediction.allocator import Replay, replay
-from autobatch.prediction.checkpointing import why_not
-from autobatch.prediction.fakecuda import RECURRENT
-from autobatch.prediction.gpus import Gpu
-from autobatch.prediction.orders import Order, holdings, packed, traced
-from autobatch.prediction.program import ForwardPass, OwnStep, TrainingStep, Updates
+from autobatch.prediction.activation_checkpointing import why_not
+from autobatch.prediction.caching_allocator import Replay, replay
+from autobatch.prediction.fake_cuda import RECURRENT
+from autobatch.prediction.gpu_catalogue import Gpu
+from autobatch.prediction.programs import ForwardPass, OwnStep, TrainingStep, Updates
 from autobatch.prediction.trace import Program, Trace, fitted
+from autobatch.prediction.tracing_process import Order, holdings, packed, traced
 from autobatch.randomness import random_state
 from autobatch.training.options import StepOptions
 

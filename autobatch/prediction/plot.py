@@ -14,7 +14,7 @@ from autobatch.plot import (
     new_figure,
     scale,
 )
-from autobatch.prediction.gpus import Gpu, possible_bytes
+from autobatch.prediction.gpu_catalogue import Gpu, possible_bytes
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:

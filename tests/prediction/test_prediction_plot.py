@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from test_plot import legend, words
 
-from autobatch.prediction.gpus import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
-from autobatch.prediction.picture import peak_over_batch
+from autobatch.prediction.gpu_catalogue import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes
+from autobatch.prediction.plot import peak_over_batch
 from autobatch.units import format_bytes
 
 GIB = 2**30

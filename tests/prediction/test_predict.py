@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import BatchPlan, DoesNotFitError, SearchOptions, predict
-from autobatch.prediction import child, fakecuda
-from autobatch.prediction import step as module
-from autobatch.prediction.answer import Prediction
-from autobatch.prediction.gpus import Gpu, custom_gpu
-from autobatch.prediction.orders import Answer, Order
+from autobatch.prediction import fake_cuda, tracing_worker
+from autobatch.prediction import traced_step as module
+from autobatch.prediction.gpu_catalogue import Gpu, custom_gpu
+from autobatch.prediction.result import Prediction
+from autobatch.prediction.tracing_process import Answer, Order
 from autobatch.units import format_bytes
 
 CARD = custom_gpu("3GiB")
@@ -166,9 +166,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
 
     def here(orders: list[Order]) -> Answer:
         seen.extend(orders)
-        return child.answer(orders)
+        return tracing_worker.answer(orders)
 
-    monkeypatch.setattr(fakecuda, "works", lambda: False)
+    monkeypatch.setattr(fake_cuda, "works", lambda: False)
     monkeypatch.setattr(module, "traced", here)
     return seen
 

@@ -32,11 +32,11 @@ from autobatch import (
     find_largest,
 )
 from autobatch.events import Event, Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
-from autobatch.isolation import parent
-from autobatch.isolation.parent import run_isolated
-from autobatch.isolation.wire import Raised, packed, unpacked
+from autobatch.isolation import process
+from autobatch.isolation.messages import Raised, packed, unpacked
+from autobatch.isolation.process import run_isolated
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ISOLATED = SearchOptions(isolate=True)
 
 
@@ -248,7 +248,7 @@ def test_a_process_that_dies_outside_a_trial_is_an_error_that_says_what_is_known
 
 
 def test_so_many_deaths_in_a_row_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parent, "_MOST_DEATHS", 1)
+    monkeypatch.setattr(process, "_MOST_DEATHS", 1)
     with pytest.raises(ProcessDiedError, match="exit status 7, before any size had run"):
         run_isolated(functools.partial(trying, (1, 2), dies), observer=lambda _: None)
 
@@ -352,7 +352,7 @@ def test_isolation_is_asked_for_with_true_or_false() -> None:
 
 WAITING = """
 import os, signal, time
-from autobatch.isolation.parent import run_isolated
+from autobatch.isolation.process import run_isolated
 
 def wait(observer, history):
     print(os.getpid(), signal.getsignal(signal.SIGINT).name, flush=True)

@@ -1,4 +1,4 @@
-"""The process that traces: ``python -m autobatch.prediction.child RESULT``.
+"""The process that traces: ``python -m autobatch.prediction.tracing_worker RESULT``.
 
 It reads orders from the standard input and writes the answer to the file RESULT.
 """
@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import TRACED
-from autobatch.pickling import cloudpickle
-from autobatch.prediction import fakecuda
-from autobatch.prediction.orders import Answer, Order
+from autobatch.isolation.serialization import cloudpickle
+from autobatch.prediction import fake_cuda
 from autobatch.prediction.trace import Program, Recorder, Trace, record, with_updates
+from autobatch.prediction.tracing_process import Answer, Order
 
 
 class _Unpacker(pickle.Unpickler):
@@ -38,7 +38,7 @@ class _Unpacker(pickle.Unpickler):
 
     def program(self) -> Program:
         """Return the program; tensors of the host have their values, which a fake mode drops."""
-        with fakecuda.with_values() as self._fake:
+        with fake_cuda.with_values() as self._fake:
             program: Program = self.load()
             return program
 
@@ -80,7 +80,7 @@ def _exchanged(order: Order, known: Mapping[int, Trace], device: torch.device) -
 
 def answer(orders: Sequence[Order]) -> Answer:
     """Trace everything that is ordered, here."""
-    on_cuda = fakecuda.works()
+    on_cuda = fake_cuda.works()
     device = torch.device("cuda:0" if on_cuda else "cpu")
     traces: list[list[Trace]] = []
     for order in orders:
