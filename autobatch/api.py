@@ -15,7 +15,7 @@ from autobatch.batches.regroup import Data, open_source
 from autobatch.course import Course
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.isolation.process import try_isolated
+from autobatch.isolation.trials import try_isolated
 from autobatch.job import Job, OptimizerFactory
 from autobatch.leftovers import forget_last_error
 from autobatch.plan import check_size

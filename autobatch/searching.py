@@ -14,7 +14,7 @@ from autobatch.batches.sample import read_sample
 from autobatch.batches.worst import worst_case_of
 from autobatch.errors import DoesNotFitError
 from autobatch.events import Observer, SizesTimed, TrialStarted
-from autobatch.isolation.process import run_isolated
+from autobatch.isolation.trials import run_isolated
 from autobatch.job import Job
 from autobatch.plan import BatchPlan, even_sizes, useful_sizes
 from autobatch.probing.finder import Finder

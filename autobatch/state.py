@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from autobatch.compat.torch_settings import Settings
+from autobatch.compat.torch_settings import TorchSettings
 from autobatch.randomness import Restore, random_state
 
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
@@ -61,7 +61,7 @@ def preserved(
     restores: list[Restore] = [
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
         _dispatch_modes(),
-        Settings.here().apply,
+        TorchSettings.here().apply,
     ]
     try:
         children = [child for root in modules for child in root.modules()]

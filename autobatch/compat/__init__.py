@@ -1,1 +1,1 @@
-"""What differs between builds and settings of torch, its companions and operating systems."""
+"""Differences between operating systems, between builds of torch, and between torch settings."""

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
@@ -19,7 +18,12 @@ from autobatch.prediction.fake_cuda import RECURRENT
 from autobatch.prediction.gpu_catalogue import Gpu
 from autobatch.prediction.programs import ForwardPass, OwnStep, TrainingStep, Updates
 from autobatch.prediction.trace import Program, Trace, fitted
-from autobatch.prediction.tracing_process import Order, holdings, packed, traced
+from autobatch.prediction.tracing_process import (
+    modules_and_optimizers,
+    pack_program,
+    trace_in_processes,
+)
+from autobatch.prediction.tracing_worker import TracingRequest
 from autobatch.randomness import random_state
 from autobatch.training.options import StepOptions
 
@@ -65,14 +69,14 @@ class Step:
     """A step at any batch.
 
     Attributes:
-        order: How to trace it.
+        request: How to trace it.
         traces: By batch, those that are known.
         every: The trace of every batch, if there is one.
         notes: What could not be known.
         patience: For candidates that have to be traced.
     """
 
-    order: Order
+    request: TracingRequest
     traces: dict[int, Trace]
     every: Trace | None
     notes: tuple[str, ...]
@@ -83,9 +87,10 @@ class Step:
         if self.every is not None:
             return self.every
         if batch not in self.traces:
-            order = replace(self.order, batches=(batch,), optional=False)
+            request = replace(self.request, batches=(batch,), optional=False)
             with self.patience.spent():
-                self.traces[batch] = traced([order]).traces[0][0]
+                (result,) = trace_in_processes([[request]])
+                self.traces[batch] = result.traces[0][0]
         return self.traces[batch]
 
     def replayed(self, batch: int, gpu: Gpu, limit_bytes: int, *, expandable: bool) -> Replay:
@@ -170,7 +175,7 @@ def trace_own(step: Callable[[int], object], *, flash: bool) -> TracedStep:
     Raises:
         ValueError: If nothing grows with the batch.
     """
-    modules, optimizers = holdings(step)
+    modules, optimizers = modules_and_optimizers(step)
     program = OwnStep(step=step, modules=modules, optimizers=optimizers)
     try:
         traced_step = _traced(program, {}, _on_device(modules, optimizers), flash=flash)
@@ -192,10 +197,12 @@ def _traced(
     flash: bool,
     notes: Sequence[str] = (),
 ) -> TracedStep:
-    base = Order(program=packed(step, tensors), batches=(*_SMALL, _PROOF), flash=flash)
-    orders = {
-        name: Order(
-            program=packed(changed, tensors),
+    base = TracingRequest(
+        program=pack_program(step, tensors), batches=(*_SMALL, _PROOF), flash=flash
+    )
+    requests = {
+        name: TracingRequest(
+            program=pack_program(changed, tensors),
             batches=_SMALL,
             flash=flash,
             optional=True,
@@ -204,12 +211,12 @@ def _traced(
         for name, changed in changes.items()
     }
     in_two = len(tensors) > _MANY
-    first, *others = _in_processes([base, *orders.values()], in_two=in_two)
+    first, *others = _in_processes([base, *requests.values()], in_two=in_two)
     found = _fit(base, *first)
     fits, told = {}, list(notes)
-    for (name, order), (traces, on_cuda) in zip(orders.items(), others, strict=True):
+    for (name, request), (traces, on_cuda) in zip(requests.items(), others, strict=True):
         if traces and found.every is not None:  # Each of its candidates would cost a trace.
-            fits[name] = _fit(order, traces, on_cuda)
+            fits[name] = _fit(request, traces, on_cuda)
         elif not traces:
             told.append(f"{name} was not tried: the step fails with it")
     return TracedStep(base=replace(found, notes=(*found.notes, *told)), changed=fits)
@@ -219,25 +226,28 @@ def _update(changed: Program, tensors: Sequence[Tensor]) -> bytes | None:
     """The part of the optimizer, packed, where nothing else is changed."""
     if not isinstance(changed, TrainingStep) or changed.change not in ("fused", "SGD"):
         return None
-    return packed(Updates(optimizer=changed.optimizer, change=changed.change), tensors)
+    return pack_program(Updates(optimizer=changed.optimizer, change=changed.change), tensors)
 
 
-def _in_processes(orders: Sequence[Order], *, in_two: bool) -> list[tuple[Sequence[Trace], bool]]:
-    """Trace the first order, and what follows from it, in a process, and the others in another.
+def _in_processes(
+    requests: Sequence[TracingRequest], *, in_two: bool
+) -> list[tuple[Sequence[Trace], bool]]:
+    """Trace the first request, and what follows from it, in a process, and the others in another.
 
     Args:
-        orders: As they are answered.
+        requests: As they are answered.
         in_two: Whether there is another: it takes seconds to start.
     """
-    follows = [not in_two or order is orders[0] or order.update is not None for order in orders]
+    follows = [
+        not in_two or request is requests[0] or request.update is not None for request in requests
+    ]
     parts = {
-        kind: [order for order, each in zip(orders, follows, strict=True) if each is kind]
+        kind: [request for request, each in zip(requests, follows, strict=True) if each is kind]
         for kind in dict.fromkeys(follows)
     }
-    with ThreadPoolExecutor(len(parts)) as pool:  # Each thread waits for a process.
-        answers = dict(zip(parts, pool.map(traced, parts.values()), strict=True))
-    found = {kind: iter(answer.traces) for kind, answer in answers.items()}
-    return [(next(found[kind]), answers[kind].on_cuda) for kind in follows]
+    results = dict(zip(parts, trace_in_processes([*parts.values()]), strict=True))
+    found = {kind: iter(result.traces) for kind, result in results.items()}
+    return [(next(found[kind]), results[kind].on_cuda) for kind in follows]
 
 
 def _on_device(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> list[Tensor]:
@@ -280,7 +290,7 @@ def _untried(step: TrainingStep | ForwardPass) -> list[str]:
     return notes
 
 
-def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> Step:
+def _fit(request: TracingRequest, traces: Sequence[Trace], on_cuda: bool) -> Step:
     every = fitted(*traces)
     notes = [
         f"the step needs a value that is not known; guessed: {guess}" + f", {n} times" * (n > 1)
@@ -296,5 +306,5 @@ def _fit(order: Order, traces: Sequence[Trace], on_cuda: bool) -> Step:
             f"torch {torch.__version__} refuses tensors of a GPU that is not here: traced as on "
             "the CPU, whose kernels keep other memory; expect errors of tens of percent"
         )
-    known = dict(zip(order.batches, traces, strict=True))
-    return Step(order=order, traces=known, every=every, notes=tuple(notes))
+    known = dict(zip(request.batches, traces, strict=True))
+    return Step(request=request, traces=known, every=every, notes=tuple(notes))

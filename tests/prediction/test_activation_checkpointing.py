@@ -12,7 +12,7 @@ from autobatch.prediction.activation_checkpointing import (
     why_not,
 )
 from autobatch.prediction.trace import fitted
-from autobatch.prediction.tracing_process import traced
+from autobatch.prediction.tracing_process import trace_in_process
 
 WIDTH, DEPTH = 64, 8
 
@@ -81,7 +81,7 @@ def test_a_checkpointed_model_has_the_same_gradients() -> None:
 
 def test_a_checkpointed_step_keeps_the_inputs_of_its_blocks_and_one_block() -> None:
     net, sample = Deep(), (torch.zeros(4, WIDTH), torch.zeros(4, dtype=torch.long))
-    answer = traced([order(net, sample), order(net, sample, change="checkpointed")])
+    answer = trace_in_process([order(net, sample), order(net, sample, change="checkpointed")])
     plain, saved = (fitted(*traces) for traces in answer.traces)
     assert plain is not None
     assert saved is not None

@@ -23,7 +23,7 @@ def test_a_trace_is_the_same_where_nothing_is_remembered(
     name: str, precision: PrecisionName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ordered = order(*NETS[name](), precision=precision)
-    (remembered,) = tracing_worker.answer([ordered]).traces
+    (remembered,) = tracing_worker.trace_requests([ordered]).traces
     calls = 0
 
     def forget(_: Remembered, func: Any, args: Any, kwargs: Any) -> Any:
@@ -32,7 +32,7 @@ def test_a_trace_is_the_same_where_nothing_is_remembered(
         return func(*args, **kwargs)
 
     monkeypatch.setattr(Remembered, "__call__", forget)
-    (forgotten,) = tracing_worker.answer([ordered]).traces
+    (forgotten,) = tracing_worker.trace_requests([ordered]).traces
     assert calls > 10
     assert [t.changes for t in remembered] == [t.changes for t in forgotten]
     assert [t.kinds for t in remembered] == [t.kinds for t in forgotten]

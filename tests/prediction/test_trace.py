@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,7 +30,8 @@ from autobatch.prediction.trace import (
     with_updates,
 )
 from autobatch.prediction.trace import Change as Event
-from autobatch.prediction.tracing_process import Answer, Order, packed, traced
+from autobatch.prediction.tracing_process import pack_program, trace_in_process
+from autobatch.prediction.tracing_worker import TracingRequest, TracingResult
 from autobatch.training.options import StepOptions
 from autobatch.training.precision import PrecisionName
 
@@ -79,7 +81,7 @@ def order(
     precision: PrecisionName = "fp32",
     change: Change = "as it is",
     exchanged: bool = False,
-) -> Order:
+) -> TracingRequest:
     optimizer = torch.optim.AdamW(net.parameters())
     step = TrainingStep(
         model=net,
@@ -89,8 +91,10 @@ def order(
         change=change,
     )
     tensors = [*net.parameters(), *net.buffers()]
-    update = packed(Updates(optimizer=optimizer, change=change), tensors) if exchanged else None
-    return Order(program=packed(step, tensors), batches=batches, update=update)
+    update = (
+        pack_program(Updates(optimizer=optimizer, change=change), tensors) if exchanged else None
+    )
+    return TracingRequest(program=pack_program(step, tensors), batches=batches, update=update)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def steps() -> dict[tuple[str, str], list[Trace]]:
         order(*made[name], batches=(*FITTED, *OTHERS), precision=precision)
         for name, precision in keys
     ]
-    answer = traced(orders)
+    answer = trace_in_process(orders)
     assert answer.on_cuda
     return dict(zip(keys, answer.traces, strict=True))
 
@@ -147,7 +151,7 @@ def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
             order(*made[name], precision=precision, change=change, exchanged=exchanged)
             for _, _, change, exchanged in own
         ]
-        traces = traced([order(*made[name], precision=precision), *others]).traces[1:]
+        traces = trace_in_process([order(*made[name], precision=precision), *others]).traces[1:]
         found |= {key: each[1] for key, each in zip(own, traces, strict=True)}
     return found
 
@@ -210,7 +214,7 @@ def test_a_step_whose_parameters_have_no_gradient_is_traced_whole() -> None:
     net, sample = Half(), (torch.zeros(4, 8), torch.zeros(4, 8))
     whole = order(net, sample, change="fused")
     exchanged = order(net, sample, change="fused", exchanged=True)
-    _, first, second = traced([order(net, sample), whole, exchanged]).traces
+    _, first, second = trace_in_process([order(net, sample), whole, exchanged]).traces
     assert [t.changes for t in first] == [t.changes for t in second]
 
 
@@ -218,7 +222,7 @@ def test_what_is_frozen_has_no_state() -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
     net[0].requires_grad_(False)
     sample = torch.zeros(4, 64), torch.zeros(4, 64)
-    ((trace,),) = traced([order(net, sample, batches=(2,))]).traces
+    ((trace,),) = trace_in_process([order(net, sample, batches=(2,))]).traces
     events = trace.events(2)
     assert trace.live_bytes(events, len(events) - 1)[STATE] == 2 * 64 * 64 * 4
 
@@ -265,7 +269,7 @@ def test_an_optimizer_step_takes_so_many_times_the_parameters() -> None:
     sample = torch.zeros(4, 256), torch.zeros(4, 256)
     copies: dict[Change, float] = {"as it is": 5.0, "fused": 4.0, "SGD": 3.0}
     orders = [order(net, sample, batches=(2,), change=change) for change in copies]
-    for traces, expected in zip(traced(orders).traces, copies.values(), strict=True):
+    for traces, expected in zip(trace_in_process(orders).traces, copies.values(), strict=True):
         found = traces[0].allocated_bytes(2) / sum(p.nbytes for p in net.parameters())
         assert found == pytest.approx(expected, abs=0.15)
 
@@ -326,10 +330,12 @@ class Watches:
 def test_inference_mode_takes_the_memory_that_a_pass_without_gradients_takes() -> None:
     net = Looks()
     orders = [
-        Order(program=packed(Watches(net, mode), net.parameters()), batches=(6, 9, 33))
+        TracingRequest(
+            program=pack_program(Watches(net, mode), net.parameters()), batches=(6, 9, 33)
+        )
         for mode in (True, False)
     ]
-    inferring, plain = traced(orders).traces
+    inferring, plain = trace_in_process(orders).traces
     assert [t.events(t.batch or 0) for t in inferring] == [t.events(t.batch or 0) for t in plain]
     assert fitted(*inferring) is not None
     operations = [c.place.operation for c in inferring[0].changes if c.place]
@@ -342,14 +348,16 @@ class Fails:
         raise KeyError(f"mine, at {batch} on {recorder.device}")
 
 
-def ordered(program: Program, *batches: int) -> Order:
-    return Order(program=packed(program, []), batches=batches or (6, 9, 33))
+def ordered(program: Program, *batches: int) -> TracingRequest:
+    return TracingRequest(program=pack_program(program, []), batches=batches or (6, 9, 33))
 
 
 def test_values_are_guessed_and_counted_and_different_ways_are_seen(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    plain, parting = traced([ordered(Twice(say="noise")), ordered(Twice(more_above=20))]).traces
+    plain, parting = trace_in_process(
+        [ordered(Twice(say="noise")), ordered(Twice(more_above=20))]
+    ).traces
     lines, first = inspect.getsourcelines(Twice)
     condition, zero = (
         f"test_trace.py:{first + next(n for n, line in enumerate(lines) if code in line)}"
@@ -367,14 +375,33 @@ def test_values_are_guessed_and_counted_and_different_ways_are_seen(
 
 def test_errors_of_the_program_pass_through() -> None:
     with pytest.raises(KeyError, match="mine"):
-        traced([ordered(Fails())])
+        trace_in_process([ordered(Fails())])
     tried = replace(ordered(Fails()), optional=True)
-    assert [len(found) for found in traced([tried, ordered(Twice())]).traces] == [0, 3]
+    assert [len(found) for found in trace_in_process([tried, ordered(Twice())]).traces] == [0, 3]
 
 
 def test_a_process_that_ends_otherwise_is_told() -> None:
     with pytest.raises(AutobatchError, match="ended with code 3"):
-        traced([ordered(Twice(end=True))])
+        trace_in_process([ordered(Twice(end=True))])
+
+
+def leaves(batch: int, recorder: Recorder) -> None:
+    sys.exit(f"no step at {batch} on {recorder.device}")
+
+
+def test_a_program_that_exits_does_not_end_this_process() -> None:
+    with pytest.raises(AutobatchError, match=r"ended with SystemExit\('no step at 6 on cuda:0'\)"):
+        trace_in_process([ordered(leaves)])
+
+
+def test_a_dead_worker_s_last_words_are_in_the_error() -> None:
+    with pytest.raises(AutobatchError, match=r"ended with code -9: \.{1989}all is lost$"):
+        trace_in_process([ordered(complains)])
+
+
+def complains(*_: object) -> None:
+    sys.stderr.write("all is lost".rjust(3000, "."))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_cannot_be_sent_is_refused() -> None:
@@ -389,7 +416,8 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script.write_text(
         "import torch\n"
         "from torch import nn\n"
-        "from autobatch.prediction.tracing_process import Order, packed, traced\n"
+        "from autobatch.prediction.tracing_process import pack_program, trace_in_process\n"
+        "from autobatch.prediction.tracing_worker import TracingRequest\n"
         "class Own(nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -399,8 +427,8 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         "net = Own()\n"
         "def program(batch, recorder):\n"
         "    net(torch.zeros(batch, 4, device=recorder.device)).sum().backward()\n"
-        "order = Order(program=packed(program, net.parameters()), batches=(2,))\n"
-        "print(len(traced([order]).traces))\n"
+        "order = TracingRequest(program=pack_program(program, net.parameters()), batches=(2,))\n"
+        "print(len(trace_in_process([order]).traces))\n"
     )
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -418,7 +446,7 @@ def test_another_build_of_torch_is_traced_as_on_the_cpu(
 ) -> None:
     """Where labels are fake as well, and their count is guessed."""
     monkeypatch.setattr(fake_cuda, "works", lambda: False)
-    answer: Answer = tracing_worker.answer([order(*NETS[name]())])
+    answer: TracingResult = tracing_worker.trace_requests([order(*NETS[name]())])
     assert not answer.on_cuda
     every = fitted(*answer.traces[0])
     assert every is not None
