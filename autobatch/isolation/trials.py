@@ -100,7 +100,7 @@ def _run(
     content = pack_task(task)
     with worker_process() as worker:
         worker.begin(content, tuple(record.trials), prepare=TorchSettings.here().apply)
-        del content  # It is a copy of the model.
+        del content  # A copy of the model.
         ended = _listen(worker, record, math.inf if timeout_seconds is None else timeout_seconds)
     if isinstance(ended, Raised):
         raise ended.error()

@@ -17,19 +17,19 @@ from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import AutobatchError
 from autobatch.prediction import fake_cuda, tracing_worker
 from autobatch.prediction.caching_allocator import replay
-from autobatch.prediction.programs import Change, TrainingStep, Updates
+from autobatch.prediction.programs import StepChange, TrainingStep, Updates
 from autobatch.prediction.trace import (
     GRADIENTS,
     STATE,
     UPDATE,
-    Place,
+    AllocationChange,
+    AllocationSite,
     Program,
     Recorder,
     Trace,
-    fitted,
+    fit_traces,
     with_updates,
 )
-from autobatch.prediction.trace import Change as Event
 from autobatch.prediction.tracing_process import pack_program, trace_in_process
 from autobatch.prediction.tracing_worker import TracingRequest, TracingResult
 from autobatch.training.options import StepOptions
@@ -79,7 +79,7 @@ def order(
     *,
     batches: tuple[int, ...] = FITTED,
     precision: PrecisionName = "fp32",
-    change: Change = "as it is",
+    change: StepChange = "as it is",
     exchanged: bool = False,
 ) -> TracingRequest:
     optimizer = torch.optim.AdamW(net.parameters())
@@ -116,7 +116,7 @@ def test_three_traces_give_the_events_of_every_batch(
     name: str, precision: str, steps: dict[tuple[str, str], list[Trace]]
 ) -> None:
     traces = steps[name, precision]
-    every = fitted(*traces[:2])
+    every = fit_traces(*traces[:2])
     assert every is not None
     for trace, batch in zip(traces[2:], OTHERS, strict=True):
         assert every.events(batch, workspace_bytes=512) == trace.events(batch, workspace_bytes=512)
@@ -137,7 +137,7 @@ def test_the_quick_peak_is_at_most_the_replayed_one(
 def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
     """Steps with other optimizers, traced whole and from another's trace."""
     made = {name: make() for name, make in NETS.items()}
-    keys: list[tuple[str, PrecisionName, Change, bool]] = [
+    keys: list[tuple[str, PrecisionName, StepChange, bool]] = [
         (name, precision, change, exchanged)
         for name in NETS
         for precision in PRECISIONS
@@ -156,11 +156,11 @@ def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
     return found
 
 
-def numbered(trace: Trace) -> list[tuple[int, int, int, Place | None]]:
+def numbered(trace: Trace) -> list[tuple[int, int, int, AllocationSite | None]]:
     """The changes, each name as the number of its first appearance."""
     names: dict[int, int] = {}
     return [
-        (names.setdefault(c.name, len(names)), c.constant, c.slope, c.place) for c in trace.changes
+        (names.setdefault(c.name, len(names)), c.constant, c.slope, c.site) for c in trace.changes
     ]
 
 
@@ -182,13 +182,16 @@ def test_another_optimizers_part_is_all_that_changes(
 
 def part(*gradients: int, state: int = 8, frees: int = 0, steps: int = 1) -> Trace:
     """An optimizer's step on ``gradients`` of so many bytes."""
-    changes = [Event(n, size, 0, Place("", "")) for n, size in enumerate(gradients, 1)]
+    changes = [
+        AllocationChange(n, size, 0, AllocationSite("", "")) for n, size in enumerate(gradients, 1)
+    ]
     begins, ends = (
-        Event(0, 0, 0, Place("", f"an optimizer's step {does}")) for does in ("begins", "ends")
+        AllocationChange(0, 0, 0, AllocationSite("", f"an optimizer's step {does}"))
+        for does in ("begins", "ends")
     )
     for step in range(steps):
-        within = [Event(50 + step, state, 0, Place("optimizer", "zeros_like"))]
-        within += [Event(frees, 0, 0, None)] if frees else []
+        within = [AllocationChange(50 + step, state, 0, AllocationSite("optimizer", "zeros_like"))]
+        within += [AllocationChange(frees, 0, 0, None)] if frees else []
         changes += [begins, *within, ends]
     kinds = dict.fromkeys(range(1, len(gradients) + 1), GRADIENTS) | {50: STATE}
     return Trace(changes=changes, kinds=kinds, guessed={}, batch=3)
@@ -230,9 +233,9 @@ def test_what_is_frozen_has_no_state() -> None:
 def test_tied_parameters_have_gradients(steps: dict[tuple[str, str], list[Trace]]) -> None:
     trace, (net, _) = steps["gpt2", "fp32"][0], gpt2()
     live: dict[int, int] = {}
-    last = max(n for n, c in enumerate(trace.changes) if c.place == UPDATE)
+    last = max(n for n, c in enumerate(trace.changes) if c.site == UPDATE)
     for change in trace.changes[:last]:  # Those of the window: state was made on others.
-        if change.place is None:
+        if change.site is None:
             live.pop(change.name, None)
         elif trace.kinds.get(change.name) == GRADIENTS:
             live[change.name] = change.constant
@@ -256,7 +259,7 @@ def test_sixteen_bits_take_the_kernels_of_cuda(
     steps: dict[tuple[str, str], list[Trace]],
 ) -> None:
     def operations(precision: str) -> set[str]:
-        return {c.place.operation for c in steps["vit", precision][0].changes if c.place}
+        return {c.site.operation for c in steps["vit", precision][0].changes if c.site}
 
     assert "_scaled_dot_product_flash_attention" in operations("bf16")
     assert "_scaled_dot_product_efficient_attention" in operations("fp32")
@@ -267,7 +270,7 @@ def test_an_optimizer_step_takes_so_many_times_the_parameters() -> None:
     """Parameters, gradients, state and temporaries, where hardly anything else is there."""
     net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
     sample = torch.zeros(4, 256), torch.zeros(4, 256)
-    copies: dict[Change, float] = {"as it is": 5.0, "fused": 4.0, "SGD": 3.0}
+    copies: dict[StepChange, float] = {"as it is": 5.0, "fused": 4.0, "SGD": 3.0}
     orders = [order(net, sample, batches=(2,), change=change) for change in copies]
     for traces, expected in zip(trace_in_process(orders).traces, copies.values(), strict=True):
         found = traces[0].allocated_bytes(2) / sum(p.nbytes for p in net.parameters())
@@ -337,8 +340,8 @@ def test_inference_mode_takes_the_memory_that_a_pass_without_gradients_takes() -
     ]
     inferring, plain = trace_in_process(orders).traces
     assert [t.events(t.batch or 0) for t in inferring] == [t.events(t.batch or 0) for t in plain]
-    assert fitted(*inferring) is not None
-    operations = [c.place.operation for c in inferring[0].changes if c.place]
+    assert fit_traces(*inferring) is not None
+    operations = [c.site.operation for c in inferring[0].changes if c.site]
     assert "cublas workspace" in operations
 
 
@@ -367,9 +370,9 @@ def test_values_are_guessed_and_counted_and_different_ways_are_seen(
         f"a condition holds at {condition}": 2,
         f"a value of float32 is 1 at {zero}": 1,
     }
-    assert fitted(*plain) is not None
-    assert fitted(*parting[:2]) is not None
-    assert fitted(*parting) is None
+    assert fit_traces(*plain) is not None
+    assert fit_traces(*parting[:2]) is not None
+    assert fit_traces(*parting) is None
     assert capfd.readouterr() == ("", "")  # And what it prints reaches neither answer nor user.
 
 
@@ -395,12 +398,14 @@ def test_a_program_that_exits_does_not_end_this_process() -> None:
 
 
 def test_a_dead_worker_s_last_words_are_in_the_error() -> None:
-    with pytest.raises(AutobatchError, match=r"ended with code -9: \.{1989}all is lost$"):
+    with pytest.raises(
+        AutobatchError, match=r"ended with code -9: \.{1976}cuda:0 at 6: all is lost$"
+    ):
         trace_in_process([ordered(complains)])
 
 
-def complains(*_: object) -> None:
-    sys.stderr.write("all is lost".rjust(3000, "."))
+def complains(batch: int, recorder: Recorder) -> None:
+    sys.stderr.write(f"{recorder.device} at {batch}: all is lost".rjust(3000, "."))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -448,26 +453,32 @@ def test_another_build_of_torch_is_traced_as_on_the_cpu(
     monkeypatch.setattr(fake_cuda, "works", lambda: False)
     answer: TracingResult = tracing_worker.trace_requests([order(*NETS[name]())])
     assert not answer.on_cuda
-    every = fitted(*answer.traces[0])
+    every = fit_traces(*answer.traces[0])
     assert every is not None
     net = NETS[name]()[0]
     assert every.allocated_bytes(8) > 4 * sum(p.nbytes for p in net.parameters())
     assert every.allocated_bytes(100) > every.allocated_bytes(8)
 
 
-def changes(*rows: tuple[int, int, Place | None]) -> list[Event]:
-    return [Event(name, size, 0, place) for name, size, place in rows]
+def changes(*rows: tuple[int, int, AllocationSite | None]) -> list[AllocationChange]:
+    return [AllocationChange(name, size, 0, place) for name, size, place in rows]
 
 
 def test_an_allocation_of_no_bytes_is_none() -> None:
-    place = Place("forward", "slice")
-    trace = Trace(changes=[Event(1, -100, 100, place), Event(1, 0, 0, None)], kinds={}, guessed={})
+    place = AllocationSite("forward", "slice")
+    trace = Trace(
+        changes=[AllocationChange(1, -100, 100, place), AllocationChange(1, 0, 0, None)],
+        kinds={},
+        guessed={},
+    )
     assert trace.events(1) == []
     assert trace.events(2) == [(1, 100), (1, 0)]
 
 
 def test_a_trace_of_one_batch_is_for_that_batch() -> None:
-    trace = Trace(changes=changes((1, 8, Place("forward", "x"))), kinds={}, guessed={}, batch=3)
+    trace = Trace(
+        changes=changes((1, 8, AllocationSite("forward", "x"))), kinds={}, guessed={}, batch=3
+    )
     assert trace.events(3) == [(1, 8)]
     with pytest.raises(ValueError, match="a batch of 3 only, got 4"):
         trace.events(4)
@@ -475,7 +486,10 @@ def test_a_trace_of_one_batch_is_for_that_batch() -> None:
 
 def test_gradients_are_added_in_place() -> None:
     """As the engine does it for plain tensors: the sum takes the place of the old one."""
-    added, other = Place("backward", "add.Tensor"), Place("backward", "mul.Tensor")
+    added, other = (
+        AllocationSite("backward", "add.Tensor"),
+        AllocationSite("backward", "mul.Tensor"),
+    )
     recorder = Recorder(torch.device("cuda:0"))
     recorder._changes = changes(
         (1, 800, other), (2, 800, other), (3, 800, added), (1, 0, None), (2, 0, None), (3, 0, None)
