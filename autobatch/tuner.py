@@ -14,7 +14,7 @@ from autobatch.data.tree import BatchTree, map_tensors, size_of
 from autobatch.data.worst_case import worst_case_of
 from autobatch.errors import DoesNotFitError
 from autobatch.events import Observer, SizesTimed, TrialStarted
-from autobatch.isolation.process import run_isolated
+from autobatch.isolation.trials import run_isolated
 from autobatch.results.plan import BatchPlan, even_sizes, useful_sizes
 from autobatch.results.search import LimitedBy, SearchResult, Trial
 from autobatch.results.verdict import Verdict

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from autobatch.data.rebatch import Data, open_source
 from autobatch.display import observer_of
 from autobatch.events import Observer
-from autobatch.isolation.process import try_isolated
+from autobatch.isolation.trials import try_isolated
 from autobatch.results.search import SearchResult, Trial
 from autobatch.search.options import STANDARD_SEARCH, SearchOptions, check_search
 from autobatch.state.last_error import forget_last_error

@@ -1,1 +1,1 @@
-"""What differs between builds of torch and torchvision, and between platforms."""
+"""Differences between operating systems, between builds of torch, and between torch settings."""

@@ -1,13 +1,19 @@
-"""Platforms whose driver keeps in the host's memory what the GPU's cannot hold."""
+"""Platforms whose driver moves data to host memory when GPU memory is full."""
 
 import platform
 import sys
 
 
 def spilling_platform() -> str:
-    """Return ``"Windows"`` or ``"WSL"`` where that is so, or ``""``.
+    """Return the platform's name if its GPU driver spills to host memory, and ``""`` if not.
 
-    There nothing runs out: an example just takes many times as long (WSL#11050).
+    On such a platform no allocation fails: an example only takes many times as long (WSL#11050).
+
+    Returns:
+        ``"Windows"``, ``"WSL"`` or ``""``.
+
+    Example:
+        >>> headroom_factor = 2 if spilling_platform() else 1
     """
     if sys.platform == "win32":
         return "Windows"

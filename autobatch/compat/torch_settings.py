@@ -1,4 +1,4 @@
-"""Torch's settings that memory and results hang on: carried to a process, or put back."""
+"""torch's global settings on which memory and results depend: copied to a process, or restored."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,21 @@ import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a script sets at its top, to be set again in another process.
+class TorchSettings:
+    """The settings that a script makes at its top, so that another process can have them too.
 
     Attributes:
-        threads: Of one operation on the CPU.
-        dtype: Of tensors that are made without one.
-        deterministic: Whether operations must be, and whether it is only warned of.
-        cudnn: Enabled, benchmark, deterministic.
-        device: The current GPU; None where CUDA has not been touched.
+        threads: The number of threads of one operation on the CPU.
+        dtype: The dtype of tensors that are made without one.
+        deterministic: Whether operations must be deterministic, and whether torch only warns of
+            operations that are not.
+        cudnn: cuDNN's flags ``enabled``, ``benchmark`` and ``deterministic``.
+        device: The index of the current GPU; None if this process has not used CUDA.
+
+    Example:
+        >>> settings = TorchSettings.here()
+        >>> torch.set_default_dtype(torch.float64)
+        >>> settings.apply()  # The default dtype is the former one again.
     """
 
     threads: int
@@ -24,8 +30,8 @@ class Settings:
     device: int | None
 
     @classmethod
-    def here(cls) -> "Settings":
-        """Return this process's settings. Initialises nothing."""
+    def here(cls) -> "TorchSettings":
+        """Return this process's settings, without initializing CUDA."""
         cudnn = torch.backends.cudnn
         return cls(
             threads=torch.get_num_threads(),
@@ -39,7 +45,7 @@ class Settings:
         )
 
     def apply(self) -> None:
-        """Make them this process's; nothing is touched where they are so already."""
+        """Make these settings this process's, if they are not already."""
         if type(self).here() == self:
             return
         torch.set_num_threads(self.threads)

@@ -1,4 +1,4 @@
-"""torchvision, importable also where its compiled operators do not load."""
+"""An import of torchvision that succeeds even if torchvision's compiled operators do not load."""
 
 import functools
 import importlib
@@ -8,16 +8,20 @@ import torch
 
 
 def import_torchvision() -> ModuleType:
-    """Return torchvision; models and transforms work whether or not its operators load.
+    """Return torchvision; its models and transforms work whether or not its operators load.
 
-    torchvision's default build is for CUDA. Beside a CPU build of torch its operators do not load,
-    and since 0.28 that ends the import itself: it gives the operator ``torchvision::nms`` a fake
-    implementation (``_meta_registrations.py``) although nothing has defined it. Then, and only
-    then, the operator's schema is defined here and the import is run again. Calling the operator
-    (in detection models) fails as before; classification never does.
+    torchvision's default build is for CUDA. Its operators do not load beside a CPU build of torch,
+    and since torchvision 0.28 the import itself fails there: torchvision registers a fake
+    implementation of the operator ``torchvision::nms`` (``_meta_registrations.py``), and no library
+    has defined that operator. Only in this case this function defines the operator's schema and
+    imports torchvision again. A call of the operator, which detection models contain, still fails;
+    classification models do not call the operator.
 
     Raises:
         ImportError: If torchvision or Pillow is not installed.
+
+    Example:
+        >>> model = import_torchvision().models.resnet18(num_classes=10)
     """
     missing = ""
     try:
@@ -40,10 +44,11 @@ def import_torchvision() -> ModuleType:
 
 @functools.cache
 def _define_schemas() -> torch.library.Library:
-    """Define what torchvision 0.28 expects to find, once. The schemas live as long as the library.
+    """Define the operators that torchvision 0.28 expects, once.
 
-    Both stand in torchvision/csrc/ops/nms.cpp and quantized/cpu/qnms_kernel.cpp. To be deleted when
-    ``import torchvision`` succeeds beside a CPU build of torch (test_vision.py tells).
+    The schemas are those of torchvision/csrc/ops/nms.cpp and quantized/cpu/qnms_kernel.cpp. They
+    exist as long as the returned library. This function can be deleted when ``import torchvision``
+    succeeds beside a CPU build of torch; a test in test_vision.py fails then.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):

@@ -1,1 +1,1 @@
-"""A search in a process of its own."""
+"""Functions that run in another process, which may die without harm to this one."""

@@ -1,4 +1,4 @@
-"""What ``python -m autobatch.isolation`` runs: an isolated process, for the parent to talk to."""
+"""The entry point of a worker process: ``python -m autobatch.isolation``."""
 
 from autobatch.isolation.worker import main
 

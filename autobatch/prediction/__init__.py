@@ -1,1 +1,1 @@
-"""The memory of a step on a GPU that is not here."""
+"""The memory of a step on a GPU that is not present."""

@@ -1,4 +1,4 @@
-"""Where a model's activations can be checkpointed without knowing the model."""
+"""Activation checkpointing of any model: repeated blocks run again in the backward pass."""
 
 import functools
 from collections import Counter
@@ -8,12 +8,17 @@ from typing import Final
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Of a model of transformers: the second is the name before, and ends with version 6.
+# Methods of transformers' models; the second one is the older name, gone in version 6.
 _ENABLE: Final = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
-def why_not(model: nn.Module) -> str:
-    """Return why there is nothing to checkpoint, or ``""``."""
+def reason_against(model: nn.Module) -> str:
+    """Return why activation checkpointing cannot be added to the model, or ``""`` if it can.
+
+    Example:
+        >>> reason_against(nn.Linear(2, 2))
+        'the model has no Sequential or ModuleList of repeated blocks'
+    """
     own = _own_ways(model)
     if any(getattr(part, "gradient_checkpointing", False) for m in own for part in m.modules()):
         return "the model does it already"
@@ -23,15 +28,18 @@ def why_not(model: nn.Module) -> str:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep the inputs of each block only, and run it again in the backward pass.
+    """Change the model to keep only each block's inputs, and to run each block again in backward.
 
-    A model that knows how, as those of transformers do, is asked to. Of any other, the blocks are
-    those that ``repeated_blocks`` finds.
+    A model with its own activation checkpointing, such as those of transformers, enables it. In any
+    other model the blocks are those of ``repeated_blocks``.
+
+    Args:
+        model: The model; its blocks' ``forward`` is replaced.
     """
     own = _own_ways(model)
     for module in own:
         enable = _enable_of(module)
-        assert enable is not None, "it has its own way"
+        assert enable is not None, "the module has its own activation checkpointing"
         enable({"use_reentrant": False})
     for block in [] if own else {id(found): found for found in repeated_blocks(model)}.values():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -40,8 +48,8 @@ def checkpoint_activations(model: nn.Module) -> None:
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost blocks: two or more of a class in one ``Sequential`` or ``ModuleList``.
 
-    A block holds modules itself, and is no plain ``Sequential`` or ``ModuleList``: in those, blocks
-    are looked for.
+    A block has child modules, and is no plain ``Sequential``, ``ModuleList`` or ``ModuleDict``.
+    Inside those the search for blocks goes on.
     """
     children = list(model.children())
     kinds: Counter[type[nn.Module]] = Counter()
@@ -65,7 +73,7 @@ def _enable_of(module: nn.Module) -> Callable[[dict[str, bool]], object] | None:
 
 
 def _own_ways(model: nn.Module) -> list[nn.Module]:
-    """The outermost parts that can checkpoint by themselves."""
+    """Return the outermost parts that have their own activation checkpointing."""
     if _enable_of(model) is not None:
         return [model] if getattr(model, "supports_gradient_checkpointing", True) else []
     return [part for child in model.children() for part in _own_ways(child)]

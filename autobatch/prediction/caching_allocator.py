@@ -1,16 +1,16 @@
-"""PyTorch's CUDA caching allocator as rules over integers: what it holds, and where memory ends.
+"""PyTorch's CUDA caching allocator as rules over integers: reserved bytes, and out of memory.
 
 The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` for one device and one stream, with
-every option at its default but ``expandable_segments``. They were read at commits eb42ad6
-and 001074d of pytorch/pytorch and in a later version, which agree; the constants and the
-defaults are those of ``c10/core/AllocatorConfig.h`` in torch 2.13.0. Each rule names the function
-that it follows.
+every option but ``expandable_segments`` at its default. The source was read at commits eb42ad6 and
+001074d of pytorch/pytorch and in a later version, which agree. The constants and the defaults are
+those of ``c10/core/AllocatorConfig.h`` in torch 2.13.0. Each rule names the function that it
+follows.
 
-Assumed, and not modelled: no ``max_split_size_mb``, ``roundup_power2_divisions``,
-``garbage_collection_threshold`` or ``large_segment_size_mb``; no CUDA graphs or memory pools; no
-``record_stream``. The driver is taken to hand out rising addresses, which decide only between
-free blocks of equal size, and to fail exactly when its bytes are gone. An expandable segment has
-endless addresses here, and 9/8 of the GPU's memory in torch.
+The model assumes that these are not used: ``max_split_size_mb``, ``roundup_power2_divisions``,
+``garbage_collection_threshold``, ``large_segment_size_mb``, CUDA graphs, memory pools and
+``record_stream``. It assumes that the driver returns rising addresses, which decide only between
+free blocks of equal size, and that the driver fails exactly when its bytes are used up. In this
+model an expandable segment has endless addresses; in torch it has 9/8 of the GPU's memory.
 """
 
 from bisect import bisect_left, insort
@@ -18,17 +18,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-Event = tuple[int, int]
-"""``(name, bytes)``: above zero bytes are allocated under the name, zero bytes free it."""
+AllocatorEvent = tuple[int, int]
+"""``(name, bytes)``: a positive number of bytes is allocated under the name; 0 frees the name."""
 
 _MIB: Final = 2**20
-_UNIT: Final = 512  # kMinBlockSize: what every block is a multiple of.
+_UNIT: Final = 512  # kMinBlockSize: every block is a multiple of it.
 _SMALL: Final = _MIB  # kSmallSize: the largest block of the small pool.
 _SMALL_SEGMENT: Final = 2 * _MIB  # kSmallBuffer: a segment, or a page, of the small pool.
-_LARGE_SEGMENT: Final = 20 * _MIB  # kLargeBuffer, large_segment_size(): the same of the large.
-_OWN_SEGMENT: Final = 10 * _MIB  # kMinLargeAlloc: from here a request has a segment of its own.
-_STEP: Final = 2 * _MIB  # kRoundLarge: what such a segment is a multiple of.
-_ENDLESS: Final = 2**40  # Pages of addresses in an expandable segment.
+_LARGE_SEGMENT: Final = 20 * _MIB  # kLargeBuffer, large_segment_size(): the same of the large pool.
+_OWN_SEGMENT: Final = 10 * _MIB  # kMinLargeAlloc: a request of this size gets its own segment.
+_STEP: Final = 2 * _MIB  # kRoundLarge: such a segment is a multiple of it.
+_ENDLESS: Final = 2**40  # The number of pages in an expandable segment.
 
 
 def _rounded(size: int, unit: int) -> int:
@@ -41,7 +41,7 @@ def block_bytes(requested: int) -> int:
 
 
 def segment_bytes(block: int) -> int:
-    """Return the bytes asked of the driver for a block (``get_allocation_size``)."""
+    """Return the bytes of the segment that a block of this size needs (``get_allocation_size``)."""
     if block <= _SMALL:
         return _SMALL_SEGMENT
     if block < _OWN_SEGMENT:
@@ -51,14 +51,17 @@ def segment_bytes(block: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a stream of events came to. All sizes are bytes.
+    """The result of a replay of events. All sizes are bytes.
 
     Attributes:
-        peak_allocated: The most in blocks in use at once, as ``torch.cuda.max_memory_allocated``.
-        peak_reserved: The most held from the driver, as ``torch.cuda.max_memory_reserved``. It is
-            not what the events need: under a limit the cache is given back before they fail.
-        failed_at: The event that ran out of memory and ended the replay, or None.
-        peak_at: The event that first reached ``peak_allocated``; None where nothing was allocated.
+        peak_allocated: The peak of the bytes in used blocks, as
+            ``torch.cuda.max_memory_allocated``.
+        peak_reserved: The peak of the bytes that the allocator has from the driver, as
+            ``torch.cuda.max_memory_reserved``. The events may need less: under a limit the
+            allocator releases its cache before an allocation fails.
+        failed_at: The index of the event that ran out of memory and ended the replay, or None.
+        peak_at: The index of the event that first reached ``peak_allocated``; None if no event
+            allocates.
     """
 
     peak_allocated: int
@@ -68,25 +71,29 @@ class Replay:
 
     @property
     def fits(self) -> bool:
-        """Whether every event went through."""
+        """Whether no event ran out of memory."""
         return self.failed_at is None
 
 
 def replay(
-    events: Iterable[Event], *, limit_bytes: int | None = None, expandable: bool = False
+    events: Iterable[AllocatorEvent], *, limit_bytes: int | None = None, expandable: bool = False
 ) -> Replay:
-    """Return what the allocator makes of ``events``, up to the first that runs out of memory.
+    """Replay events through the allocator, up to the first that runs out of memory.
 
     Args:
-        events: In order. Tensors of no bytes take no block and have no events.
-        limit_bytes: What the driver can give this process in all, without what the context and
-            libraries hold beside the allocator; None for no end. More is not always better: a
-            stream that fits can, under a slightly larger limit, be one that fragments and fails.
-        expandable: Replay with ``expandable_segments:True``.
+        events: The events in order. A tensor without bytes takes no block and has no events.
+        limit_bytes: The most bytes that the driver gives the allocator, not counting the CUDA
+            context and the memory of libraries; None for no limit. A larger limit is not always
+            better: events that fit may fragment memory and fail under a slightly larger limit.
+        expandable: Whether the allocator has ``expandable_segments:True``.
 
     Raises:
-        ValueError: If an event allocates a name in use, frees one that is not, or counts below
-            zero.
+        ValueError: If an event allocates a name that is in use, frees a name that is not, or has a
+            negative number of bytes.
+
+    Example:
+        >>> replay([(1, 2**20), (2, 2**20), (1, 0)]).peak_allocated
+        2097152
     """
     allocator = CachingAllocator(limit_bytes, expandable=expandable)
     peak, peak_at, failed_at = 0, None, None
@@ -110,41 +117,51 @@ class CachingAllocator:
     """The state of one GPU's allocator, event by event.
 
     Args:
-        limit_bytes: What the driver gives in all; None for no end. With plain segments
-            ``torch.cuda.set_per_process_memory_fraction`` is the same limit. With expandable ones
-            it is not quite: before torch maps the pages that are missing it holds a whole new
-            segment against the fraction, so it refuses up to a request earlier than the driver,
-            or maps up to a page more than the fraction.
-        expandable: Whether segments grow.
+        limit_bytes: The most bytes that the driver gives; None for no limit. With plain segments
+            ``torch.cuda.set_per_process_memory_fraction`` sets the same limit. With expandable
+            segments its limit differs a little: before torch maps missing pages it compares a whole
+            new segment with the fraction. Torch therefore fails up to one request earlier than the
+            driver, or maps up to one page more than the fraction.
+        expandable: Whether segments are expandable.
+
+    Attributes:
+        allocated_bytes: The bytes in used blocks now.
     """
 
     def __init__(self, limit_bytes: int | None = None, *, expandable: bool = False) -> None:
         self.allocated_bytes = 0
-        self._driver = _Driver(limit_bytes)
-        pool = _ExpandablePool if expandable else _Pool
+        self._driver = _DriverMemory(limit_bytes)
+        pool = _ExpandableSegmentPool if expandable else _SegmentPool
         self._small = pool(self._driver, small=True)
         self._large = pool(self._driver, small=False)
         self._live: dict[int, _Block] = {}
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes held from the driver now."""
+        """The bytes that the allocator has from the driver now."""
         return self._driver.reserved_bytes
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """The most bytes held from the driver so far."""
+        """The most bytes that the allocator has had from the driver."""
         return self._driver.peak_bytes
 
     def allocate(self, name: int, requested: int) -> bool:
-        """Give ``name`` a block, and return whether there was memory for it (``malloc``).
+        """Allocate a block for ``name``, and return whether memory sufficed (``malloc``).
 
-        The cache comes first, then the driver. If that fails, whatever of the cache is wholly
-        free goes back to the driver, and the driver is asked once more.
+        The allocator looks for a cached block, and then asks the driver for a segment. If the
+        driver fails, the allocator returns all free segments to the driver and asks again.
+
+        Args:
+            name: A number that is not in use.
+            requested: The bytes of the tensor, at least 1.
+
+        Raises:
+            ValueError: If the name is in use, or ``requested`` is below 1.
         """
         if requested < 1 or name in self._live:
             raise ValueError(f"cannot allocate {requested} bytes as {name}: below 1, or in use")
-        size = -(-requested // _UNIT) * _UNIT  # block_bytes, written out: this line runs hot.
+        size = -(-requested // _UNIT) * _UNIT  # block_bytes, inlined for speed.
         pool = self._small if size <= _SMALL else self._large
         block = pool.best_fit(size) or pool.grow(size)
         if block is None:
@@ -158,7 +175,11 @@ class CachingAllocator:
         return True
 
     def free(self, name: int) -> None:
-        """Put the block of ``name`` back into the cache (``free_block``)."""
+        """Put the block of ``name`` back into the cache (``free_block``).
+
+        Raises:
+            ValueError: If the name is not in use.
+        """
         block = self._live.pop(name, None)
         if block is None:
             raise ValueError(f"cannot free {name}: it is not allocated")
@@ -166,21 +187,21 @@ class CachingAllocator:
         (self._small if block.size <= _SMALL else self._large).put_back(block)
 
     def release_cached(self) -> None:
-        """Give whatever is wholly free back to the driver (``release_cached_blocks``)."""
+        """Return all segments without a used block to the driver (``release_cached_blocks``)."""
         self._large.release()
         self._small.release()
 
     def segments(self) -> list[list[tuple[int, bool]]]:
         """Return each segment's blocks by address, as ``(bytes, in use)``; small segments first.
 
-        An expandable segment counts once for each run of pages that are mapped, as in
+        Each run of mapped pages of an expandable segment counts as a segment, as in
         ``torch.cuda.memory_snapshot``.
         """
         return [*self._small.segments(), *self._large.segments()]
 
 
-class _Driver:
-    """The memory of the GPU: so many bytes, in any pieces."""
+class _DriverMemory:
+    """The GPU's memory: a number of bytes, in pieces of any size."""
 
     def __init__(self, limit_bytes: int | None) -> None:
         self.reserved_bytes = self.peak_bytes = 0
@@ -200,7 +221,7 @@ class _Driver:
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """A stretch of a segment between two others. Only free ones can be unmapped."""
+    """A part of a segment, between two neighbours. Only a free block can be unmapped."""
 
     address: int
     size: int
@@ -210,7 +231,7 @@ class _Block:
     mapped: bool = True
 
     def cut(self, size: int) -> "_Block":
-        """Keep the first ``size`` bytes, and return the rest."""
+        """Reduce this block to its first ``size`` bytes, and return the rest as a block."""
         rest = _Block(self.address + size, self.size - size, self, self.after)
         if self.after is not None:
             self.after.before = rest
@@ -219,32 +240,32 @@ class _Block:
         return rest
 
     def absorb(self, after: "_Block") -> None:
-        """Take the bytes of the block after this one, which is no more."""
+        """Add the bytes of the next block, which ends to exist."""
         self.size += after.size
         self.after = after.after
         if after.after is not None:
             after.after.before = self
 
 
-class _Pool:
-    """One pool with plain segments: each is what one ``cudaMalloc`` gave, and never grows."""
+class _SegmentPool:
+    """A pool with plain segments: one ``cudaMalloc`` returned each, and a segment never grows."""
 
-    def __init__(self, driver: _Driver, *, small: bool) -> None:
+    def __init__(self, driver: _DriverMemory, *, small: bool) -> None:
         self._driver = driver
-        # should_split: the least that is worth cutting off.
+        # should_split: a smaller rest is not cut off.
         self._least_rest = _UNIT if small else _SMALL + 1
-        self._cached: list[tuple[int, int, _Block]] = []  # By size, then address.
+        self._cached: list[tuple[int, int, _Block]] = []  # Sorted by size, then address.
         self._heads: dict[int, _Block] = {}  # The first block of each segment, by address.
         self._next_address = 0
 
     def best_fit(self, size: int) -> _Block | None:
-        """Take the smallest cached block that holds ``size`` bytes (``get_free_block``)."""
+        """Remove the smallest cached block of at least ``size`` bytes (``get_free_block``)."""
         cached = self._cached
         position = bisect_left(cached, (size,))
         return cached.pop(position)[2] if position < len(cached) else None
 
     def grow(self, size: int) -> _Block | None:
-        """Return a new segment, or None if the driver has no room (``alloc_block``)."""
+        """Return a new segment, or None if the driver has too few bytes (``alloc_block``)."""
         total = segment_bytes(size)
         if not self._driver.take(total):
             return None
@@ -253,18 +274,18 @@ class _Pool:
         return block
 
     def trim(self, block: _Block, size: int) -> None:
-        """Mark the block as in use, and cache what is worth cutting off (``should_split``)."""
+        """Mark the block as used, and cache its rest if it is large enough (``should_split``)."""
         block.free = False
         if block.size - size >= self._least_rest:
             self._cache(block.cut(size))
 
     def put_back(self, block: _Block) -> None:
-        """Cache a block, as one with its free neighbours (``free_block``)."""
+        """Merge a block with its free neighbours, and cache it (``free_block``)."""
         block.free = True
         self._cache(self._merged(block))
 
     def release(self) -> None:
-        """Give each segment back that is free from end to end (``release_blocks``)."""
+        """Return each segment without a used block to the driver (``release_blocks``)."""
         for _, address, block in tuple(self._cached):
             if block.before is None and block.after is None:
                 self._forget(block)
@@ -272,7 +293,7 @@ class _Pool:
                 self._driver.give_back(block.size)
 
     def segments(self) -> list[list[tuple[int, bool]]]:
-        """Each run of mapped blocks, by address."""
+        """Return each run of mapped blocks, by address."""
         runs: list[list[tuple[int, bool]]] = []
         for head in self._heads.values():
             runs.append([])
@@ -286,7 +307,7 @@ class _Pool:
         return [run for run in runs if run]
 
     def _merged(self, block: _Block) -> _Block:
-        """Join a block that is in no list with its like neighbours (``try_merge_blocks``)."""
+        """Merge a block, which is in no list, with its free neighbours (``try_merge_blocks``)."""
         after, before = block.after, block.before
         if after is not None and after.free and after.mapped == block.mapped:
             self._forget(after)
@@ -304,24 +325,24 @@ class _Pool:
         del self._cached[bisect_left(self._cached, (block.size, block.address))]
 
 
-class _ExpandablePool(_Pool):
-    """One pool with ``expandable_segments:True``: one segment, mapped page by page as it grows.
+class _ExpandableSegmentPool(_SegmentPool):
+    """A pool with ``expandable_segments:True``: one segment, which grows page by page.
 
-    Pages are 2 MiB in the small pool and 20 MiB in the large. Behind the last mapped page lies an
-    unmapped block without end; further ones are the holes that giving pages back has left.
+    A page has 2 MiB in the small pool and 20 MiB in the large one. An unmapped block without end
+    follows the last mapped page. Other unmapped blocks are the holes of pages that were returned.
     """
 
-    def __init__(self, driver: _Driver, *, small: bool) -> None:
+    def __init__(self, driver: _DriverMemory, *, small: bool) -> None:
         super().__init__(driver, small=small)
         self._least_rest = _UNIT
         self._page = _SMALL_SEGMENT if small else _LARGE_SEGMENT
         end = self._heads[0] = _Block(0, self._page * _ENDLESS, mapped=False)
-        self._unmapped: list[tuple[int, _Block]] = [(0, end)]  # By address.
+        self._unmapped: list[tuple[int, _Block]] = [(0, end)]  # Sorted by address.
 
     def best_fit(self, size: int) -> _Block | None:
-        """Take the cached block that holds ``size`` bytes and can grow the least.
+        """Remove the cached block of at least ``size`` bytes that can grow the least.
 
-        A block before unmapped pages counts with them, so that the end of the segment is used
+        The unmapped pages after a block count as part of it, so that the end of the segment is used
         last (``get_free_block``).
         """
         cached = self._cached
@@ -334,9 +355,10 @@ class _ExpandablePool(_Pool):
         return cached.pop(position)[2]
 
     def grow(self, size: int) -> _Block | None:
-        """Map pages at the lowest address where they make ``size`` bytes with what is free there.
+        """Map pages at the lowest address where free and new pages make ``size`` bytes.
 
-        What was mapped before the driver ran out stays mapped (``try_allocate_expandable_block``).
+        If the driver runs out, the pages that were mapped until then stay mapped
+        (``try_allocate_expandable_block``).
         """
         block = self._lowest_room(size)
         if not block.mapped and not self._map(block, min(size, block.size)):
@@ -350,12 +372,12 @@ class _ExpandablePool(_Pool):
         return block
 
     def release(self) -> None:
-        """Unmap each page that is free from end to end (``unmap_block``)."""
+        """Unmap each page without a used block (``unmap_block``)."""
         for _, _, block in tuple(self._cached):
             self._unmap(block)
 
     def _lowest_room(self, size: int) -> _Block:
-        """The first of free blocks that have room together (``find_expandable_block``)."""
+        """Return the first of neighbouring free blocks that suffice (``find_expandable_block``)."""
         for _, hole in self._unmapped:
             start = hole.before if hole.before is not None and hole.before.free else hole
             block: _Block | None = start
@@ -368,7 +390,7 @@ class _ExpandablePool(_Pool):
         raise AssertionError("the end of the segment has room for anything")
 
     def _map(self, block: _Block, size: int) -> bool:
-        """Map the pages of the first ``size`` bytes, all or none (``map_block``)."""
+        """Map the first ``size`` bytes, and return whether memory sufficed (``map_block``)."""
         size = _rounded(size, self._page)
         if not self._driver.take(size):
             return False
@@ -410,6 +432,6 @@ class _ExpandablePool(_Pool):
 
 
 def _reach(block: _Block) -> int:
-    """The bytes of a block and of the unmapped pages right behind it."""
+    """Return the bytes of a block and of the unmapped pages right after it."""
     after = block.after
     return block.size + (after.size if after is not None and not after.mapped else 0)

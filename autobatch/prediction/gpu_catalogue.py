@@ -1,11 +1,13 @@
-"""A catalogue of GPUs: what of their memory PyTorch sees, what it cannot use, and what they can do.
+"""A catalogue of GPUs: their memory, the part that the CUDA context takes, and their abilities.
 
-Sizes are of one card without MIG, with ECC where its maker ships it switched on, and on Linux:
-Windows and WSL show nearly all that is listed. Drivers differ by up to one percent; the catalogue
-holds the smallest capacity found. Where a source gives MB or MiB, it means 2**20 bytes.
+Sizes are those of one card without MIG on Linux, with ECC if the maker ships the card with ECC on.
+On Windows and WSL PyTorch sees nearly all listed memory. Capacities differ by up to one percent
+between drivers; the catalogue holds the smallest one found. MB and MiB in a source mean 2**20
+bytes.
 
-What ``nvidia-smi`` lists is from https://github.com/modal-labs/modal-client/pull/2797 and from
-``nvidia-smi`` in public logs; compute capabilities are from https://developer.nvidia.com/cuda-gpus.
+The listed totals of ``nvidia-smi`` are from https://github.com/modal-labs/modal-client/pull/2797
+and from ``nvidia-smi`` in public logs; compute capabilities are from
+https://developer.nvidia.com/cuda-gpus.
 """
 
 import difflib
@@ -18,25 +20,25 @@ from autobatch.units import format_bytes, parse_bytes
 
 _MIB: Final = 2**20
 
-# The context grows with the multiprocessors, each of which it gives a stack and buffers. These
-# bounds hold every published size: T4 0.11 to 0.14 GiB, L4 0.25, RTX 3090 0.31 to 0.41, RTX 4090
+# The context has a stack and buffers for each multiprocessor, so it grows with their number. These
+# bounds include every published size: T4 0.11 to 0.14 GiB, L4 0.25, RTX 3090 0.31 to 0.41, RTX 4090
 # 0.43, L40S 0.4 to 0.5, RTX 5090 0.6, H200 0.66.
 _CONTEXT_PER_MULTIPROCESSOR: Final = (2.5 * _MIB, 5.2 * _MIB)
-_CONTEXT_AT_LEAST: Final = 256 * _MIB  # What the upper bound may not go below: the L4's.
+_CONTEXT_AT_LEAST: Final = 256 * _MIB  # The lowest upper bound, from the L4.
 
-# What the driver holds back of the listed memory, at most, on every card where both are known.
+# The largest part of the listed memory that the driver keeps, over all cards with known sizes.
 _HELD_BACK_BYTES: Final = 544 * _MIB
 _HELD_BACK_FRACTION: Final = 0.016
 
-# Words of a name that tell no two cards apart.
+# Words in names that distinguish no two cards.
 _FILLERS: Final = re.compile("nvidia|geforce|tesla|rtx|generation|gpu")
 
-_VARIANTS: Final = {"ti", "super"}  # Another card than the one without the word.
+_VARIANTS: Final = {"ti", "super"}  # A card with one of these words is another card.
 _NEARLY_SIZE: Final = re.compile(r"\s*-?\d+(?:\.\d+)?\s*[kmgt](?:i?b)?\s*", re.IGNORECASE)
 _SIZE: Final = re.compile(r"\s*\d+(?:\.\d+)?\s*[kmgt]i?b\s*", re.IGNORECASE)
 
-# Where a capacity was read, as it stands there: in logs that many public repositories hold. Both
-# programs print cudaDeviceProp.totalGlobalMem in MiB.
+# The lines of logs, in many public repositories, from which capacities were read. Both programs
+# print cudaDeviceProp.totalGlobalMem in MiB.
 _TORCH: Final = "torch.cuda.get_device_properties: major={}, minor={}, total_memory={}MB"
 _LLAMA: Final = "llama.cpp (ggml_cuda_init): compute capability {}.{}, VMM: yes, VRAM: {} MiB"
 
@@ -46,15 +48,18 @@ class Gpu:
     """One kind of GPU. All sizes are bytes.
 
     Attributes:
-        name: As people say it.
+        name: The usual name.
         listed_bytes: The total that ``nvidia-smi`` lists.
-        capacity_bytes: ``total_memory`` as PyTorch sees it.
-        compute_capability: Major and minor number.
-        context_bytes: The least and the most that a process holds outside the allocator as soon
-            as it uses the GPU. Kernels that libraries load on demand come on top.
-        source: Where the capacity was published: an address, or the line of a public log.
-        derived: Whether the capacity was not published but follows ``visible_bytes``.
-        also: Further words of the names that torch and shops give it.
+        capacity_bytes: The total that PyTorch sees: ``total_memory`` of the device's properties.
+        compute_capability: The major and the minor number.
+        context_bytes: The smallest and the largest size of the CUDA context, which a process has
+            outside the allocator. Kernels that libraries load on demand take more.
+        source: The source of the capacity: an address, or a line of public logs.
+        derived: Whether no source publishes the capacity, and ``visible_bytes`` estimates it.
+        also: Further words in the names that torch and shops use.
+
+    Example:
+        >>> replace(find_gpu("RTX 4090"), name="half", capacity_bytes=12 * 2**30)
     """
 
     name: str
@@ -68,41 +73,46 @@ class Gpu:
 
     @property
     def workspace_bytes(self) -> int:
-        """The workspace that each thread which multiplies takes for cuBLAS.
+        """The bytes of the cuBLAS workspace of each thread that multiplies matrices.
 
-        As ``parseChosenWorkspaceSize`` of ``aten/src/ATen/cuda/CublasHandlePool.cpp`` has it in
-        2026; older versions take 32 MiB on Hopper only. ``CUBLAS_WORKSPACE_CONFIG`` overrules it.
+        The size follows ``parseChosenWorkspaceSize`` of ``aten/src/ATen/cuda/CublasHandlePool.cpp``
+        in 2026. Older versions take 32 MiB on Hopper only. ``CUBLAS_WORKSPACE_CONFIG`` sets another
+        size.
         """
         large = self.compute_capability[0] in (9, 10, 12)
         return 32 * _MIB if large else 2 * 4096 * 1024 + 8 * 16 * 1024
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies in bfloat16 itself: since Ampere."""
+        """Whether the GPU multiplies in bfloat16 itself: since Ampere."""
         return self.compute_capability >= (8, 0)
 
     @property
     def flash(self) -> bool:
-        """Whether PyTorch's flash attention runs on it: since Ampere."""
+        """Whether PyTorch's flash attention runs on the GPU: since Ampere."""
         return self.compute_capability >= (8, 0)
 
 
 def visible_bytes(listed_bytes: int) -> int:
-    """Return the capacity to expect where only the listed total is known.
+    """Return the expected capacity of a card of which only the listed total is known.
 
-    What the driver holds back is taken at its largest, 544 MiB or 1.6 %: no card in the catalogue
-    shows less than this.
+    The driver is assumed to keep 544 MiB or 1.6 %, whichever is more. No card in the catalogue has
+    less than that.
     """
     return listed_bytes - max(_HELD_BACK_BYTES, round(_HELD_BACK_FRACTION * listed_bytes))
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the card of the catalogue that ``name`` means, loosely spelt.
+    """Return the card of the catalogue with this name, in any spelling.
 
-    Case, punctuation, maker and order do not matter: ``"4090"``, ``"nvidia-geforce-rtx-4090"`` and
-    what ``torch.cuda.get_device_name`` says are the same card. A part of a name will do if it
-    belongs to one card only; a whole name wins over longer ones (``"A10"`` is not the A10G), and
-    without the word a Ti is not meant. A size such as ``"24GiB"`` is ``custom_gpu``.
+    Case, punctuation, maker and the order of words do not matter: ``"4090"``,
+    ``"nvidia-geforce-rtx-4090"`` and the result of ``torch.cuda.get_device_name`` are the same
+    card. A part of a name suffices if only one card has it. A whole name comes before longer ones
+    (``"A10"`` is not the A10G), and a name without ``Ti`` is no Ti. A size such as ``"24GiB"``
+    gives ``custom_gpu(name)``.
+
+    Example:
+        >>> find_gpu("rtx4090").capacity_bytes
 
     Raises:
         ValueError: If no card has that name, or several do.
@@ -113,10 +123,10 @@ def find_gpu(name: str) -> Gpu:
         return custom_gpu(name)
     if _NEARLY_SIZE.fullmatch(name):
         raise ValueError(f"a card's memory is written with its unit, such as 24GiB, got {name!r}")
-    asked = _words(name)
-    meant = [gpu for gpu in CATALOGUE if _VARIANTS & _words(gpu.name) <= asked]
-    found = [gpu for gpu in meant if asked and asked <= _words(f"{gpu.name} {gpu.also}")]
-    whole = [gpu for gpu in found if _words(gpu.name) <= asked]
+    wanted = _words(name)
+    meant = [gpu for gpu in CATALOGUE if _VARIANTS & _words(gpu.name) <= wanted]
+    found = [gpu for gpu in meant if wanted and wanted <= _words(f"{gpu.name} {gpu.also}")]
+    whole = [gpu for gpu in found if _words(gpu.name) <= wanted]
     if len(whole or found) == 1:
         return (whole or found)[0]
     if found:
@@ -129,21 +139,24 @@ def find_gpu(name: str) -> Gpu:
 
 
 def safe_bytes(gpu: Gpu) -> int:
-    """What a search would allow the allocator, with the largest context seen on such a card."""
+    """Return the allocator's limit in a search, with the largest context seen on such a card."""
     return gpu.capacity_bytes - gpu.context_bytes[1] - standard_headroom(gpu.capacity_bytes)
 
 
 def possible_bytes(gpu: Gpu) -> int:
-    """What the allocator may get at all: with the smallest context, and no headroom."""
+    """Return the most bytes that the allocator can get: smallest context, no headroom."""
     return gpu.capacity_bytes - gpu.context_bytes[0]
 
 
 def custom_gpu(memory: int | str, *, like: str = "RTX 4090") -> Gpu:
-    """Return a GPU of which PyTorch sees ``memory``, in all else as the card ``like``.
+    """Return a GPU with a memory of any size, which equals the card ``like`` in all else.
 
     Args:
-        memory: Bytes, or text such as ``"24GiB"``.
-        like: A name that ``find_gpu`` knows.
+        memory: The bytes that PyTorch sees, or text such as ``"24GiB"``.
+        like: A name for ``find_gpu``.
+
+    Example:
+        >>> predict(model, data, gpu=custom_gpu("20GiB", like="A100 40GB"))
 
     Raises:
         ValueError: If the memory cannot be read or is not above zero, or ``like`` is not found.
@@ -161,7 +174,7 @@ def custom_gpu(memory: int | str, *, like: str = "RTX 4090") -> Gpu:
 
 
 def _words(name: str) -> set[str]:
-    """Letters and numbers apart, so that ``"A100-80GB"`` and ``"a 100 80"`` are the same."""
+    """Return the words and numbers of a name: ``"A100-80GB"`` and ``"a 100 80"`` give the same."""
     bare = re.sub(r"(\d)\s?gi?b\b", r"\1", _FILLERS.sub(" ", name.lower()))
     return set(re.findall(r"[a-z]+|\d+", bare))
 
@@ -184,7 +197,7 @@ def _card(
     also: str = "",
     context_gib: tuple[float, float] | None = None,
 ) -> Gpu:
-    """One row of the catalogue; without a published capacity or context these are derived."""
+    """Return a row of the catalogue; a capacity or context without a source is estimated."""
     listed = listed_mib * _MIB
     least, most = (round(multiprocessors * each) for each in _CONTEXT_PER_MULTIPROCESSOR)
     context = (least, max(most, _CONTEXT_AT_LEAST))
@@ -284,4 +297,4 @@ CATALOGUE: Final[tuple[Gpu, ...]] = (
         also="180GB 192GB SXM",
     ),
 )
-"""Each card that ``find_gpu`` knows, oldest first."""
+"""The cards that ``find_gpu`` finds, oldest first."""

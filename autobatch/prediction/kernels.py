@@ -1,6 +1,7 @@
-"""What CUDA runs where torch without a GPU would run something else, or nothing.
+"""Operations for which torch runs other kernels on CUDA than without a GPU.
 
-Attention takes a slow kernel there, which keeps every weight; a GRU's cell has no fake form.
+Without a GPU, attention takes a slow kernel that keeps every weight, and a GRU's cell has no fake
+form.
 """
 
 import functools
@@ -18,7 +19,16 @@ RECURRENT_CELLS: Final = (_aten._thnn_fused_lstm_cell.default, _aten._thnn_fused
 
 
 def attention_of_cuda(*, flash: bool) -> Callable[..., Tensor]:
-    """Attention by the kernel that CUDA would choose: aten/.../transformers/cuda/sdp_utils.cpp."""
+    """Return scaled dot-product attention by the kernel that torch would choose on CUDA.
+
+    The choice follows aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+
+    Args:
+        flash: Whether the GPU has flash attention.
+
+    Returns:
+        A function with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+    """
 
     def attention(
         query: Tensor,
@@ -46,7 +56,7 @@ def attention_of_cuda(*, flash: bool) -> Callable[..., Tensor]:
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast hands to attention: it is in its list of operations in 16 bits."""
+    """Return the tensor as autocast passes it to attention, which autocast runs in 16 bits."""
     return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
 
 
@@ -63,7 +73,7 @@ def _kernel(query: Tensor, mask: Tensor | None, grouped: bool, flash: bool) -> s
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None
 ) -> Tensor:
-    """Flash attention; it takes heads whose width is a multiple of 8, and so they are padded."""
+    """Call flash attention with heads that are padded to a width that is a multiple of 8."""
     width = q.shape[-1]
     scale = width**-0.5 if scale is None else scale
     if width % 8:
@@ -93,7 +103,7 @@ def _efficient(
 
 
 def _gru_cell(args: Sequence[Any], _: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The new state, and what the backward pass needs (aten/src/ATen/native/cuda/RNN.cu)."""
+    """Return the new state and the backward pass's workspace (aten/src/ATen/native/cuda/RNN.cu)."""
     state = args[2]
     return state.new_empty(state.shape), state.new_empty(state.shape[0], 5 * state.shape[1])
 
@@ -101,7 +111,7 @@ def _gru_cell(args: Sequence[Any], _: Mapping[str, Any]) -> tuple[Tensor, Tensor
 def _gru_cell_backward(
     args: Sequence[Any], _: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of both gates, of the state, and of both biases."""
+    """Return the gradients of both gates, of the state, and of both biases."""
     gradient, _, has_bias = args
     rows, width = gradient.shape
 
@@ -115,7 +125,7 @@ def _gru_cell_backward(
     return of_gates(), of_gates(), gradient.new_empty(gradient.shape), of_bias(), of_bias()
 
 
-# Of operations that torch has no fake form of.
+# Fake forms of operations for which torch has none.
 FORMS: Final[dict[Any, Callable[..., Any]]] = {
     _aten._thnn_fused_gru_cell.default: _gru_cell,
     _aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,

@@ -1,8 +1,8 @@
-"""What operations on tensors without values return, remembered by what they were given.
+"""A cache of the results of operations on fake tensors.
 
-``FakeTensorMode`` remembers it too, but asks each tensor for all that a tensor can be, which takes
-most of a trace's time. Here only plain tensors are known, by shape, strides, dtype and device;
-whatever else comes is left to it, and so are views.
+``FakeTensorMode`` has a cache too, but reads every property of each tensor, which takes most of a
+trace's time. This cache serves plain tensors only, by shape, strides, dtype and device. Other
+tensors, and operations that return views, go to ``FakeTensorMode``.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _Kind = Literal["new", "in place", "other"]
 
 
 class _Spec(NamedTuple):
-    """How to make a tensor like one that was returned."""
+    """The properties of a tensor that an operation returned."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -35,24 +35,24 @@ class _Spec(NamedTuple):
 
 
 class _Several(NamedTuple):
-    """The same of a tuple or a list."""
+    """The properties of a tuple or a list of tensors."""
 
     kind: type
     parts: list[Any]
 
 
 class _NotPlainError(Exception):
-    """Something is no plain tensor and no plain value."""
+    """A value is neither a plain tensor nor a plain value."""
 
 
-class Remembered:
-    """Runs operations under a ``FakeTensorMode``; what it has seen, it makes by itself."""
+class OperationCache:
+    """Runs an operation under a ``FakeTensorMode``, or returns a copy of its cached result."""
 
     def __init__(self) -> None:
         self._results: dict[Hashable, Any] = {}
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return what ``func`` returns."""
+        """Return ``func(*args, **kwargs)``."""
         kind = _kind(func)
         if kind == "other":
             return func(*args, **kwargs)
@@ -63,7 +63,7 @@ class Remembered:
         if kind == "in place":
             return args[0]
         if key in self._results:
-            with unset_fake_temporarily() as mode:  # None: the user's data have their values now.
+            with unset_fake_temporarily() as mode:  # None while real data are loaded.
                 return _made(self._results[key], mode or _mode_of(args))
         out = func(*args, **kwargs)
         with contextlib.suppress(_NotPlainError):
@@ -73,7 +73,7 @@ class Remembered:
 
 @functools.cache
 def _kind(func: Any) -> _Kind:
-    """Whether ``func`` returns tensors of its own, or its first argument."""
+    """Return whether ``func`` returns new tensors, or works in place on its first argument."""
     schema = func._schema
     if func.namespace != "aten" or not _UNFORESEEN.isdisjoint(func.tags):
         return "other"
@@ -101,7 +101,11 @@ def _described(value: Any) -> Hashable:
 
 
 def _result(out: Any, given: Sequence[Any]) -> Any:
-    """How to make ``out`` again, if nothing in it is part of something else."""
+    """Return the properties of ``out``.
+
+    Raises:
+        _NotPlainError: If a tensor in ``out`` shares memory with another one.
+    """
     taken = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
 
     def of(value: Any) -> Any:
@@ -109,7 +113,7 @@ def _result(out: Any, given: Sequence[Any]) -> Any:
             return _Several(type(value), [of(part) for part in value])
         if isinstance(value, _PLAIN):
             return value
-        _described(value)  # Only what is plain.
+        _described(value)  # Raise if the value is not plain.
         spec = _Spec(value.shape, value.stride(), value.dtype, value.fake_device)
         storage = value.untyped_storage()
         whole = value.storage_offset() == 0 and storage.nbytes() == _bytes(spec)
@@ -134,7 +138,7 @@ def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
 
 
 def _bytes(spec: _Spec) -> int:
-    """What a tensor's memory takes if it holds nothing else."""
+    """Return the bytes of a tensor's memory if the memory holds nothing else."""
     if 0 in spec.shape:
         return 0
     last = sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
@@ -142,7 +146,10 @@ def _bytes(spec: _Spec) -> int:
 
 
 def _made(result: Any, mode: Any) -> Any:
-    """The same once more. Outside ``mode``: the tensor in a fake one is a real one on ``meta``."""
+    """Return a new result with the given properties. Call it outside ``mode``.
+
+    A fake tensor wraps a real tensor on ``meta``, which ``mode`` would make fake.
+    """
     if type(result) is _Several:
         return result.kind(_made(part, mode) for part in result.parts)
     if type(result) is not _Spec:

@@ -1,4 +1,4 @@
-"""The peak over the batch, with the limits of the GPUs, as a picture."""
+"""A figure of the predicted peak over the batch, with the limits of the GPUs."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
@@ -23,51 +23,54 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BEYOND: Final = 1.12  # The curve goes on so far.
-_NEAR: Final = 0.05  # Of the height: limits nearer than this share a label.
-_NAMED: Final = 2  # GPUs in a label.
-_FAR: Final = 4.0  # Where the largest card is so many times the smallest, scales are logarithmic.
-_SAME: Final = 1.01  # Curves that end within a percent are one.
+_BEYOND: Final = 1.12  # The curve ends at this multiple of the largest batch.
+_NEAR: Final = 0.05  # Limits whose distance is less than this part of the height share a label.
+_NAMED: Final = 2  # The number of GPUs that a label names.
+_FAR: Final = 4.0  # Scales are logarithmic if the largest limit is so many times the smallest.
+_SAME: Final = 1.01  # Curves whose ends differ by less than a percent are drawn as one.
 _DASHES: Final = (0, (5, 3))
 _STYLES: Final = ("-", ":")
 
 
 class Predicted(Protocol):
-    """A step on a GPU."""
+    """A prediction for one GPU, as far as the figure needs it."""
 
     @property
     def gpu(self) -> Gpu:
-        """Which one."""
+        """The GPU."""
 
     @property
     def tolerable(self) -> int:
-        """The largest batch that is safe."""
+        """The largest batch that fits safely."""
 
     @property
     def largest(self) -> int:
-        """The largest that may fit."""
+        """The largest batch that may fit."""
 
     @property
     def safe_bytes(self) -> int:
-        """What the allocator may hold at the tolerable batch."""
+        """The most bytes that the allocator may reserve at the tolerable batch."""
 
     @property
     def size(self) -> int:
-        """The batch that ``peak_reserved_bytes`` is about."""
+        """The batch of ``peak_reserved_bytes``."""
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """What the allocator holds at most at ``size``."""
+        """The peak of the bytes that the allocator reserves at ``size``."""
 
     def peak_bytes(self, batch: int) -> int:
-        """Return the peak at a batch."""
+        """Return the peak of allocated bytes at a batch."""
 
     def curve(self, widest: int) -> list[tuple[int, int]]:
-        """Return batches and their peaks."""
+        """Return pairs of a batch and its peak in bytes, up to ``widest`` examples."""
 
 
 def peak_over_batch(predictions: Sequence[Predicted]) -> "Figure":
-    """Return the picture of one GPU and its two limits, or of several and their safe ones.
+    """Return a figure of one GPU with its two limits, or of several with their safe limits.
+
+    Args:
+        predictions: The predictions of the same step for each GPU.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -92,7 +95,7 @@ def peak_over_batch(predictions: Sequence[Predicted]) -> "Figure":
 
 
 def _curves(predictions: Sequence[Predicted], widest: int) -> dict[str, list[tuple[int, int]]]:
-    """One for all GPUs, or two where the kernels of attention make a difference."""
+    """Return one curve for all GPUs, or two if flash attention changes the peak, by label."""
     by_kernel = {prediction.gpu.flash: prediction.curve(widest) for prediction in predictions}
     ends = [curve[-1][1] for curve in by_kernel.values()]
     if max(ends) < _SAME * min(ends):
@@ -102,25 +105,26 @@ def _curves(predictions: Sequence[Predicted], widest: int) -> dict[str, list[tup
 
 
 def _scale_logarithmically(axes: "Axes", predictions: Sequence[Predicted]) -> None:
-    """Both axes, so that small cards lie as far apart as large ones; bytes in powers of two."""
+    """Make both axes logarithmic, with bytes in powers of two, so that small cards lie apart."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
     fitting = [p for p in predictions if p.tolerable]
     least = min((p.safe_bytes for p in fitting), default=1)
     most = max(p.safe_bytes for p in predictions)
     for axis in (axes.xaxis, axes.yaxis):
-        written = axis.get_major_formatter()  # A new scale would write powers of ten.
+        written = axis.get_major_formatter()  # A new scale would replace it by powers of ten.
         (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
         axis.set_major_formatter(written)
         axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_locator(FixedLocator([2**power for power in range(20, 50)]))
-    axes.set_xlim(min((p.tolerable for p in fitting), default=1) / 16)  # Names have room there.
+    # The names of the cards need the room at the left.
+    axes.set_xlim(min((p.tolerable for p in fitting), default=1) / 16)
     axes.set_ylim(least / 1.5, most * 1.3)
 
 
 def _draw_limits(axes: "Axes", prediction: Predicted) -> None:
-    """The safe limit and the other end, and what they allow."""
+    """Draw the safe limit, the largest limit, and the batches that they allow."""
     gpu, safe = prediction.gpu, prediction.safe_bytes
     possible = possible_bytes(gpu)
     axes.axhspan(safe, possible, color=RESERVED, alpha=0.25, linewidth=0, zorder=1)
@@ -140,7 +144,7 @@ def _draw_limits(axes: "Axes", prediction: Predicted) -> None:
 
 
 def _draw_gpus(axes: "Axes", predictions: Sequence[Predicted]) -> None:
-    """Each one's safe limit up to the batch that it tolerates; what lies close is named at once."""
+    """Draw each GPU's safe limit up to its tolerable batch. Close limits share a label."""
     fitting = sorted((p for p in predictions if p.tolerable), key=lambda p: p.safe_bytes)
     for prediction in fitting:
         axes.hlines(
@@ -173,13 +177,13 @@ def _draw_gpus(axes: "Axes", predictions: Sequence[Predicted]) -> None:
 
 
 def _height(axes: "Axes", prediction: Predicted) -> float:
-    """Where its limit is drawn: 0 at the bottom, 1 at the top."""
+    """Return the height of the GPU's limit in the figure: 0 at the bottom, 1 at the top."""
     _, high = axes.transData.transform((1, prediction.safe_bytes))
     return float(axes.transAxes.inverted().transform((0, high))[1])
 
 
 def _name(axes: "Axes", group: Sequence[Predicted]) -> None:
-    """At the beginning of the lowest one's line, over the lines of the others."""
+    """Write a group's label at the beginning of its lowest line."""
     axes.annotate(
         _label(group),
         (0.01, group[0].safe_bytes),
@@ -195,7 +199,7 @@ def _name(axes: "Axes", group: Sequence[Predicted]) -> None:
 
 
 def _label(group: Sequence[Predicted]) -> str:
-    """``"RTX 3090, A10G + 2: 310 to 330"``."""
+    """Return a label such as ``"RTX 3090, A10G + 2: 310 to 330"``."""
     names = ", ".join(prediction.gpu.name for prediction in group[:_NAMED])
     more = f" + {len(group) - _NAMED}" if len(group) > _NAMED else ""
     sizes = sorted({prediction.tolerable for prediction in group})

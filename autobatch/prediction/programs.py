@@ -1,4 +1,4 @@
-"""Steps as programs to be traced: training's own, a forward pass, and one of the user's."""
+"""The steps that can be traced: training's step, a forward pass, and a step that the user wrote."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,38 +20,39 @@ from autobatch.training.evaluation.inference import inference
 from autobatch.training.options import StepOptions
 from autobatch.training.trial_step import TrialStep
 
-Change = Literal["as it is", "fused", "SGD", "checkpointed"]
+StepChange = Literal["as it is", "fused", "SGD", "activation checkpointing"]
 
 _Copied = TypeVar("_Copied")
 
 _MOMENTUM: Final = 0.9
-_TIMES: Final = 3  # State is made, then held to the next step, and that is a step like all others.
+# The first step makes state, the second one meets that state, and the third one is typical.
+_TIMES: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStep:
-    """Training's own window of two micro-batches, as a search rehearses it.
+    """Training's step on a window of two micro-batches, which is the step that a search tries.
 
-    The optimizer's state is there before, as it is from the second step on.
+    The optimizer's state exists before, as it does in training from the second step on.
 
     Attributes:
-        model: On the fake device.
-        options: What a step is.
-        optimizer: Over the model's parameters.
-        sample: Real examples, on the host; they are repeated to any size.
-        change: Of the optimizer, or of the model.
+        model: The model, on the fake device.
+        options: The options of the step.
+        optimizer: The optimizer of the model's parameters.
+        sample: Real examples on the host, which are repeated to any size.
+        change: The change of the optimizer or of the model.
     """
 
     model: nn.Module
     options: StepOptions
     optimizer: Optimizer
     sample: BatchTree
-    change: Change = "as it is"
+    change: StepChange = "as it is"
 
     def __call__(self, batch: int, recorder: Recorder) -> None:
         """Run the window once."""
         optimizer = _changed(self.optimizer, self.change)
-        if self.change == "checkpointed":
+        if self.change == "activation checkpointing":
             checkpoint_activations(self.model)
         step = _train_step(self.options, self.model, optimizer, recorder)
         _label(recorder, [self.model, self.options.loss_module])
@@ -64,17 +65,17 @@ class TrainingStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updates:
-    """Another optimizer's part of a ``TrainingStep``: its state is made, and it steps once.
+    """The optimizer's part of a ``TrainingStep``: the optimizer makes its state, and steps once.
 
     Attributes:
-        optimizer: Over parameters on the fake device, all of which have gradients.
-        change: What becomes of it.
+        optimizer: The optimizer, whose parameters are on the fake device and all have gradients.
+        change: The change of the optimizer.
     """
 
     optimizer: Optimizer
-    change: Change
+    change: StepChange
 
-    def __call__(self, batch: int, recorder: Recorder) -> None:  # noqa: ARG002  # It needs none.
+    def __call__(self, batch: int, recorder: Recorder) -> None:  # noqa: ARG002  # Protocol.
         """Take the steps."""
         optimizer = _changed(self.optimizer, self.change)
         _make_state(optimizer)
@@ -84,13 +85,13 @@ class Updates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardPass:
-    """The forward pass of an evaluation, as a search for inference tries it.
+    """The forward pass of an evaluation, which is the step that a search for inference tries.
 
     Attributes:
-        model: On the fake device.
-        options: What a step is.
-        optimizer: Only what it holds by now takes memory.
-        sample: Real examples, on the host; they are repeated to any size.
+        model: The model, on the fake device.
+        options: The options of the step.
+        optimizer: The optimizer; its present state takes memory.
+        sample: Real examples on the host, which are repeated to any size.
     """
 
     model: nn.Module
@@ -99,7 +100,7 @@ class ForwardPass:
     sample: BatchTree
 
     def __call__(self, batch: int, recorder: Recorder) -> None:
-        """Run it once."""
+        """Run the forward pass once."""
         step = _train_step(self.options, self.model, self.optimizer, recorder)
         _label(recorder, [self.model, self.options.loss_module])
         recorder.label(STATE, _state(self.optimizer))
@@ -112,12 +113,12 @@ class ForwardPass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnStep:
-    """A step of the user's own, taken a few times: what it holds on to is there the next time.
+    """A step that the user wrote, taken three times: tensors that it keeps exist in the next one.
 
     Attributes:
-        step: Takes a step at so many examples.
-        modules: What it holds, on the fake device.
-        optimizers: Those that it holds.
+        step: A function that takes a step at a number of examples.
+        modules: The modules that the step refers to, on the fake device.
+        optimizers: The optimizers that the step refers to.
     """
 
     step: Callable[[int], object]
@@ -134,19 +135,19 @@ class OwnStep:
 
 
 class TracedDevice(CudaDevice):
-    """A GPU that is not here: the next micro-batch is there as early as on CUDA.
+    """A GPU that is not present; the next micro-batch is there as early as on CUDA.
 
-    Copies do not have a stream of their own. A step uses nothing else of its device, unless memory
-    runs out, and here it never does.
+    Copies have no CUDA stream. A step reads other attributes of a device only if memory runs out,
+    and here it never does.
     """
 
     def __init__(self, torch_device: torch.device) -> None:
         self._device = torch_device
-        self.copies_ahead = torch_device.type == "cuda"  # Else this torch cannot play a GPU.
+        self.copies_ahead = torch_device.type == "cuda"  # Otherwise this torch cannot play a GPU.
         self.reads_at_once = not self.copies_ahead
 
     def copied(self, tensor: Tensor) -> Tensor:
-        """Return a copy on the device."""
+        """Return a copy of the tensor on the device."""
         copy = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device
         )
@@ -159,11 +160,11 @@ class TracedDevice(CudaDevice):
         return MemoryDevice.start_copy(self, copy)
 
 
-class TracedFeed(Prefetcher):
-    """Micro-batches on a device that is not there."""
+class TracedPrefetcher(Prefetcher):
+    """A prefetcher of micro-batches to a device that is not present."""
 
     def move(self, nest: BatchTree, *, targets_are_read: bool = False) -> BatchTree:  # noqa: ARG002
-        """Return a copy on the device."""
+        """Return a copy of the batch on the device."""
         return unwrapped(map_tensors(self._device.copied, nest))
 
 
@@ -172,7 +173,7 @@ def _train_step(
 ) -> TrainStep:
     device = TracedDevice(recorder.device)
     step = options.train_step(model, optimizer, device)
-    return replace(step, gradient=replace(step.gradient, feed=TracedFeed(device)))
+    return replace(step, gradient=replace(step.gradient, feed=TracedPrefetcher(device)))
 
 
 def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:
@@ -182,13 +183,13 @@ def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:
             recorder.label("buffers", module.buffers())
 
 
-def _changed(optimizer: Optimizer, change: Change) -> Optimizer:
+def _changed(optimizer: Optimizer, change: StepChange) -> Optimizer:
     if change in ("fused", "SGD"):
-        optimizer.state.clear()  # It is made again; fused, with its step counts on the device.
+        optimizer.state.clear()  # A fused optimizer has its step counts on the device.
     if change == "SGD":
         groups = [{"params": group["params"]} for group in optimizer.param_groups]
         made = torch.optim.SGD(groups, lr=1e-3, momentum=_MOMENTUM)
-        optimizer.state = made.state  # It is to outlive the window, as the given one's does.
+        optimizer.state = made.state  # The state must outlive the window.
         return made
     if change == "fused":
         for group in optimizer.param_groups:
@@ -197,7 +198,7 @@ def _changed(optimizer: Optimizer, change: Change) -> Optimizer:
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """Take a step on gradients of zero: optimizers make their state in their first step."""
+    """Take a step on gradients of zero, in which an optimizer makes its state."""
     groups = optimizer.param_groups
     parameters = [p for group in groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:

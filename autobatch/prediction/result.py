@@ -1,4 +1,4 @@
-"""What a prediction says: of one GPU, beside it of others, and in words."""
+"""The result of a prediction: for one GPU or several, as numbers and in words."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from autobatch.prediction.caching_allocator import replay
 from autobatch.prediction.gpu_catalogue import Gpu, safe_bytes
 from autobatch.prediction.plot import peak_over_batch
-from autobatch.prediction.trace import Place
-from autobatch.prediction.traced_step import Mode, Step
+from autobatch.prediction.trace import AllocationSite
+from autobatch.prediction.traced_step import PredictionMode, TracedStep
 from autobatch.results.memory import Breakdown
 from autobatch.results.plan import BatchPlan
 from autobatch.results.plot import save
@@ -21,16 +21,17 @@ from autobatch.validation import check_size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_POINTS: Final = 40  # Of a curve that is drawn.
+_POINTS: Final = 40  # The number of points of a curve.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """What one change of the step would allow.
+    """The tolerable batch after one change of the step.
 
     Attributes:
-        change: In words.
-        tolerable: The batch that memory would allow, by the same rule.
+        change: The change in words, such as ``"bf16"``.
+        tolerable: The largest batch that memory would allow, by the rule of
+            ``Prediction.tolerable``.
     """
 
     change: str
@@ -42,35 +43,39 @@ class WhatIf:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a step needs on a GPU, and the batch that it tolerates. Made without that GPU.
+    """The memory of a step on a GPU, and its tolerable batch, found without that GPU.
 
     Attributes:
-        gpu: Which one.
-        precision: Of the forward passes; None where a step of one's own sees to it.
-        mode: ``"train"``, ``"inference"``, or ``"own"`` for a step of one's own.
-        tolerable: The largest batch that fits with the largest context seen on such a card and
-            the headroom that a search keeps: the safe end.
-        largest: The largest that fits with the smallest context and no headroom: beyond it memory
-            runs out.
-        by_memory: What memory alone tolerates, however little data there is.
-        limited_by: ``"memory"``, ``"data"`` or ``"ceiling"``: why nothing larger is tolerable.
-            Where it is not memory, both of the above end there, and the notes say what memory
-            allows.
-        desired: As given.
-        size: The batch that the following is about: the tolerable one, ``desired`` if that is
-            smaller, and 1 where none is tolerable.
+        gpu: The GPU.
+        precision: The precision of the forward passes; None for a step that the user wrote.
+        mode: ``"train"``, ``"inference"``, or ``"own"`` for a step that the user wrote.
+        tolerable: The largest batch that fits with the largest CUDA context seen on such a card and
+            with the headroom that a search keeps. It is the safe end of the interval.
+        largest: The largest batch that fits with the smallest context and without headroom. Memory
+            runs out at larger ones.
+        by_memory: The batch that memory tolerates, however few examples the data have.
+        limited_by: ``"memory"``, ``"data"`` or ``"ceiling"``: the reason why no larger batch is
+            tolerable. If the reason is not memory, ``tolerable`` and ``largest`` are at most that
+            bound, and the notes say what memory allows.
+        desired: The argument ``desired``.
+        size: The batch of the following attributes: the tolerable one, or ``desired`` if it is
+            smaller, or 1 if no batch is tolerable.
         peak_allocated_bytes: The peak of allocated bytes at ``size``.
-        peak_reserved_bytes: The peak of what the allocator holds at ``size``.
-        breakdown: What the memory holds at the peak; what a search would keep free is in it.
+        peak_reserved_bytes: The peak of the bytes that the allocator reserves at ``size``.
+        breakdown: The contents of the GPU's memory at the peak, with the headroom of a search.
         at_peak: The phase and the operation that reach the peak.
-        what_ifs: What else would allow which batch.
+        what_ifs: The tolerable batches after changes of the step.
         notes: What the prediction could not know.
-        others: The same step on the other GPUs that were asked for.
+        others: The predictions for the other GPUs.
+
+    Example:
+        >>> found = predict(model, data, gpu="RTX 4090", desired=1024)
+        >>> found.tolerable, found.peak_bytes(64), found.plan
     """
 
     gpu: Gpu
     precision: PrecisionName | None
-    mode: Mode | Literal["own"]
+    mode: PredictionMode | Literal["own"]
     tolerable: int
     largest: int
     by_memory: int
@@ -80,22 +85,22 @@ class Prediction:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     breakdown: Breakdown
-    at_peak: Place
+    at_peak: AllocationSite
     what_ifs: tuple[WhatIf, ...] = ()
     notes: tuple[str, ...] = ()
     others: "tuple[Prediction, ...]" = ()
-    _step: "Step" = field(repr=False)
+    _step: "TracedStep" = field(repr=False)
 
     @property
     def safe_bytes(self) -> int:
-        """What the allocator may hold at the tolerable batch."""
+        """The most bytes that the allocator may reserve at the tolerable batch."""
         return safe_bytes(self.gpu)
 
     @property
     def plan(self) -> BatchPlan | None:
-        """How the desired batch is cut; None where none is desired, or none tolerable.
+        """The micro-batches of the desired batch; None if none is desired, or none is tolerable.
 
-        By memory, not by how little data there is: of that no desired batch can be made anyway.
+        The plan follows from memory, also if the data have fewer examples.
         """
         if self.desired is None or not self.tolerable:
             return None
@@ -103,18 +108,25 @@ class Prediction:
         return BatchPlan(desired=self.desired, tolerable=tolerable)
 
     def peak_bytes(self, batch: int) -> int:
-        """Return the peak of allocated bytes at any batch, fitting or not."""
+        """Return the peak of allocated bytes at a batch, whether it fits or not.
+
+        Args:
+            batch: Examples in a micro-batch.
+
+        Raises:
+            TypeError, ValueError: If ``batch`` is no positive integer.
+        """
         batch = check_size("batch", batch)
         events = self._step.at(batch).events(batch, workspace_bytes=self.gpu.workspace_bytes)
         return replay(events).peak_allocated
 
     @property
     def prior(self) -> Prior:
-        """What a search for the same step on such a GPU begins with."""
+        """The prior with which a search for the same step on such a GPU starts."""
         if not self.tolerable:
             return Prior(tolerable=0)
         widest = 2 * self.largest
-        if self._step.every is None:  # Others would each cost a trace.
+        if self._step.every is None:  # Any other batch would need a trace.
             batches = set(self._step.traces)
         else:
             batches = {1 << n for n in range(widest.bit_length())}
@@ -123,7 +135,11 @@ class Prediction:
         return Prior(tolerable=self.tolerable, limit_bytes=self.safe_bytes, peaks=peaks)
 
     def curve(self, widest: int) -> list[tuple[int, int]]:
-        """Return batches up to ``widest``, ascending, and their peaks: those that cost no trace."""
+        """Return pairs of a batch and its peak in bytes, ascending, without tracing.
+
+        Args:
+            widest: The largest batch.
+        """
         if self._step.every is None:
             batches = sorted(batch for batch in self._step.traces if batch <= widest)
         else:
@@ -131,9 +147,10 @@ class Prediction:
         return [(batch, self.peak_bytes(batch)) for batch in batches]
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return the peak over the batch as a matplotlib ``Figure``, with the limit of each GPU.
+        """Return a matplotlib ``Figure`` of the peak over the batch, with the limit of each GPU.
 
-        It is written to ``path`` too, as ``SearchResult.plot`` does it.
+        Args:
+            path: A file to which the figure is written too, as by ``SearchResult.plot``.
 
         Raises:
             ImportError: If matplotlib is not installed: ``pip install 'torch-autobatch[plot]'``.
@@ -146,7 +163,7 @@ class Prediction:
 
     @property
     def line(self) -> str:
-        """The answer in a line: the tolerable batch as an interval, and the plan."""
+        """The result in one line: the tolerable batch as an interval, and the plan."""
         kind = {"train": "", "inference": "inference", "own": "own step"}[self.mode]
         name = ", ".join(filter(None, [self.gpu.name, self.precision, kind]))
         plan = "" if self.plan is None else f"; {self.plan}"
@@ -154,7 +171,7 @@ class Prediction:
 
     @property
     def lines(self) -> str:
-        """The answers for all GPUs, each in a line with its notes; what all note comes last."""
+        """The results for all GPUs, each in a line with its notes; notes of all GPUs come last."""
         every = [self, *self.others]
         common = [note for note in self.notes if all(note in each.notes for each in every)]
         found = []
@@ -180,5 +197,5 @@ class Prediction:
 
 
 def interval(safe: int, most: int) -> str:
-    """Return both ends in words, or the one that they are."""
+    """Return ``"310 to 330"``, or ``"310"`` if both ends are equal."""
     return f"{safe}" + f" to {most}" * (most > safe)

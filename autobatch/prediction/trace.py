@@ -1,8 +1,9 @@
-"""What a step allocates and frees, found without a GPU, at any batch.
+"""The allocations of a step at any batch, traced without a GPU.
 
-A program runs on tensors without values; each storage that is born or dies is an event. Every
-single allocation is ``c + d * batch`` bytes, so two runs at small batches give the events of every
-batch, and a third proves it. (The total is not: which moment is the peak depends on the batch.)
+A program runs on tensors that have no values, and the recorder notes each storage that is allocated
+or freed. Every single allocation takes ``constant + slope * batch`` bytes. Therefore two runs at
+small batches give the allocations of every batch, and a third run proves them. (The peak is no such
+sum: the moment of the peak depends on the batch.)
 """
 
 import functools
@@ -21,8 +22,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from autobatch.prediction.caching_allocator import Event, block_bytes
-from autobatch.prediction.fake_cuda import OnFakeCuda, fake_cuda, fake_is_real, home_of
+from autobatch.prediction.caching_allocator import AllocatorEvent, block_bytes
+from autobatch.prediction.fake_cuda import OnFakeCuda, fake_cuda, fake_device_of, fake_looks_real
 
 _aten: Final[Any] = torch.ops.aten
 _PRODUCTS: Final = (
@@ -32,75 +33,100 @@ _FLASH_BACKWARD: Final = _aten._scaled_dot_product_flash_attention_backward.defa
 _SUM: Final = "add.Tensor"
 
 
-class Place(NamedTuple):
-    """Where in a step something is allocated: ``("backward", "convolution_backward")``."""
+class AllocationSite(NamedTuple):
+    """The part of a step that allocates a tensor: ``("backward", "convolution_backward")``.
+
+    Attributes:
+        phase: ``"setup"``, ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        operation: The name of the torch operation.
+    """
 
     phase: str
     operation: str
 
 
-ACTIVATIONS: Final = "activations and temporaries"  # What is nothing else.
-WORKSPACE: Final = Place("", "cublas workspace")  # Its bytes are the GPU's.
-WINDOW: Final = Place("", "a window begins")  # No bytes: what follows is done again and again.
-UPDATE: Final = Place("", "an optimizer's step begins")  # No bytes, as its end.
-UPDATED: Final = Place("", "an optimizer's step ends")
+ACTIVATIONS: Final = "activations and temporaries"  # The kind of all other tensors.
+WORKSPACE: Final = AllocationSite("", "cublas workspace")  # The GPU determines its size.
+WINDOW: Final = AllocationSite("", "a window begins")  # A mark without bytes: the rest is repeated.
+UPDATE: Final = AllocationSite("", "an optimizer's step begins")  # A mark without bytes.
+UPDATED: Final = AllocationSite("", "an optimizer's step ends")
 GRADIENTS: Final = "gradients"
 STATE: Final = "optimizer state"
 
 
-class Change(NamedTuple):
-    """An allocation of ``constant + slope * batch`` bytes, or, with ``place`` None, its end."""
+class AllocationChange(NamedTuple):
+    """An allocation of ``constant + slope * batch`` bytes; if ``site`` is None, its end.
+
+    Attributes:
+        name: The number that identifies the allocation; 0 for a mark.
+        constant: Bytes.
+        slope: Bytes per example.
+        site: The part of the step that allocates the tensor.
+    """
 
     name: int
     constant: int
     slope: int
-    place: Place | None
+    site: AllocationSite | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The allocations of a program, as they follow from the batch.
+    """The allocations of a program as functions of the batch.
 
     Attributes:
-        changes: In order.
-        kinds: What a name holds, where that is known: ``"parameters"``, ``"gradients"`` and so on.
-        guessed: How often a value was needed that nobody knows, by what was guessed and where.
-        batch: The only batch that it is right for; None where it is right for every one.
+        changes: The allocations and their ends, in order.
+        kinds: The kind of each allocation whose kind is known, by name: ``"parameters"``,
+            ``"gradients"`` and so on.
+        guessed: How often the program needed an unknown value, by the guess and the line of code.
+        batch: The only batch for which the trace is right; None if it is right for every batch.
     """
 
-    changes: Sequence[Change]
+    changes: Sequence[AllocationChange]
     kinds: dict[int, str]
     guessed: dict[str, int]
     batch: int | None = None
 
-    def events(self, batch: int, *, workspace_bytes: int = 0) -> list[Event]:
-        """Return what the allocator is asked for at ``batch``, with the window done twice.
+    def events(self, batch: int, *, workspace_bytes: int = 0) -> list[AllocatorEvent]:
+        """Return the allocator's events at ``batch``, with the window repeated once.
 
-        The second time it finds the segments that the first has left.
+        In the repetition the allocator has the segments of the first run.
 
         Args:
             batch: Examples in a micro-batch.
-            workspace_bytes: What cuBLAS takes, once for each thread that multiplies matrices.
+            workspace_bytes: The bytes of cuBLAS's workspace, which each thread that multiplies
+                matrices allocates once.
+
+        Raises:
+            ValueError: If the trace is of another batch only.
+
+        Example:
+            >>> replay(trace.events(64, workspace_bytes=gpu.workspace_bytes)).peak_reserved
         """
         if self.batch not in (None, batch):
             raise ValueError(f"this trace is of a batch of {self.batch} only, got {batch}")
-        events: list[Event] = []
-        absent: set[int] = set()  # An allocation may come to nothing at one batch.
+        events: list[AllocatorEvent] = []
+        absent: set[int] = set()  # Allocations that have no bytes at this batch.
         window: int | None = None
-        for name, constant, slope, place in self.changes:
-            size = workspace_bytes if place == WORKSPACE else constant + slope * batch
-            if place == WINDOW:
+        for name, constant, slope, site in self.changes:
+            size = workspace_bytes if site == WORKSPACE else constant + slope * batch
+            if site == WINDOW:
                 window = len(events)
-            elif place is not None and size <= 0:
+            elif site is not None and size <= 0:
                 absent.add(name)
             elif name not in absent:
-                events.append((name, size if place is not None else 0))
+                events.append((name, size if site is not None else 0))
         return events if window is None else events + _again(events[window:])
 
     def allocated_bytes(self, batch: int, *, workspace_bytes: int = 0) -> int:
-        """Return the least that the peak of allocated bytes is at ``batch``, fast.
+        """Return a lower bound of the peak of allocated bytes at ``batch``, quickly.
 
-        What blocks have beyond their tensors, up to 1 MiB each, only a replay knows.
+        A block may be up to 1 MiB larger than its tensor. The bound ignores this surplus, which
+        only a replay through the allocator gives.
+
+        Args:
+            batch: Examples in a micro-batch.
+            workspace_bytes: As for ``events``.
         """
         constant, slope, workspaces, sign = self._columns
         size = constant + slope * batch + workspaces * workspace_bytes
@@ -110,21 +136,21 @@ class Trace:
 
     @functools.cached_property
     def _columns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """For each change, what it is made of: constant, slope, workspaces, and 1 or -1."""
+        """One column for each change: constant, slope, number of workspaces, and 1 or -1."""
         born: dict[int, tuple[int, int, int]] = {}
         rows = []
-        for name, constant, slope, place in self.changes:
-            if place is not None:
-                born[name] = (constant, slope, int(place == WORKSPACE))
-            rows.append((*born[name], 1 if place is not None else -1))
+        for name, constant, slope, site in self.changes:
+            if site is not None:
+                born[name] = (constant, slope, int(site == WORKSPACE))
+            rows.append((*born[name], 1 if site is not None else -1))
         return np.array(rows, dtype=np.int64).reshape(-1, 4).T
 
-    def place_of(self, name: int) -> Place:
-        """Return where ``name``, of an event, was allocated."""
-        return next(c.place for c in self.changes if c.name == abs(name) and c.place is not None)
+    def site_of(self, name: int) -> AllocationSite:
+        """Return the part of the step that allocates ``name``, the name of an event."""
+        return next(c.site for c in self.changes if c.name == abs(name) and c.site is not None)
 
-    def live_bytes(self, events: Sequence[Event], until: int) -> Counter[str]:
-        """Return the bytes in use after event number ``until``, by what they hold."""
+    def live_bytes(self, events: Sequence[AllocatorEvent], until: int) -> Counter[str]:
+        """Return the bytes in use after the event with index ``until``, by kind."""
         held: dict[int, int] = {}
         for name, size in events[: until + 1]:
             if size:
@@ -138,42 +164,42 @@ class Trace:
 
 
 class Program(Protocol):
-    """What is traced."""
+    """A function whose allocations are traced."""
 
     def __call__(self, batch: int, recorder: "Recorder") -> None:
-        """Run at ``batch`` examples; say what is what to ``recorder``."""
+        """Run at ``batch`` examples, and label tensors and the start of the window."""
 
 
 class Recorder(OnFakeCuda):
-    """Notes each storage on the device when it is born and when it dies.
+    """A dispatch mode that notes each allocation and each end of an allocation on a fake device.
 
     Args:
-        device: Whose memory it is.
+        device: The fake device.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._phase = "setup"
-        self._changes: list[Change] = []
+        self._changes: list[AllocationChange] = []
         self._kinds: dict[int, str] = {}
-        self._live: dict[int, int] = {}  # Name by the storage's address.
+        self._live: dict[int, int] = {}  # The names of live allocations, by the storage's address.
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._places: dict[tuple[str, Any], Place] = {}
-        self._multiplied: set[bool] = set()  # Forward passes and backward passes: two threads.
+        self._sites: dict[tuple[str, Any], AllocationSite] = {}
+        self._multiplied: set[bool] = set()  # Forward and backward passes multiply in two threads.
         self._names = 0
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Look on, and see where optimizers' steps begin and end."""
+        """Mark the beginning and the end of each optimizer step inside."""
 
         def begins(optimizer: torch.optim.Optimizer, *_: object) -> None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
             self.label(GRADIENTS, [g for g in gradients if g is not None])
-            self._changes.append(Change(0, 0, 0, UPDATE))
+            self._changes.append(AllocationChange(0, 0, 0, UPDATE))
             self._phase = "optimizer"
 
         def ends(*_: object) -> None:
-            self._changes.append(Change(0, 0, 0, UPDATED))
+            self._changes.append(AllocationChange(0, 0, 0, UPDATED))
             self._phase = "forward"
 
         with ExitStack() as stack:
@@ -185,15 +211,15 @@ class Recorder(OnFakeCuda):
             yield
 
     def begin(self) -> None:
-        """Say that what was made until now was there before the first step."""
+        """End the set-up: tensors that were made until now exist before the first step."""
         self._phase = "forward"
 
     def begin_window(self) -> None:
-        """Say that what follows, up to the end of the program, is done again and again."""
-        self._changes.append(Change(0, 0, 0, WINDOW))
+        """Begin the window, which lasts to the program's end, and which training repeats."""
+        self._changes.append(AllocationChange(0, 0, 0, WINDOW))
 
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Say what the memory of ``tensors`` holds."""
+        """Set the kind of the allocations that hold ``tensors``."""
         for tensor in tensors:
             if tensor.layout is not torch.strided:
                 continue
@@ -202,7 +228,7 @@ class Recorder(OnFakeCuda):
                 self._kinds[name] = kind
 
     def trace(self, batch: int) -> Trace:
-        """Return what was seen, at the batch that was run."""
+        """Return the trace of the program, which has run at ``batch``."""
         changes, same = _in_place_sums(_in_order(self._changes))
         return Trace(
             changes=changes,
@@ -211,74 +237,83 @@ class Recorder(OnFakeCuda):
             batch=batch,
         )
 
-    def seen(self, func: Any, args: Sequence[Any], out: object) -> None:
-        """Note the storages of an operation's results, and what its kernel takes meanwhile."""
+    def operation_ran(self, func: Any, args: Sequence[Any], out: object) -> None:
+        """Note the storages of an operation's results, and the memory that only its kernel uses."""
         phase = "backward" if self.backward else self._phase
-        place = self._places.get((phase, func))
-        if place is None:
+        site = self._sites.get((phase, func))
+        if site is None:
             operation = str(func).removeprefix("aten.").removesuffix(".default")
-            place = self._places[phase, func] = Place(phase, operation)
-        self._note(out, place)
+            site = self._sites[phase, func] = AllocationSite(phase, operation)
+        self._note(out, site)
         if func in _PRODUCTS and self.backward not in self._multiplied:
             self._multiplied.add(self.backward)
             self._born(0, WORKSPACE)
         elif func is _FLASH_BACKWARD:
-            self._changes.append(Change(self._born(_flash_bytes(args[1]), place), 0, 0, None))
+            self._changes.append(
+                AllocationChange(self._born(_flash_bytes(args[1]), site), 0, 0, None)
+            )
 
-    def _note(self, out: object, place: Place) -> None:
+    def _note(self, out: object, site: AllocationSite) -> None:
         if isinstance(out, Tensor):
-            home = home_of(out)
-            # A sparse one is made of others, which have been noted.
-            is_own = home is not None and home.type == self.device.type
+            device = fake_device_of(out)
+            # A sparse tensor consists of strided ones, which the recorder has noted.
+            is_own = device is not None and device.type == self.device.type
             if is_own and out.layout is torch.strided:
-                self._note_storage(out.untyped_storage(), place)
+                self._note_storage(out.untyped_storage(), site)
         elif isinstance(out, list | tuple):
             for part in out:
-                self._note(part, place)
+                self._note(part, site)
 
-    def _note_storage(self, storage: torch.UntypedStorage, place: Place) -> None:
+    def _note_storage(self, storage: torch.UntypedStorage, site: AllocationSite) -> None:
         key = storage._cdata
         if key in self._live or not storage.nbytes():
             return
-        name = self._live[key] = self._born(int(storage.nbytes()), place)
+        name = self._live[key] = self._born(int(storage.nbytes()), site)
         self._watched[name] = weakref.ref(storage, lambda _: self._dies(key, name))
 
-    def _born(self, size: int, place: Place) -> int:
+    def _born(self, size: int, site: AllocationSite) -> int:
         self._names += 1
-        self._changes.append(Change(self._names, size, 0, place))
+        self._changes.append(AllocationChange(self._names, size, 0, site))
         return self._names
 
     def _dies(self, key: int, name: int) -> None:
         del self._watched[name]
         if self._live.get(key) == name:
             del self._live[key]
-        self._changes.append(Change(name, 0, 0, None))
+        self._changes.append(AllocationChange(name, 0, 0, None))
 
 
 def record(load: Callable[[], Program], batch: int, recorder: Recorder, *, flash: bool) -> Trace:
-    """Run what ``load`` returns, which makes its own tensors, and return what was seen.
+    """Return the trace of the program that ``load`` returns.
 
     Args:
-        load: Called on the fake device.
+        load: A function that makes the program with its tensors. It is called while tensors on the
+            recorder's device are fake.
         batch: Examples in a micro-batch.
-        recorder: A new one.
+        recorder: A recorder that has not been used before.
         flash: Whether the GPU has flash attention.
+
+    Raises:
+        Exception: The error that ``load`` or the program raises.
     """
     with fake_cuda(recorder, flash=flash), recorder.recording():
         program = load()
         recorder.begin()
-        with fake_is_real():  # Loading the program has imported what it needs.
+        with fake_looks_real():  # By now the program's libraries are imported.
             program(batch, recorder)
         return recorder.trace(batch)
 
 
-def fitted(small: Trace, larger: Trace, *proofs: Trace) -> Trace | None:
-    """Return the trace of every batch, or None where batches take different ways.
+def fit_traces(small: Trace, larger: Trace, *proofs: Trace) -> Trace | None:
+    """Return the trace of every batch, or None if the allocations differ in more than their size.
 
     Args:
-        small: Of one batch.
-        larger: Of another.
-        proofs: Of others, which have to agree.
+        small: The trace of one batch.
+        larger: The trace of a larger batch.
+        proofs: Traces of other batches, with which the result must agree.
+
+    Example:
+        >>> every = fit_traces(trace_of_6, trace_of_9, trace_of_33)
     """
     assert small.batch is not None, "the trace of one batch"
     assert larger.batch is not None, "the trace of one batch"
@@ -296,17 +331,18 @@ def fitted(small: Trace, larger: Trace, *proofs: Trace) -> Trace | None:
 
 
 def with_updates(step: Trace, other: Trace) -> Trace | None:
-    """Return ``step`` with the optimizer's steps of ``other``, whose state is new.
+    """Return ``step`` with its optimizer steps replaced by those of ``other``.
 
-    What an optimizer takes follows from its parameters and their gradients, not from the batch.
+    The memory of an optimizer depends on its parameters and their gradients, not on the batch.
 
     Args:
-        step: Of one batch or of every one.
-        other: Of an optimizer alone; it steps as often, and makes its state in its first step.
+        step: The trace of a step, at one batch or at every batch.
+        other: The trace of another optimizer alone, which makes its state in its first step.
 
     Returns:
-        None where the steps cannot be exchanged: there are not as many, they find other
-        gradients, or they free what others have made.
+        The new trace; None if the optimizer steps cannot be replaced, because the two traces have
+        different numbers of them or different gradients before them, or because an optimizer step
+        frees a tensor that other code has made.
     """
     ours, theirs = _updates(step), _updates(other)
     if not _exchangeable(step, other, ours, theirs):
@@ -314,7 +350,7 @@ def with_updates(step: Trace, other: Trace) -> Trace | None:
     shift = max((change.name for change in step.changes), default=0)
     gone = {name for name, kind in step.kinds.items() if kind == STATE}
     gone |= {change.name for part in ours for change in step.changes[part]} - {0}
-    changes: list[Change] = []
+    changes: list[AllocationChange] = []
     done = 0
     for our, their in zip(ours, theirs, strict=True):
         changes += step.changes[done : our.start]
@@ -329,9 +365,9 @@ def with_updates(step: Trace, other: Trace) -> Trace | None:
 
 
 def _updates(trace: Trace) -> list[slice]:
-    """Where an optimizer steps, without the marks."""
-    begin = [place for place, change in enumerate(trace.changes) if change.place == UPDATE]
-    end = [place for place, change in enumerate(trace.changes) if change.place == UPDATED]
+    """Return the changes within each optimizer step, without its marks."""
+    begin = [at for at, change in enumerate(trace.changes) if change.site == UPDATE]
+    end = [at for at, change in enumerate(trace.changes) if change.site == UPDATED]
     return [slice(first + 1, last) for first, last in zip(begin, end, strict=True)]
 
 
@@ -349,17 +385,17 @@ def _exchangeable(
     )
 
 
-def _own(changes: Sequence[Change]) -> bool:
-    """Whether what dies in them was born in them."""
-    born = {change.name for change in changes if change.place is not None}
+def _own(changes: Sequence[AllocationChange]) -> bool:
+    """Return whether each allocation that ends here also begins here."""
+    born = {change.name for change in changes if change.site is not None}
     return all(change.name in born for change in changes)
 
 
 def _gradients(trace: Trace, update: slice) -> Counter[tuple[int, int]]:
-    """The gradients that a step finds, each as constant and slope."""
+    """Return constant and slope of each gradient that exists before an optimizer step."""
     live: dict[int, tuple[int, int]] = {}
-    for name, constant, slope, place in trace.changes[: update.start]:
-        if place is None:
+    for name, constant, slope, site in trace.changes[: update.start]:
+        if site is None:
             live.pop(name, None)
         elif trace.kinds.get(name) == GRADIENTS:
             live[name] = (constant, slope)
@@ -367,7 +403,7 @@ def _gradients(trace: Trace, update: slice) -> Counter[tuple[int, int]]:
 
 
 def _alike(one: Trace, other: Trace) -> bool:
-    return [(c.name, c.place) for c in one.changes] == [(c.name, c.place) for c in other.changes]
+    return [(c.name, c.site) for c in one.changes] == [(c.name, c.site) for c in other.changes]
 
 
 def _proves(proof: Trace, found: Trace) -> bool:
@@ -375,19 +411,22 @@ def _proves(proof: Trace, found: Trace) -> bool:
     return _alike(proof, found) and proof.events(proof.batch) == found.events(proof.batch)
 
 
-def _again(window: Sequence[Event]) -> list[Event]:
-    """The same once more, under negative names; what stays from the first time is there."""
+def _again(window: Sequence[AllocatorEvent]) -> list[AllocatorEvent]:
+    """Return the window's events under negative names, without those that no repetition has.
+
+    Allocations that outlive the window exist in the repetition already.
+    """
     born = {name for name, size in window if size}
     die = {name for name, size in window if not size}
     return [(-name, size) for name, size in window if name in born and name in die]
 
 
-def _in_order(changes: Sequence[Change]) -> list[Change]:
-    """Sort what dies at once: autocast lets go of its copies in the order of a hash."""
-    ordered: list[Change] = []
-    dead: list[Change] = []
+def _in_order(changes: Sequence[AllocationChange]) -> list[AllocationChange]:
+    """Sort neighbouring ends by name: autocast frees its copies in the order of a hash table."""
+    ordered: list[AllocationChange] = []
+    dead: list[AllocationChange] = []
     for change in changes:
-        if change.place is None:
+        if change.site is None:
             dead.append(change)
         else:
             ordered += [*sorted(dead), change]
@@ -395,20 +434,25 @@ def _in_order(changes: Sequence[Change]) -> list[Change]:
     return ordered + sorted(dead)
 
 
-def _in_place_sums(changes: Sequence[Change]) -> tuple[list[Change], dict[int, int]]:
-    """Undo what the engine does for a tensor subclass only.
+def _in_place_sums(
+    changes: Sequence[AllocationChange],
+) -> tuple[list[AllocationChange], dict[int, int]]:
+    """Make sums of gradients take place in the old gradient's memory, as for plain tensors.
 
-    It sums gradients in a new tensor, and lets the old one go at once; for plain tensors it adds
-    to the old one. So the new name becomes another one of the old memory: those are returned too.
+    A fake tensor is a tensor subclass, for which autograd's engine puts the sum into a new tensor
+    and frees the old one. To a plain tensor the engine adds the summand in place.
+
+    Returns:
+        The changes, and for each name that was dropped the name of the same memory.
     """
-    kept: list[Change] = []
+    kept: list[AllocationChange] = []
     size: dict[int, int] = {}
-    same: dict[int, int] = {}  # The memory that a name is another name of.
+    same: dict[int, int] = {}  # Dropped names, and the names of the same memory.
     position = 0
     while position < len(changes):
         change = changes[position]
         position += 1
-        if change.place is None:
+        if change.site is None:
             kept.append(change._replace(name=same.get(change.name, change.name)))
             continue
         size[change.name] = change.constant
@@ -424,25 +468,33 @@ def _in_place_sums(changes: Sequence[Change]) -> tuple[list[Change], dict[int, i
 
 
 def _summed_into(
-    change: Change, changes: Sequence[Change], position: int, size: dict[int, int]
-) -> Change | None:
-    """The death, right behind ``change``, of a tensor that it is the sum of."""
-    if change.place != Place("backward", _SUM):
+    change: AllocationChange,
+    changes: Sequence[AllocationChange],
+    position: int,
+    size: dict[int, int],
+) -> AllocationChange | None:
+    """Return the end, right after ``change``, of a summand, if ``change`` allocates a sum."""
+    if change.site != AllocationSite("backward", _SUM):
         return None
     deaths = _deaths(changes, position)
     return next((d for d in deaths if size.get(d.name) == change.constant), None)
 
 
-def _deaths(changes: Sequence[Change], position: int) -> Iterator[Change]:
-    while position < len(changes) and changes[position].place is None:
+def _deaths(changes: Sequence[AllocationChange], position: int) -> Iterator[AllocationChange]:
+    while position < len(changes) and changes[position].site is None:
         yield changes[position]
         position += 1
 
 
 def _flash_bytes(query: Tensor) -> int:
-    """What the backward pass of flash attention keeps in float32 (csrc/flash_attn/flash_api.cpp).
+    """Return the bytes that flash attention's backward pass allocates in float32.
 
-    One gradient of the queries and one sum a row, of lengths rounded up to 128 and widths to 32.
+    For each row the kernel allocates a gradient of the query and one sum. The kernel rounds the
+    length up to a multiple of 128 and the width to a multiple of 32
+    (csrc/flash_attn/flash_api.cpp).
+
+    Args:
+        query: The queries, ``(batch, heads, length, width)``.
     """
     batch, heads, length, width = query.shape
     rows = int(batch * heads) * -(-int(length) // 128) * 128

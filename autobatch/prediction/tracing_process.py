@@ -1,109 +1,51 @@
-"""Programs to be traced in a process of their own: what that changes in torch stays there.
+"""Programs that are traced in worker processes, where torch can be changed without harm.
 
-Programs are sent by cloudpickle, so a script needs no main guard; what lies on the device is sent
-as shapes.
+Programs are sent by cloudpickle, so that a script needs no ``if __name__ == "__main__"``. Only the
+shapes of tensors that lie on the device are sent.
 """
 
 import functools
 import io
-import os
 import pickle
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from contextlib import ExitStack
+from typing import Any, Final, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autobatch.errors import AutobatchError
-from autobatch.isolation.serialization import packer
-from autobatch.prediction.trace import Program, Trace
+from autobatch.errors import TRACED, AutobatchError
+from autobatch.isolation.messages import Raised
+from autobatch.isolation.process import WorkerProcess, worker_process
+from autobatch.isolation.serialization import model_pickler, pack_task
+from autobatch.prediction import tracing_worker
+from autobatch.prediction.trace import Program
+from autobatch.prediction.tracing_worker import TracingRequest, TracingResult, TracingSettings
 
-_TAIL: Final = 2000  # Characters of what the child said last.
-_CHILD: Final = "autobatch.prediction.tracing_worker"
-
-
-class Settings(NamedTuple):
-    """What of this process a step depends on, wherever it is traced.
-
-    Attributes:
-        has_torchvision: Whether it is imported.
-        dtype: That tensors get by default.
-        flash: Whether attention may take flash kernels,
-        efficient: and memory-efficient ones.
-    """
-
-    has_torchvision: bool
-    dtype: torch.dtype
-    flash: bool
-    efficient: bool
-
-    @classmethod
-    def here(cls) -> "Settings":
-        """Return those of this process."""
-        kernels = torch.backends.cuda
-        return cls(
-            has_torchvision="torchvision" in sys.modules,
-            dtype=torch.get_default_dtype(),
-            flash=kernels.flash_sdp_enabled(),
-            efficient=kernels.mem_efficient_sdp_enabled(),
-        )
-
-    def apply(self) -> None:
-        """Set torch's in this process."""
-        torch.set_default_dtype(self.dtype)
-        torch.backends.cuda.enable_flash_sdp(self.flash)
-        torch.backends.cuda.enable_mem_efficient_sdp(self.efficient)
+_TAIL: Final = 2000  # The number of characters of a dead worker's standard error in a message.
+_NO_GPU: Final = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """A program to be traced, packed.
+def pack_program(program: Program, on_device: Iterable[Tensor]) -> bytes:
+    """Return the program as bytes.
 
-    Attributes:
-        program: As ``packed`` returns it.
-        batches: What to trace it at.
-        flash: Whether the GPU has flash attention.
-        optional: Whether an error of the program leaves its traces out, and ends nothing else.
-        update: Its optimizer's part, packed, where that alone differs from the first order.
-    """
-
-    program: bytes
-    batches: tuple[int, ...]
-    flash: bool = True
-    optional: bool = False
-    update: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What came of orders.
-
-    Attributes:
-        traces: A list for each order, a trace for each batch; empty where an optional one failed.
-        on_cuda: False where this build of torch is another, and the CPU's way was traced.
-    """
-
-    traces: list[list[Trace]]
-    on_cuda: bool
-
-
-def packed(program: Program, on_device: Iterable[Tensor]) -> bytes:
-    """Return the program, pickled; tensors ``on_device`` lose their values.
+    Args:
+        program: The program, with all that it refers to.
+        on_device: The tensors of the program that lie on the GPU; their values are not sent.
 
     Raises:
-        TypeError: If something in it cannot be sent to another process.
+        TypeError: If part of the program cannot be sent to another process.
+        AutobatchError: If cloudpickle is not installed.
     """
-    return _dump(program, functools.partial(_as_shape, {id(tensor) for tensor in on_device}))
+    return _pickled(program, functools.partial(_as_shape, {id(tensor) for tensor in on_device}))
 
 
-def holdings(program: object) -> tuple[list[nn.Module], list[Optimizer]]:
-    """Return the modules and the optimizers that would be sent along with ``program``."""
+def modules_and_optimizers(program: object) -> tuple[list[nn.Module], list[Optimizer]]:
+    """Return the modules and the optimizers that would be sent together with ``program``.
+
+    Raises:
+        TypeError: If part of the program cannot be sent to another process.
+    """
     modules: list[nn.Module] = []
     optimizers: list[Optimizer] = []
 
@@ -112,50 +54,73 @@ def holdings(program: object) -> tuple[list[nn.Module], list[Optimizer]]:
             modules.append(value)
         elif isinstance(value, Optimizer):
             optimizers.append(value)
-        return "a tensor" if isinstance(value, Tensor) else None  # Its values are not asked for.
+        return "a tensor" if isinstance(value, Tensor) else None  # Nobody reads its values.
 
-    _dump(program, note)
+    _pickled(program, note)
     return modules, optimizers
 
 
-def traced(orders: Sequence[Order]) -> Answer:
-    """Trace in a new process, which has no GPU.
+def trace_in_processes(parts: Sequence[Sequence[TracingRequest]]) -> list[TracingResult]:
+    """Trace the requests of each part in a worker process of its own, all at the same time.
+
+    Args:
+        parts: Lists of requests.
+
+    Returns:
+        A result for each part.
 
     Raises:
-        Exception: Whatever the program raised there.
-        AutobatchError: If the process ended otherwise.
+        Exception: The error that a program raised in its process.
+        AutobatchError: If a process ended without an answer.
+
+    Example:
+        >>> request = TracingRequest(program=pack_program(step, model.parameters()), batches=(6, 9))
+        >>> (result,) = trace_in_processes([[request]])
     """
-    with tempfile.TemporaryDirectory(prefix="autobatch-") as folder:
-        result = Path(folder) / "result"
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", _CHILD, str(result)],
-            input=pickle.dumps((sys.path, Settings.here(), list(orders))),
-            stdout=subprocess.DEVNULL,  # What the user's code prints has been, or will be, printed.
-            stderr=subprocess.PIPE,
-            env={
-                **os.environ,
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path))),
-            },
-            check=False,
-        )
-        if not result.exists():
-            said = done.stderr.decode(errors="replace").strip()[-_TAIL:]
-            raise AutobatchError(
-                f"the process that traced the step ended with code {done.returncode}: {said}"
-            )
-        answer: Answer | Exception = pickle.loads(result.read_bytes())
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    with ExitStack() as stack:
+        workers = [
+            # The user's own process prints the same text, so the workers' is dropped.
+            stack.enter_context(worker_process(variables=_NO_GPU, silent=True))
+            for _ in parts
+        ]
+        task, prepare = pack_task(tracing_worker.run), TracingSettings.here().apply
+        for worker, requests in zip(workers, parts, strict=True):
+            worker.begin(task, list(requests), prepare=prepare)
+        return [_result(worker) for worker in workers]
 
 
-def _dump(program: object, persistent_id: Callable[[object], object]) -> bytes:
-    stream = io.BytesIO()
-    packing = packer(stream)
-    packing.persistent_id = persistent_id
+def trace_in_process(requests: Sequence[TracingRequest]) -> TracingResult:
+    """Trace the requests in one worker process. Raises what ``trace_in_processes`` raises."""
+    (result,) = trace_in_processes([requests])
+    return result
+
+
+def _result(worker: WorkerProcess) -> TracingResult:
     try:
-        packing.dump(program)
+        message = worker.outcome()
+    except EOFError:
+        message = None
+    if message is None:
+        code = worker.wait()
+        raise AutobatchError(
+            f"the process that traced the step ended with code {code}: "
+            f"{worker.complaints()[-_TAIL:]}"
+        )
+    if isinstance(message, Raised):
+        error = message.error(TRACED)
+        if isinstance(error, Exception):
+            raise error
+        # The step called sys.exit: that ends the tracing, and not the user's session.
+        raise AutobatchError(f"the process that traced the step ended with {error!r}") from error
+    return cast("TracingResult", pickle.loads(cast("bytes", message.value)))
+
+
+def _pickled(program: object, persistent_id: Callable[[object], object]) -> bytes:
+    stream = io.BytesIO()
+    pickler = model_pickler(stream)
+    pickler.persistent_id = persistent_id
+    try:
+        pickler.dump(program)
     except Exception as error:
         raise TypeError(
             f"model, optimizer, loss or step cannot be sent to another process: {error}"
@@ -164,7 +129,7 @@ def _dump(program: object, persistent_id: Callable[[object], object]) -> bytes:
 
 
 def _as_shape(on_device: set[int], value: object) -> tuple[Any, ...] | None:
-    """Return how to make a tensor like ``value``, or None where it is pickled."""
+    """Return the description of a tensor on the device; None for a value that is pickled."""
     if not isinstance(value, Tensor) or not (id(value) in on_device or value.is_cuda):
         return None
     shape, dtype = tuple(value.shape), value.dtype

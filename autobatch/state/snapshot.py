@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from autobatch.compat.torch_settings import Settings
+from autobatch.compat.torch_settings import TorchSettings
 from autobatch.devices.base import HOST, on_host
 from autobatch.signals import deferred_interrupt
 from autobatch.state.rng import Restore, random_state
@@ -70,7 +70,7 @@ def preserved(
     restores: list[Restore] = [
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
         _dispatch_modes(),
-        Settings.here().apply,
+        TorchSettings.here().apply,
     ]
     try:
         children = [child for root in modules for child in root.modules()]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autobatch.prediction.trace import Recorder, Trace
-from autobatch.prediction.tracing_process import Order, packed, traced
+from autobatch.prediction.tracing_process import pack_program, trace_in_process
+from autobatch.prediction.tracing_worker import TracingRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ def traces(program: PublishedLoop | LadderStep, batches: Sequence[int]) -> list[
         RuntimeError: If this build of torch refuses tensors of a GPU that does not exist.
     """
     tensors = [*program.model.parameters(), *program.model.buffers()]
-    order = Order(program=packed(program, tensors), batches=tuple(batches))
-    answer = traced([order])
+    request = TracingRequest(program=pack_program(program, tensors), batches=tuple(batches))
+    answer = trace_in_process([request])
     if not answer.on_cuda:
         raise RuntimeError("this build of torch refuses tensors of a GPU that does not exist")
     return answer.traces[0]

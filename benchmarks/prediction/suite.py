@@ -12,7 +12,7 @@ from autobatch.compat.torchvision import import_torchvision
 from autobatch.prediction.caching_allocator import replay
 from autobatch.prediction.gpu_catalogue import Gpu, find_gpu
 from autobatch.prediction.predict import predict
-from autobatch.prediction.trace import Trace, fitted
+from autobatch.prediction.trace import Trace, fit_traces
 from benchmarks.harness.records import Records
 from benchmarks.prediction.programs import LadderStep, traces, without_values
 from benchmarks.prediction.published_runs import DATA, compare
@@ -94,7 +94,7 @@ def _on_the_ladder(models: dict[str, dict[str, Any]], ladder: list[int], records
             with without_values():
                 net = timm.create_model(name, pretrained=False)
             program = LadderStep(model=net, pixels=published["image_size"])
-            trace = fitted(*traces(program, _SIZES))
+            trace = fit_traces(*traces(program, _SIZES))
             if trace is None:
                 raise ValueError("two batches take different ways")
         except Exception as error:  # noqa: BLE001  # The other models are tried anyway.

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from autobatch.compat import torchvision as vision
+from autobatch.compat import torchvision
 
 
 def in_a_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
@@ -39,8 +39,8 @@ def test_nothing_is_defined_where_torchvision_imports_by_itself(
 ) -> None:
     healthy = ModuleType("torchvision")
     monkeypatch.setitem(sys.modules, "torchvision", healthy)
-    monkeypatch.setattr(vision, "_define_schemas", lambda: pytest.fail("defined all the same"))
-    assert vision.import_torchvision() is healthy
+    monkeypatch.setattr(torchvision, "_define_schemas", lambda: pytest.fail("defined all the same"))
+    assert torchvision.import_torchvision() is healthy
 
 
 def importing_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -56,7 +56,7 @@ def test_what_is_not_installed_is_named_with_the_way_out(
 ) -> None:
     importing_raises(monkeypatch, ModuleNotFoundError(f"No module named {name!r}", name=name))
     with pytest.raises(ImportError, match=rf"{name}.*pip install 'torch-autobatch\[vision\]'"):
-        vision.import_torchvision()
+        torchvision.import_torchvision()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_any_other_failure_passes_through(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     importing_raises(monkeypatch, error)
-    monkeypatch.setattr(vision, "_define_schemas", lambda: pytest.fail("not the reason"))
+    monkeypatch.setattr(torchvision, "_define_schemas", lambda: pytest.fail("not the reason"))
     with pytest.raises(type(error)) as caught:
-        vision.import_torchvision()
+        torchvision.import_torchvision()
     assert caught.value is error

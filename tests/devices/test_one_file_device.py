@@ -247,7 +247,6 @@ FLAGS = {"is_cuda", "is_xpu", "is_mps", "is_cpu"}
 ALLOWED = {
     "devices/": "where a kind is known",
     "compat/": "what differs between builds of torch, CUDA's current device among it",
-    "settings.py": "CUDA's current device is a setting of torch, like its number of threads",
     "prediction/": "plays a CUDA GPU that is not here",
 }
 

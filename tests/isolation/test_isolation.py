@@ -32,9 +32,10 @@ from autobatch import (
     find_largest,
 )
 from autobatch.events import Event, Observer, SearchEnded, SearchStarted, TrialEnded, TrialStarted
-from autobatch.isolation import process as parent
-from autobatch.isolation.messages import Raised, packed, unpacked
-from autobatch.isolation.process import run_isolated
+from autobatch.isolation import trials
+from autobatch.isolation.messages import Raised
+from autobatch.isolation.serialization import pack_task, unpack_task
+from autobatch.isolation.trials import run_isolated
 
 ROOT = Path(__file__).parents[2]
 ISOLATED = SearchOptions(isolate=True)
@@ -154,7 +155,6 @@ def test_a_script_without_a_main_guard_finds_the_same_size_in_isolation(tmp_path
 def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    others = children()  # A test before this one may have left a worker of a loader.
     model, data, events = Fragile(4, exit_above=5), rows(6), list[Event]()
     optimizer = torch.optim.Adam(model.parameters())
     before, objects = fingerprint(model, optimizer), identities(model, optimizer)
@@ -178,7 +178,7 @@ def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
     assert events[-1] == SearchEnded(search=found)
     pairs = list(zip(events[1:-1:2], events[2:-1:2], strict=True))
     assert pairs == [(TrialStarted(size=t.size), TrialEnded(trial=t)) for t in found.trials]
-    assert children() == others
+    assert not children()
 
 
 def untouchable(*_: object) -> None:
@@ -249,7 +249,7 @@ def test_a_process_that_dies_outside_a_trial_is_an_error_that_says_what_is_known
 
 
 def test_so_many_deaths_in_a_row_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parent, "_MOST_DEATHS", 1)
+    monkeypatch.setattr(trials, "_MOST_DEATHS", 1)
     with pytest.raises(ProcessDiedError, match="exit status 7, before any size had run"):
         run_isolated(functools.partial(trying, (1, 2), dies), observer=lambda _: None)
 
@@ -306,7 +306,7 @@ def test_what_is_sent_shares_its_memory_where_it_arrives() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     wide = torch.arange(10.0)
     task = functools.partial(print, model, optimizer, wide[:5], wide[5:])
-    arrived = unpacked(bytes(packed(task)))
+    arrived = unpack_task(bytes(pack_task(task)))
     assert isinstance(arrived, functools.partial)
     model, optimizer, left, right = arrived.args
     assert optimizer.param_groups[0]["params"][0] is next(model.parameters())
@@ -353,7 +353,7 @@ def test_isolation_is_asked_for_with_true_or_false() -> None:
 
 WAITING = """
 import os, signal, time
-from autobatch.isolation.process import run_isolated
+from autobatch.isolation.trials import run_isolated
 
 def wait(observer, history):
     print(os.getpid(), signal.getsignal(signal.SIGINT).name, flush=True)
@@ -383,6 +383,34 @@ def test_no_process_is_left_by_ctrl_c_nor_by_a_parent_that_is_killed(tmp_path: P
     assert not first.is_running()
     killed.communicate()
     second.wait(10)
+
+
+TRACING = """
+import os, time
+from autobatch import peak
+
+def step(batch):
+    with open("unfinished", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("unfinished", "pid")
+    time.sleep(600)
+
+try:
+    peak(step, gpu="T4")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_no_process_is_left_by_ctrl_c_in_a_prediction(tmp_path: Path) -> None:
+    predicting = script(tmp_path, TRACING)
+    while not (tmp_path / "pid").exists():
+        assert predicting.poll() is None
+        time.sleep(0.1)
+    worker = psutil.Process(int((tmp_path / "pid").read_text()))
+    predicting.send_signal(signal.SIGINT)
+    assert predicting.communicate() == ("interrupted\n", "")
+    assert not worker.is_running()
 
 
 def there(_observer: Observer, _history: Sequence[Trial]) -> dict[str, object]:

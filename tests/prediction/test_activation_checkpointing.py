@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from autobatch.compat.torchvision import import_torchvision
 from autobatch.prediction.activation_checkpointing import (
     checkpoint_activations,
+    reason_against,
     repeated_blocks,
-    why_not,
 )
-from autobatch.prediction.trace import fitted
-from autobatch.prediction.tracing_process import traced
+from autobatch.prediction.trace import fit_traces
+from autobatch.prediction.tracing_process import trace_in_process
 
 WIDTH, DEPTH = 64, 8
 
@@ -60,7 +60,7 @@ def test_blocks_are_found_where_a_model_repeats_itself(
         model = getattr(import_torchvision().models, name)()
     blocks = list(repeated_blocks(model))
     assert (len(blocks), {type(block).__name__ for block in blocks}) == (count, kinds)
-    assert bool(why_not(model)) == (not blocks)
+    assert bool(reason_against(model)) == (not blocks)
 
 
 def test_a_checkpointed_model_has_the_same_gradients() -> None:
@@ -81,8 +81,10 @@ def test_a_checkpointed_model_has_the_same_gradients() -> None:
 
 def test_a_checkpointed_step_keeps_the_inputs_of_its_blocks_and_one_block() -> None:
     net, sample = Deep(), (torch.zeros(4, WIDTH), torch.zeros(4, dtype=torch.long))
-    answer = traced([order(net, sample), order(net, sample, change="checkpointed")])
-    plain, saved = (fitted(*traces) for traces in answer.traces)
+    answer = trace_in_process(
+        [order(net, sample), order(net, sample, change="activation checkpointing")]
+    )
+    plain, saved = (fit_traces(*traces) for traces in answer.traces)
     assert plain is not None
     assert saved is not None
     batch = 2**16
@@ -102,7 +104,7 @@ def test_a_model_of_transformers_is_asked_to_do_it() -> None:
             self.inner = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9))
 
     model = Wrapped()
-    assert why_not(model) == ""
+    assert reason_against(model) == ""
     checkpoint_activations(model)
-    assert why_not(model) == "the model does it already"
+    assert reason_against(model) == "the model does it already"
     assert not any("forward" in vars(module) for module in model.modules()), "not wrapped as well"

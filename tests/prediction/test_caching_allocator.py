@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.prediction.caching_allocator import (
+    AllocatorEvent,
     CachingAllocator,
-    Event,
     Replay,
     block_bytes,
     replay,
@@ -22,7 +22,7 @@ ENDLESS = 2**60
 drawn = settings(deadline=None, max_examples=200, derandomize=True)
 
 
-def in_mib(*events: tuple[int, float]) -> list[Event]:
+def in_mib(*events: tuple[int, float]) -> list[AllocatorEvent]:
     return [(name, int(size * MIB)) for name, size in events]
 
 
@@ -247,7 +247,7 @@ def test_a_replay_says_where_the_peak_was_first_reached() -> None:
 
 
 def test_a_replay_ends_at_the_event_that_fails() -> None:
-    def events() -> Iterator[Event]:
+    def events() -> Iterator[AllocatorEvent]:
         yield from in_mib((1, 10), (2, 10), (3, 10))
         raise AssertionError("read on after the failure")
 
@@ -277,7 +277,9 @@ def test_no_events_need_nothing() -> None:
         ([(1, 5), (1, 0), (1, 0)], "cannot free 1"),
     ],
 )
-def test_events_that_contradict_each_other_are_refused(events: list[Event], message: str) -> None:
+def test_events_that_contradict_each_other_are_refused(
+    events: list[AllocatorEvent], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         replay(events)
 
@@ -447,9 +449,9 @@ expandables = st.booleans()
 
 
 @st.composite
-def streams(draw: st.DrawFn) -> list[Event]:
+def streams(draw: st.DrawFn) -> list[AllocatorEvent]:
     """Events that could be a program's: what is freed is in use."""
-    events: list[Event] = []
+    events: list[AllocatorEvent] = []
     live: list[int] = []
     for name, size in enumerate(draw(st.lists(sizes, max_size=40))):
         events.append((name, size))
@@ -459,7 +461,9 @@ def streams(draw: st.DrawFn) -> list[Event]:
     return events
 
 
-def same_at_each_event(events: list[Event], plain: Plain, allocator: CachingAllocator) -> None:
+def same_at_each_event(
+    events: list[AllocatorEvent], plain: Plain, allocator: CachingAllocator
+) -> None:
     """Fail at the first difference; what one of them could not allocate is never freed."""
     refused = set()
     for name, size in events:
@@ -477,7 +481,7 @@ def same_at_each_event(events: list[Event], plain: Plain, allocator: CachingAllo
 @drawn
 @given(events=streams(), limit=limits, expandable=expandables)
 def test_every_event_leaves_what_the_plain_version_leaves(
-    events: list[Event], limit: int, expandable: bool
+    events: list[AllocatorEvent], limit: int, expandable: bool
 ) -> None:
     plain = Plain(limit, expandable=expandable)
     same_at_each_event(events, plain, CachingAllocator(limit, expandable=expandable))
@@ -492,7 +496,7 @@ def test_the_comparison_can_fail() -> None:
 @drawn
 @given(events=streams(), limit=limits, expandable=expandables)
 def test_the_counts_are_those_of_the_living_blocks(
-    events: list[Event], limit: int, expandable: bool
+    events: list[AllocatorEvent], limit: int, expandable: bool
 ) -> None:
     allocator = CachingAllocator(limit, expandable=expandable)
     live: dict[int, int] = {}
@@ -514,7 +518,7 @@ def test_the_counts_are_those_of_the_living_blocks(
 
 @drawn
 @given(events=streams(), expandable=expandables)
-def test_when_all_is_freed_all_can_go_back(events: list[Event], expandable: bool) -> None:
+def test_when_all_is_freed_all_can_go_back(events: list[AllocatorEvent], expandable: bool) -> None:
     allocator = after(expandable=expandable)
     live = set()
     for name, size in events:
@@ -535,7 +539,7 @@ def test_when_all_is_freed_all_can_go_back(events: list[Event], expandable: bool
 @drawn
 @given(events=streams(), expandable=expandables)
 def test_what_was_reserved_without_a_limit_is_a_limit_that_changes_nothing(
-    events: list[Event], expandable: bool
+    events: list[AllocatorEvent], expandable: bool
 ) -> None:
     free = replay(events, expandable=expandable)
     assert replay(events, limit_bytes=free.peak_reserved, expandable=expandable) == free
@@ -543,7 +547,9 @@ def test_what_was_reserved_without_a_limit_is_a_limit_that_changes_nothing(
 
 @drawn
 @given(events=streams(), expandable=expandables)
-def test_less_than_the_living_bytes_is_never_enough(events: list[Event], expandable: bool) -> None:
+def test_less_than_the_living_bytes_is_never_enough(
+    events: list[AllocatorEvent], expandable: bool
+) -> None:
     live: dict[int, int] = {}
     most = 0
     for name, size in events:

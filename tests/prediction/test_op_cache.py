@@ -10,8 +10,8 @@ from test_trace import NETS, PRECISIONS, order
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autobatch.prediction import tracing_worker as child
-from autobatch.prediction.op_cache import Remembered
+from autobatch.prediction import tracing_worker
+from autobatch.prediction.op_cache import OperationCache
 from autobatch.training.engine.precision import PrecisionName
 
 aten: Any = torch.ops.aten
@@ -23,16 +23,16 @@ def test_a_trace_is_the_same_where_nothing_is_remembered(
     name: str, precision: PrecisionName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ordered = order(*NETS[name](), precision=precision)
-    (remembered,) = child.answer([ordered]).traces
+    (remembered,) = tracing_worker.trace_requests([ordered]).traces
     calls = 0
 
-    def forget(_: Remembered, func: Any, args: Any, kwargs: Any) -> Any:
+    def forget(_: OperationCache, func: Any, args: Any, kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return func(*args, **kwargs)
 
-    monkeypatch.setattr(Remembered, "__call__", forget)
-    (forgotten,) = child.answer([ordered]).traces
+    monkeypatch.setattr(OperationCache, "__call__", forget)
+    (forgotten,) = tracing_worker.trace_requests([ordered]).traces
     assert calls > 10
     assert [t.changes for t in remembered] == [t.changes for t in forgotten]
     assert [t.kinds for t in remembered] == [t.kinds for t in forgotten]
@@ -41,7 +41,7 @@ def test_a_trace_is_the_same_where_nothing_is_remembered(
 @contextlib.contextmanager
 def counted() -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     """A new one, and the operations that came to torch."""
-    remembered = Remembered()
+    remembered = OperationCache()
     ran: list[Any] = []
     kept: dict[Any, Any] = {}
 
@@ -111,7 +111,7 @@ def test_values_that_are_known_stay_known() -> None:
         three = torch.tensor(3.0)
     assert isinstance(three, FakeTensor)
     assert three.constant is not None
-    remembered = Remembered()
+    remembered = OperationCache()
     with mode:
         assert remembered(aten.add.Tensor, (three, 1.0), {}).constant is not None
         assert remembered(aten.add.Tensor, (three, 1.0), {}).constant is not None

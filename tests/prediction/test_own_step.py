@@ -14,7 +14,7 @@ import autobatch
 from autobatch import DoesNotFitError, peak
 from autobatch.prediction.gpu_catalogue import custom_gpu
 from autobatch.prediction.result import Prediction
-from autobatch.prediction.tracing_process import holdings
+from autobatch.prediction.tracing_process import modules_and_optimizers
 
 MIB = 2**20
 CARD = custom_gpu("3GiB")
@@ -91,7 +91,9 @@ def test_a_ceiling_bounds_what_is_tolerable_and_memory_s_answer_is_told(
 def test_what_a_step_holds_is_found_wherever_it_is() -> None:
     net, lists = nn.Linear(2, 2), [{"twin": nn.ReLU()}]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    modules, optimizers = holdings(lambda batch: (optimizer, lists, net(torch.zeros(batch, 2))))
+    modules, optimizers = modules_and_optimizers(
+        lambda batch: (optimizer, lists, net(torch.zeros(batch, 2)))
+    )
     assert {id(net), id(lists[0]["twin"])} <= set(map(id, modules))
     assert optimizers == [optimizer]
 

@@ -15,12 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import BatchPlan, DoesNotFitError, SearchOptions, predict
-from autobatch.prediction import fake_cuda as fakecuda
+from autobatch.prediction import fake_cuda, tracing_worker
 from autobatch.prediction import traced_step as module
-from autobatch.prediction import tracing_worker as child
 from autobatch.prediction.gpu_catalogue import Gpu, custom_gpu
 from autobatch.prediction.result import Prediction
-from autobatch.prediction.tracing_process import Answer, Order
+from autobatch.prediction.tracing_worker import TracingRequest, TracingResult
 from autobatch.units import format_bytes
 
 CARD = custom_gpu("3GiB")
@@ -161,28 +160,28 @@ class Parting(nn.Module):
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
-    """Orders, traced in this process as on the CPU, which is the fall-back too, and quick."""
-    seen: list[Order] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[TracingRequest]:
+    """Requests, traced in this process as on the CPU, which is the fall-back too, and quick."""
+    seen: list[TracingRequest] = []
 
-    def here(orders: list[Order]) -> Answer:
-        seen.extend(orders)
-        return child.answer(orders)
+    def here(parts: list[list[TracingRequest]]) -> list[TracingResult]:
+        seen.extend(request for part in parts for request in part)
+        return [tracing_worker.trace_requests(part) for part in parts]
 
-    monkeypatch.setattr(fakecuda, "works", lambda: False)
-    monkeypatch.setattr(module, "traced", here)
+    monkeypatch.setattr(fake_cuda, "works", lambda: False)
+    monkeypatch.setattr(module, "trace_in_processes", here)
     return seen
 
 
 def test_a_step_that_batches_take_differently_is_traced_at_each(
-    asked: list[Order], monkeypatch: pytest.MonkeyPatch
+    asked: list[TracingRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LARGEST", 64)
     data = torch.zeros(16, 64), torch.zeros(16, dtype=torch.long)
     sgd = functools.partial(torch.optim.SGD, lr=0.1, fused=True)
     found = predict(Parting(), data, gpu=CARD, optimizer=sgd, precision="bf16")
     assert found.tolerable == 64
-    assert {order.batches for order in asked} >= {(64,), (6, 9, 33)}
+    assert {request.batches for request in asked} >= {(64,), (6, 9, 33)}
     assert any("different ways" in note for note in found.notes)
     assert any("traced as on the CPU" in note for note in found.notes)
     before = len(asked)
@@ -333,7 +332,7 @@ def test_bad_arguments_are_refused_before_anything_is_traced(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "traced", lambda _: pytest.fail("traced"))
+    monkeypatch.setattr(module, "trace_in_processes", lambda _: pytest.fail("traced"))
     with pytest.raises(error, match=message):
         predict(cnn(), **{"data": IMAGES, **arguments})  # type: ignore[arg-type]
 

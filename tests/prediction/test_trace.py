@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,23 +15,23 @@ from torch import nn
 
 from autobatch.compat.torchvision import import_torchvision
 from autobatch.errors import AutobatchError
-from autobatch.prediction import fake_cuda as fakecuda
-from autobatch.prediction import tracing_worker as child
+from autobatch.prediction import fake_cuda, tracing_worker
 from autobatch.prediction.caching_allocator import replay
-from autobatch.prediction.programs import Change, TrainingStep, Updates
+from autobatch.prediction.programs import StepChange, TrainingStep, Updates
 from autobatch.prediction.trace import (
     GRADIENTS,
     STATE,
     UPDATE,
-    Place,
+    AllocationChange,
+    AllocationSite,
     Program,
     Recorder,
     Trace,
-    fitted,
+    fit_traces,
     with_updates,
 )
-from autobatch.prediction.trace import Change as Event
-from autobatch.prediction.tracing_process import Answer, Order, packed, traced
+from autobatch.prediction.tracing_process import pack_program, trace_in_process
+from autobatch.prediction.tracing_worker import TracingRequest, TracingResult
 from autobatch.training.engine.precision import PrecisionName
 from autobatch.training.options import StepOptions
 
@@ -78,9 +79,9 @@ def order(
     *,
     batches: tuple[int, ...] = FITTED,
     precision: PrecisionName = "fp32",
-    change: Change = "as it is",
+    change: StepChange = "as it is",
     exchanged: bool = False,
-) -> Order:
+) -> TracingRequest:
     optimizer = torch.optim.AdamW(net.parameters())
     step = TrainingStep(
         model=net,
@@ -90,8 +91,10 @@ def order(
         change=change,
     )
     tensors = [*net.parameters(), *net.buffers()]
-    update = packed(Updates(optimizer=optimizer, change=change), tensors) if exchanged else None
-    return Order(program=packed(step, tensors), batches=batches, update=update)
+    update = (
+        pack_program(Updates(optimizer=optimizer, change=change), tensors) if exchanged else None
+    )
+    return TracingRequest(program=pack_program(step, tensors), batches=batches, update=update)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ def steps() -> dict[tuple[str, str], list[Trace]]:
         order(*made[name], batches=(*FITTED, *OTHERS), precision=precision)
         for name, precision in keys
     ]
-    answer = traced(orders)
+    answer = trace_in_process(orders)
     assert answer.on_cuda
     return dict(zip(keys, answer.traces, strict=True))
 
@@ -113,7 +116,7 @@ def test_three_traces_give_the_events_of_every_batch(
     name: str, precision: str, steps: dict[tuple[str, str], list[Trace]]
 ) -> None:
     traces = steps[name, precision]
-    every = fitted(*traces[:2])
+    every = fit_traces(*traces[:2])
     assert every is not None
     for trace, batch in zip(traces[2:], OTHERS, strict=True):
         assert every.events(batch, workspace_bytes=512) == trace.events(batch, workspace_bytes=512)
@@ -134,7 +137,7 @@ def test_the_quick_peak_is_at_most_the_replayed_one(
 def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
     """Steps with other optimizers, traced whole and from another's trace."""
     made = {name: make() for name, make in NETS.items()}
-    keys: list[tuple[str, PrecisionName, Change, bool]] = [
+    keys: list[tuple[str, PrecisionName, StepChange, bool]] = [
         (name, precision, change, exchanged)
         for name in NETS
         for precision in PRECISIONS
@@ -148,16 +151,16 @@ def exchanges() -> dict[tuple[str, str, str, bool], Trace]:
             order(*made[name], precision=precision, change=change, exchanged=exchanged)
             for _, _, change, exchanged in own
         ]
-        traces = traced([order(*made[name], precision=precision), *others]).traces[1:]
+        traces = trace_in_process([order(*made[name], precision=precision), *others]).traces[1:]
         found |= {key: each[1] for key, each in zip(own, traces, strict=True)}
     return found
 
 
-def numbered(trace: Trace) -> list[tuple[int, int, int, Place | None]]:
+def numbered(trace: Trace) -> list[tuple[int, int, int, AllocationSite | None]]:
     """The changes, each name as the number of its first appearance."""
     names: dict[int, int] = {}
     return [
-        (names.setdefault(c.name, len(names)), c.constant, c.slope, c.place) for c in trace.changes
+        (names.setdefault(c.name, len(names)), c.constant, c.slope, c.site) for c in trace.changes
     ]
 
 
@@ -179,13 +182,16 @@ def test_another_optimizers_part_is_all_that_changes(
 
 def part(*gradients: int, state: int = 8, frees: int = 0, steps: int = 1) -> Trace:
     """An optimizer's step on ``gradients`` of so many bytes."""
-    changes = [Event(n, size, 0, Place("", "")) for n, size in enumerate(gradients, 1)]
+    changes = [
+        AllocationChange(n, size, 0, AllocationSite("", "")) for n, size in enumerate(gradients, 1)
+    ]
     begins, ends = (
-        Event(0, 0, 0, Place("", f"an optimizer's step {does}")) for does in ("begins", "ends")
+        AllocationChange(0, 0, 0, AllocationSite("", f"an optimizer's step {does}"))
+        for does in ("begins", "ends")
     )
     for step in range(steps):
-        within = [Event(50 + step, state, 0, Place("optimizer", "zeros_like"))]
-        within += [Event(frees, 0, 0, None)] if frees else []
+        within = [AllocationChange(50 + step, state, 0, AllocationSite("optimizer", "zeros_like"))]
+        within += [AllocationChange(frees, 0, 0, None)] if frees else []
         changes += [begins, *within, ends]
     kinds = dict.fromkeys(range(1, len(gradients) + 1), GRADIENTS) | {50: STATE}
     return Trace(changes=changes, kinds=kinds, guessed={}, batch=3)
@@ -211,7 +217,7 @@ def test_a_step_whose_parameters_have_no_gradient_is_traced_whole() -> None:
     net, sample = Half(), (torch.zeros(4, 8), torch.zeros(4, 8))
     whole = order(net, sample, change="fused")
     exchanged = order(net, sample, change="fused", exchanged=True)
-    _, first, second = traced([order(net, sample), whole, exchanged]).traces
+    _, first, second = trace_in_process([order(net, sample), whole, exchanged]).traces
     assert [t.changes for t in first] == [t.changes for t in second]
 
 
@@ -219,7 +225,7 @@ def test_what_is_frozen_has_no_state() -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
     net[0].requires_grad_(False)
     sample = torch.zeros(4, 64), torch.zeros(4, 64)
-    ((trace,),) = traced([order(net, sample, batches=(2,))]).traces
+    ((trace,),) = trace_in_process([order(net, sample, batches=(2,))]).traces
     events = trace.events(2)
     assert trace.live_bytes(events, len(events) - 1)[STATE] == 2 * 64 * 64 * 4
 
@@ -227,9 +233,9 @@ def test_what_is_frozen_has_no_state() -> None:
 def test_tied_parameters_have_gradients(steps: dict[tuple[str, str], list[Trace]]) -> None:
     trace, (net, _) = steps["gpt2", "fp32"][0], gpt2()
     live: dict[int, int] = {}
-    last = max(n for n, c in enumerate(trace.changes) if c.place == UPDATE)
+    last = max(n for n, c in enumerate(trace.changes) if c.site == UPDATE)
     for change in trace.changes[:last]:  # Those of the window: state was made on others.
-        if change.place is None:
+        if change.site is None:
             live.pop(change.name, None)
         elif trace.kinds.get(change.name) == GRADIENTS:
             live[change.name] = change.constant
@@ -253,7 +259,7 @@ def test_sixteen_bits_take_the_kernels_of_cuda(
     steps: dict[tuple[str, str], list[Trace]],
 ) -> None:
     def operations(precision: str) -> set[str]:
-        return {c.place.operation for c in steps["vit", precision][0].changes if c.place}
+        return {c.site.operation for c in steps["vit", precision][0].changes if c.site}
 
     assert "_scaled_dot_product_flash_attention" in operations("bf16")
     assert "_scaled_dot_product_efficient_attention" in operations("fp32")
@@ -264,9 +270,9 @@ def test_an_optimizer_step_takes_so_many_times_the_parameters() -> None:
     """Parameters, gradients, state and temporaries, where hardly anything else is there."""
     net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
     sample = torch.zeros(4, 256), torch.zeros(4, 256)
-    copies: dict[Change, float] = {"as it is": 5.0, "fused": 4.0, "SGD": 3.0}
+    copies: dict[StepChange, float] = {"as it is": 5.0, "fused": 4.0, "SGD": 3.0}
     orders = [order(net, sample, batches=(2,), change=change) for change in copies]
-    for traces, expected in zip(traced(orders).traces, copies.values(), strict=True):
+    for traces, expected in zip(trace_in_process(orders).traces, copies.values(), strict=True):
         found = traces[0].allocated_bytes(2) / sum(p.nbytes for p in net.parameters())
         assert found == pytest.approx(expected, abs=0.15)
 
@@ -327,13 +333,15 @@ class Watches:
 def test_inference_mode_takes_the_memory_that_a_pass_without_gradients_takes() -> None:
     net = Looks()
     orders = [
-        Order(program=packed(Watches(net, mode), net.parameters()), batches=(6, 9, 33))
+        TracingRequest(
+            program=pack_program(Watches(net, mode), net.parameters()), batches=(6, 9, 33)
+        )
         for mode in (True, False)
     ]
-    inferring, plain = traced(orders).traces
+    inferring, plain = trace_in_process(orders).traces
     assert [t.events(t.batch or 0) for t in inferring] == [t.events(t.batch or 0) for t in plain]
-    assert fitted(*inferring) is not None
-    operations = [c.place.operation for c in inferring[0].changes if c.place]
+    assert fit_traces(*inferring) is not None
+    operations = [c.site.operation for c in inferring[0].changes if c.site]
     assert "cublas workspace" in operations
 
 
@@ -343,14 +351,16 @@ class Fails:
         raise KeyError(f"mine, at {batch} on {recorder.device}")
 
 
-def ordered(program: Program, *batches: int) -> Order:
-    return Order(program=packed(program, []), batches=batches or (6, 9, 33))
+def ordered(program: Program, *batches: int) -> TracingRequest:
+    return TracingRequest(program=pack_program(program, []), batches=batches or (6, 9, 33))
 
 
 def test_values_are_guessed_and_counted_and_different_ways_are_seen(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    plain, parting = traced([ordered(Twice(say="noise")), ordered(Twice(more_above=20))]).traces
+    plain, parting = trace_in_process(
+        [ordered(Twice(say="noise")), ordered(Twice(more_above=20))]
+    ).traces
     lines, first = inspect.getsourcelines(Twice)
     condition, zero = (
         f"test_trace.py:{first + next(n for n, line in enumerate(lines) if code in line)}"
@@ -360,22 +370,43 @@ def test_values_are_guessed_and_counted_and_different_ways_are_seen(
         f"a condition holds at {condition}": 2,
         f"a value of float32 is 1 at {zero}": 1,
     }
-    assert fitted(*plain) is not None
-    assert fitted(*parting[:2]) is not None
-    assert fitted(*parting) is None
+    assert fit_traces(*plain) is not None
+    assert fit_traces(*parting[:2]) is not None
+    assert fit_traces(*parting) is None
     assert capfd.readouterr() == ("", "")  # And what it prints reaches neither answer nor user.
 
 
 def test_errors_of_the_program_pass_through() -> None:
     with pytest.raises(KeyError, match="mine"):
-        traced([ordered(Fails())])
+        trace_in_process([ordered(Fails())])
     tried = replace(ordered(Fails()), optional=True)
-    assert [len(found) for found in traced([tried, ordered(Twice())]).traces] == [0, 3]
+    assert [len(found) for found in trace_in_process([tried, ordered(Twice())]).traces] == [0, 3]
 
 
 def test_a_process_that_ends_otherwise_is_told() -> None:
     with pytest.raises(AutobatchError, match="ended with code 3"):
-        traced([ordered(Twice(end=True))])
+        trace_in_process([ordered(Twice(end=True))])
+
+
+def leaves(batch: int, recorder: Recorder) -> None:
+    sys.exit(f"no step at {batch} on {recorder.device}")
+
+
+def test_a_program_that_exits_does_not_end_this_process() -> None:
+    with pytest.raises(AutobatchError, match=r"ended with SystemExit\('no step at 6 on cuda:0'\)"):
+        trace_in_process([ordered(leaves)])
+
+
+def test_a_dead_worker_s_last_words_are_in_the_error() -> None:
+    with pytest.raises(
+        AutobatchError, match=r"ended with code -9: \.{1976}cuda:0 at 6: all is lost$"
+    ):
+        trace_in_process([ordered(complains)])
+
+
+def complains(batch: int, recorder: Recorder) -> None:
+    sys.stderr.write(f"{recorder.device} at {batch}: all is lost".rjust(3000, "."))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_cannot_be_sent_is_refused() -> None:
@@ -390,7 +421,8 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script.write_text(
         "import torch\n"
         "from torch import nn\n"
-        "from autobatch.prediction.tracing_process import Order, packed, traced\n"
+        "from autobatch.prediction.tracing_process import pack_program, trace_in_process\n"
+        "from autobatch.prediction.tracing_worker import TracingRequest\n"
         "class Own(nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -400,15 +432,15 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         "net = Own()\n"
         "def program(batch, recorder):\n"
         "    net(torch.zeros(batch, 4, device=recorder.device)).sum().backward()\n"
-        "order = Order(program=packed(program, net.parameters()), batches=(2,))\n"
-        "print(len(traced([order]).traces))\n"
+        "order = TracingRequest(program=pack_program(program, net.parameters()), batches=(2,))\n"
+        "print(len(trace_in_process([order]).traces))\n"
     )
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(child.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(tracing_worker.__file__).parents[2])},
     )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
@@ -418,29 +450,35 @@ def test_another_build_of_torch_is_traced_as_on_the_cpu(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where labels are fake as well, and their count is guessed."""
-    monkeypatch.setattr(fakecuda, "works", lambda: False)
-    answer: Answer = child.answer([order(*NETS[name]())])
+    monkeypatch.setattr(fake_cuda, "works", lambda: False)
+    answer: TracingResult = tracing_worker.trace_requests([order(*NETS[name]())])
     assert not answer.on_cuda
-    every = fitted(*answer.traces[0])
+    every = fit_traces(*answer.traces[0])
     assert every is not None
     net = NETS[name]()[0]
     assert every.allocated_bytes(8) > 4 * sum(p.nbytes for p in net.parameters())
     assert every.allocated_bytes(100) > every.allocated_bytes(8)
 
 
-def changes(*rows: tuple[int, int, Place | None]) -> list[Event]:
-    return [Event(name, size, 0, place) for name, size, place in rows]
+def changes(*rows: tuple[int, int, AllocationSite | None]) -> list[AllocationChange]:
+    return [AllocationChange(name, size, 0, place) for name, size, place in rows]
 
 
 def test_an_allocation_of_no_bytes_is_none() -> None:
-    place = Place("forward", "slice")
-    trace = Trace(changes=[Event(1, -100, 100, place), Event(1, 0, 0, None)], kinds={}, guessed={})
+    place = AllocationSite("forward", "slice")
+    trace = Trace(
+        changes=[AllocationChange(1, -100, 100, place), AllocationChange(1, 0, 0, None)],
+        kinds={},
+        guessed={},
+    )
     assert trace.events(1) == []
     assert trace.events(2) == [(1, 100), (1, 0)]
 
 
 def test_a_trace_of_one_batch_is_for_that_batch() -> None:
-    trace = Trace(changes=changes((1, 8, Place("forward", "x"))), kinds={}, guessed={}, batch=3)
+    trace = Trace(
+        changes=changes((1, 8, AllocationSite("forward", "x"))), kinds={}, guessed={}, batch=3
+    )
     assert trace.events(3) == [(1, 8)]
     with pytest.raises(ValueError, match="a batch of 3 only, got 4"):
         trace.events(4)
@@ -448,7 +486,10 @@ def test_a_trace_of_one_batch_is_for_that_batch() -> None:
 
 def test_gradients_are_added_in_place() -> None:
     """As the engine does it for plain tensors: the sum takes the place of the old one."""
-    added, other = Place("backward", "add.Tensor"), Place("backward", "mul.Tensor")
+    added, other = (
+        AllocationSite("backward", "add.Tensor"),
+        AllocationSite("backward", "mul.Tensor"),
+    )
     recorder = Recorder(torch.device("cuda:0"))
     recorder._changes = changes(
         (1, 800, other), (2, 800, other), (3, 800, added), (1, 0, None), (2, 0, None), (3, 0, None)

@@ -248,7 +248,7 @@ class Looping(nn.Module):
 
 
 def test_a_loop_over_the_batch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(module, "_TIME_LIMIT_SECONDS", 1.0)
     found = predict(Looping(), DATA, gpu="T4")
     assert found.tolerable == 66, "33 was a proof, and one more was traced"
     assert f"larger batches than {found.tolerable} may fit: tracing them takes too long" in (

@@ -1,1 +1,0 @@
-"""Batches of any shape: cut, joined, regrouped, sampled."""

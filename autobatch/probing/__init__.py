@@ -1,1 +1,0 @@
-"""Finding the largest size that really runs."""
