@@ -336,7 +336,7 @@ def _untried(step: TrainingStep | ForwardPass) -> list[str]:
     reason = reason_against(step.model) if isinstance(step, TrainingStep) else ""
     notes = [f"{ACTIVATION_CHECKPOINTING} was not tried: {reason}"] if reason else []
     if any(type(module).__name__ == "OptimizedModule" for module in step.model.modules()):
-        notes.append("what torch.compile makes of the model was not traced: it keeps other memory")
+        notes.append("the model was traced uncompiled; torch.compile changes its memory")
     return notes
 
 
