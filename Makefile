@@ -23,7 +23,7 @@ demo: $(VENV)/demo-installed ## Watch the whole job on real data: search, plan, 
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m autobatch.demo
 
 test: $(VENV)/dev-installed ## Run the tests (without a GPU)
-	@$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: lint types test ## Lint, types and tests: what CI runs
 

@@ -11,8 +11,6 @@ from autobatch.training.losses.batch_independence import BatchIndependenceCheck
 
 # The tests run in parallel, one a core; more threads would only wait for each other.
 torch.set_num_threads(1)
-# What was imported stays: autobatch collects garbage after a failure, and need not look there.
-gc.freeze()
 # Started in the background, Python ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples each time: a red run is a change of the code, not of the dice.
@@ -21,6 +19,12 @@ if importlib.util.find_spec("hypothesis"):  # A GPU machine need not have it: se
 
     settings.register_profile("seeded", derandomize=True, deadline=None)
     settings.load_profile("seeded")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests stay: garbage is collected after each failure, not in them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

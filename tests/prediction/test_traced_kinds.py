@@ -99,7 +99,11 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-def test_recurrent_layers_are_traced_as_cells_and_that_is_noted(kind: Any) -> None:
+def test_recurrent_layers_are_traced_as_cells_and_that_is_noted(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A GRU's largest batch is not asked for here, and would be traced for half a minute.
+    monkeypatch.setattr(module, "_TIME_LIMIT_SECONDS", 0.001)
     found = predict(Recurrent(kind), DATA, gpu="T4")
     assert any("traced as single cells" in note for note in found.notes)
     assert slope(found) >= 8 * 16 * 4 * 4, "states and gates of eight steps"
@@ -248,7 +252,7 @@ class Looping(nn.Module):
 
 
 def test_a_loop_over_the_batch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TIME_LIMIT_SECONDS", 1.0)
+    monkeypatch.setattr(module, "_TIME_LIMIT_SECONDS", 0.001)
     found = predict(Looping(), DATA, gpu="T4")
     assert found.tolerable == 66, "33 was a proof, and one more was traced"
     assert f"larger batches than {found.tolerable} may fit: tracing them takes too long" in (
