@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from autobatch.data.micro_batches import largest_piece
 from autobatch.data.normalize import BatchReader
-from autobatch.data.rebatch import Source
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, size_of, take
 
 

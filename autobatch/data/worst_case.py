@@ -16,7 +16,7 @@ from torch.utils.data import (
 
 from autobatch.data.micro_batches import example_bytes, largest_piece
 from autobatch.data.normalize import as_batch
-from autobatch.data.rebatch import Source
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, describe, size_of
 
 WorstCase = Literal["longest", "first"] | BatchTree

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
-from autobatch.data.rebatch import Data, Source, open_source
+from autobatch.data.source import Data, Source, open_source
 from autobatch.data.worker_memory import crowded
 from autobatch.devices.host_memory import host_memory
 from autobatch.devices.memory_notes import fragmented

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
 from autobatch import SearchOptions, Shared, find_and_train, find_batch_size
-from autobatch.data.rebatch import open_source
 from autobatch.data.sample import read_sample
+from autobatch.data.source import open_source
 from autobatch.data.tree import size_of
 from autobatch.data.worst_case import WorstCase, worst_case_of
 
