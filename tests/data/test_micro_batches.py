@@ -113,12 +113,12 @@ def test_an_ordinary_batch_is_its_only_piece_and_is_not_copied() -> None:
 def test_pieces_are_mapped_described_and_unwrapped_one_by_one() -> None:
     pieces = put_together([(torch.zeros(2, width), Shared("text")) for width in (5, 5, 7)])
     assert describe(pieces) == (
-        "Pieces((float32[4, 5], Shared(str)), (float32[2, 7], Shared(str)))"
+        "RaggedBatch((float32[4, 5], Shared(str)), (float32[2, 7], Shared(str)))"
     )
     assert size_of(pieces) == 6
     mapped = map_tensors(lambda tensor: tensor.double() + 1, from_numpy(pieces))
-    assert describe(unwrapped(mapped)) == "Pieces((float64[4, 5], str), (float64[2, 7], str))"
-    assert describe(pieces).startswith("Pieces((float32"), "it was changed"
+    assert describe(unwrapped(mapped)) == "RaggedBatch((float64[4, 5], str), (float64[2, 7], str))"
+    assert describe(pieces).startswith("RaggedBatch((float32"), "it was changed"
 
 
 def test_pieces_that_disagree_inside_are_refused() -> None:

@@ -350,7 +350,7 @@ def test_ragged_batches_are_kept_in_pieces_where_a_window_would_join_them() -> N
     )
     assert list(map(describe, logical_batches(ragged, 3))) == [
         "float32[3, 5]",
-        "Pieces(float32[1, 5], float32[2, 7])",
+        "RaggedBatch(float32[1, 5], float32[2, 7])",
         "float32[2, 7]",
     ]
 

@@ -627,7 +627,7 @@ def test_every_tensor_is_found_depth_first() -> None:
         (Examples(["x"] * 9), "Examples of 9"),
         (
             RaggedBatch(((torch.ones(2, 5), 1), (torch.ones(3, 7), 1))),
-            "Pieces((float32[2, 5], int), (float32[3, 7], int))",
+            "RaggedBatch((float32[2, 5], int), (float32[3, 7], int))",
         ),
         (RaggedBatch((torch.ones(2),) * 9), "RaggedBatch of 9"),
         (3.5, "float"),
