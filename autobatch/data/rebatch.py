@@ -12,14 +12,17 @@ from autobatch.data.tree import BatchTree, map_tensors, part, size_of
 def logical_batches(
     batches: Iterable[BatchTree], desired: int, *, drop_last: bool = False
 ) -> Iterator[BatchTree]:
-    """Cut and join ``batches`` of any sizes to ``desired`` examples each, in order.
+    """Yield logical batches of ``desired`` examples, cut and joined from ``batches`` in order.
 
-    Reads no batch before it is needed, so random augmentations are drawn when a plain loop over
-    undivided batches would draw them. The last one may be shorter, unless ``drop_last``. Where
-    batches are ragged, so that they cannot be joined, a logical batch is one in ``RaggedBatch``.
+    Each batch is read only when it is needed, so random augmentations are drawn at the same moment
+    as in a plain loop over batches of ``desired`` examples. A logical batch is a ``RaggedBatch`` if
+    its batches have different shapes and cannot be joined.
 
-    A part that waits for the next batch is copied, for an iterable may fill the same memory anew;
-    only where ``batches`` is an epoch of a source that is known to be fresh, it is not.
+    Args:
+        batches: Batches of any sizes. A part that waits for the next batch is copied, because an
+            iterable may overwrite its memory; a part of ``FreshBatches`` is not copied.
+        desired: Examples per logical batch.
+        drop_last: Whether to drop a last logical batch with fewer examples.
     """
     fresh = isinstance(batches, FreshBatches)
     held: list[BatchTree] = []

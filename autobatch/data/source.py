@@ -17,7 +17,7 @@ from autobatch.data.tree import BatchTree, from_numpy, size_of, take
 
 
 class MapStyle(Protocol):
-    """A dataset that need not know torch's: rows by number, and how many there are."""
+    """A map-style dataset, which need not derive from torch's ``Dataset``."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, row: int, /) -> object: ...
@@ -33,7 +33,7 @@ Data: TypeAlias = (
     | Iterable[BatchTree]
 )
 
-_WHAT_DATA_IS: Final = (
+_ACCEPTED_DATA: Final = (
     "data must be a Dataset, a DataLoader, a tuple or mapping of tensors or arrays, "
     "or an iterable of batches"
 )
@@ -41,14 +41,14 @@ _WHAT_DATA_IS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Data, read as batches of any size.
+    """Data that was opened for reading, as batches of any size.
 
     Attributes:
-        batches: Iterating it once is one epoch.
-        examples: How many an epoch holds, None where the data does not say.
-        one_pass: Whether it can be iterated only once.
-        owner: What the user handed over; its own random generators belong to it.
-        fresh: Whether each batch is new memory, never filled anew for a later one.
+        batches: An iterable of batches; one iteration is one epoch.
+        examples: Examples per epoch; None if the data does not report the number.
+        one_pass: Whether the data can be iterated only once.
+        owner: The user's object, which may hold random generators of its own; None for tensors.
+        fresh: Whether each batch has memory of its own, which no later batch overwrites.
     """
 
     batches: Iterable[BatchTree]
@@ -58,13 +58,13 @@ class Source:
     fresh: bool
 
     def epoch(self) -> Iterator[BatchTree]:
-        """Begin an epoch: batches of tensors, their lists of examples marked."""
+        """Return an iterator over the normalized batches of one epoch."""
         batches = map(BatchReader(), self.batches)
         return FreshBatches(batches) if self.fresh else batches
 
 
 class FreshBatches(Iterator[BatchTree]):
-    """Batches that own their memory: reading the next batch does not overwrite the last."""
+    """Batches with memory of their own, which reading the next batch does not overwrite."""
 
     def __init__(self, batches: Iterator[BatchTree]) -> None:
         self._batches = batches
@@ -74,15 +74,20 @@ class FreshBatches(Iterator[BatchTree]):
 
 
 def open_source(data: Data, *, batch_size: int) -> Source:
-    """Return ``data`` as a source; nothing is read yet but a list, whose examples are counted.
+    """Return ``data`` as a source of batches, without reading any batch.
 
-    A DataLoader and an iterable keep the batches they make. A Dataset (or whatever has rows and a
-    length, and no iteration of its own), and tensors or arrays, are shuffled anew each epoch and
-    read ``batch_size`` at a time.
+    A DataLoader and an iterable of batches keep their own batches. A map-style dataset, tensors and
+    arrays are shuffled anew in each epoch and read in batches of ``batch_size`` examples. Only a
+    list of batches is read at once, to count its examples.
+
+    Args:
+        data: Any of ``Data``. An object with a length and ``__getitem__`` but without ``__iter__``
+            is a map-style dataset.
+        batch_size: Examples per batch, where the data has no batches of its own.
 
     Raises:
-        TypeError: If it is nothing that batches can be read from.
-        ValueError: If it is empty, or its tensors disagree in length.
+        TypeError: If batches cannot be read from ``data``.
+        ValueError: If ``data`` is empty, or its tensors differ in length along dimension 0.
     """
     if isinstance(data, DataLoader):
         return _loaded(data, examples=_loader_examples(data), owner=data)
@@ -91,7 +96,7 @@ def open_source(data: Data, *, batch_size: int) -> Source:
     if isinstance(data, tuple | Mapping):
         return _in_memory(data, batch_size)
     if isinstance(data, str | bytes | Tensor | np.ndarray) or not isinstance(data, Iterable):
-        raise TypeError(f"{_WHAT_DATA_IS}, got {type(data).__name__}")
+        raise TypeError(f"{_ACCEPTED_DATA}, got {type(data).__name__}")
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError(f"data is empty: {data!r} holds no batch")
     examples = sum(map(size_of, map(BatchReader(), data))) if isinstance(data, list) else None
@@ -103,7 +108,7 @@ def open_source(data: Data, *, batch_size: int) -> Source:
 
 
 class _InMemory:
-    """Tensors that are shuffled anew at each iteration."""
+    """Tensors that each iteration shuffles anew."""
 
     def __init__(self, data: BatchTree, batch_size: int) -> None:
         self._data = data
@@ -125,12 +130,12 @@ def _in_memory(data: tuple[Array, ...] | Mapping[str, Array], batch_size: int) -
             f"a {type(data).__name__} of data must hold tensors or arrays, got {odd or 'nothing'}; "
             "put batches into a list or a DataLoader"
         )
-    nest = from_numpy(data)
-    examples = size_of(nest)
+    tensors = from_numpy(data)
+    examples = size_of(tensors)
     if examples == 0:
         raise ValueError("data is empty: its tensors have length 0 along dimension 0")
     return Source(
-        batches=_InMemory(nest, batch_size),
+        batches=_InMemory(tensors, batch_size),
         examples=examples,
         one_pass=False,
         owner=None,
@@ -139,7 +144,7 @@ def _in_memory(data: tuple[Array, ...] | Mapping[str, Array], batch_size: int) -
 
 
 def _is_map_style(data: object) -> "TypeGuard[Dataset[Any]]":
-    """Whether this is a Dataset in all but name; one that iterates says itself what it yields."""
+    """Whether this is a map-style dataset by its methods; an iterable yields batches instead."""
     return (
         isinstance(data, Sized)
         and hasattr(type(data), "__getitem__")
@@ -176,14 +181,14 @@ def _is_loader_one_pass(loader: "DataLoader[Any]") -> bool:
         samplers = (loader.sampler, loader.batch_sampler)
         return any(isinstance(sampler, Iterator) for sampler in samplers)
     if loader.num_workers and not loader.persistent_workers:
-        return False  # Each epoch's workers begin with a copy of what the dataset holds.
+        return False  # The workers of each epoch start with a copy of the dataset.
     return _is_one_pass(loader.dataset)
 
 
 def _is_loader_fresh(loader: "DataLoader[Any]") -> bool:
-    """Whether its batches are surely new memory: stacked by torch, or come from a worker.
+    """Whether each batch is certainly new memory: torch stacks it, or a worker process sends it.
 
-    A collate function of the user's own may hand on what the dataset fills anew.
+    A collate function of the user may return memory that the dataset overwrites later.
     """
     if type(loader).__iter__ is not DataLoader.__iter__:
         return False
@@ -191,19 +196,19 @@ def _is_loader_fresh(loader: "DataLoader[Any]") -> bool:
 
 
 def _is_one_pass(data: Iterable[object]) -> bool:
-    """Whether all iterations share one iterator. Nothing is read from it."""
+    """Whether all iterations share one iterator. Reads nothing."""
     if isinstance(data, Iterator):
         return True
     if inspect.isgeneratorfunction(type(data).__iter__):
-        return False  # Each call makes a new one.
+        return False  # Each call makes a new generator.
     if any(isinstance(held, DataLoader) for held in getattr(data, "__dict__", {}).values()):
-        return False  # To ask would start its workers, and those that persist share an iterator.
-    with _global_random_kept():  # One that shuffles may draw its order at once.
+        return False  # Calling iter() would start the loader's workers.
+    with _preserved_random_state():  # Calling iter() may draw a random order at once.
         return iter(data) is iter(data)
 
 
 @contextmanager
-def _global_random_kept() -> Iterator[None]:
+def _preserved_random_state() -> Iterator[None]:
     of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -214,7 +219,7 @@ def _global_random_kept() -> Iterator[None]:
 
 
 def _loader_examples(loader: "DataLoader[Any]") -> int | None:
-    """How many examples the loader's own batches hold, where its kind says."""
+    """Examples in all batches of the loader; None if its sampler does not report the number."""
     sampler = loader.batch_sampler
     if isinstance(loader.dataset, IterableDataset) or type(sampler) is not BatchSampler:
         return None
