@@ -26,7 +26,7 @@ from autobatch.data.containers import tensors as tensors
 from autobatch.data.markers import MARKERS, Examples, RaggedBatch, Shared
 
 LIST_OF_EXAMPLES_HINT: Final = (
-    "; autobatch reads a list as a list of batches: if data is a list of examples, pass "
+    "; a list is read as a list of batches: if data is a list of examples, pass "
     "DataLoader(data, batch_size=..., shuffle=True)"
 )
 
