@@ -8,8 +8,8 @@ from typing import Final, Literal, get_args
 
 from torch import Tensor
 
-from autobatch.data.rebatch import Source
 from autobatch.data.sample import read_sample
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, map_tensors, size_of
 from autobatch.data.worst_case import worst_case_of
 from autobatch.errors import DoesNotFitError
@@ -124,7 +124,7 @@ def find_useful(
             job, BatchPlan(desired=window, tolerable=size, multiple_of=multiple_of)
         ),
         reason=reason,
-        spared_bytes=rehearsal.spared_bytes,
+        saved_bytes=rehearsal.saved_bytes,
         ceiling_first=full_batch,
     )
     if prefer == "fastest":
@@ -139,7 +139,7 @@ def try_size(job: Workload, sample: Sample, size: int, mode: Mode, search: Searc
     """Rehearse one size, in a job that is undisturbed."""
     try:
         finder = _probe(job, sample, mode, search, lambda _: None)
-        return finder.rehearse((size,) * _PASSES[mode])
+        return finder.try_window((size,) * _PASSES[mode])
     except DoesNotFitError as error:  # The model alone is too large: so is any batch.
         return Trial(size=size, fits=False, failure=Verdict.OUT_OF_MEMORY, message=str(error))
 
@@ -245,7 +245,7 @@ def _finder(
 ) -> BatchSizeFinder:
     trains = isinstance(rehearsal, TrialStep)
     return BatchSizeFinder(
-        rehearsal=rehearsal,
+        program=rehearsal,
         device=job.device,
         limit_bytes=functools.partial(job.limit_bytes, trains=trains),
         breakdown=functools.partial(job.breakdown, trains=trains),

@@ -161,7 +161,7 @@ def test_ten_failures_in_a_row_leave_not_a_byte(fail: Callable[[], None]) -> Non
     )
     with job.undisturbed():
         stage = TrialRunner(
-            rehearsal=TrialStep(job.step, rows()),
+            program=TrialStep(job.step, rows()),
             device=job.device,
             limit_bytes=job.limit_bytes(),
         )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autobatch.data.rebatch import Data, open_source
+from autobatch.data.source import Data, open_source
 from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.isolation.trials import try_isolated

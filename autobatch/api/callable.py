@@ -103,7 +103,7 @@ def find_largest(
             forget_last_error(observer)
         stack.enter_context(preserved(parts.modules, parts.optimizers, others=parts.others))
         return BatchSizeFinder(
-            rehearsal=_Runs(run, parts.modules),
+            program=_Runs(run, parts.modules),
             device=memory,
             limit_bytes=lambda: budget.limit_bytes(memory.read()),
             breakdown=lambda limit_bytes, trial: account_for(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autobatch.data.rebatch import Data
+from autobatch.data.source import Data
 from autobatch.display import observer_of
 from autobatch.events import Observer
 from autobatch.results.training import StepResult, TrainingResult

@@ -33,7 +33,7 @@ from autobatch.cli.reports import (
     search_fields,
     training_fields,
 )
-from autobatch.data.rebatch import Data
+from autobatch.data.source import Data
 from autobatch.devices.base import HOST
 from autobatch.devices.budget import Budget
 from autobatch.devices.factory import choose_device, open_device

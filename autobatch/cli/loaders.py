@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from autobatch.cli.arguments import DATA_NAMES, MODEL_NAMES, factory_of
 from autobatch.compat.torchvision import import_torchvision
-from autobatch.data.rebatch import Data
+from autobatch.data.source import Data
 from autobatch.devices.base import HOST
 from autobatch.validation import check_size
 

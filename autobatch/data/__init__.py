@@ -1,1 +1,1 @@
-"""From any data to logical batches, and from these to micro-batches."""
+"""Read data of any kind, and regroup it into logical batches and micro-batches."""

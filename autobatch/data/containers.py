@@ -1,4 +1,4 @@
-"""Containers of any class: what is inside, and another like it around something else."""
+"""Containers of any class: list the children, and rebuild the container around other children."""
 
 import copy
 import dataclasses
@@ -12,74 +12,74 @@ from torch import Tensor
 
 PLAIN: Final = (str, bytes, int, float, complex, bool, type(None))
 _LEAVES: Final = (Tensor, *PLAIN)
-_REFUSALS: Final = (TypeError, ValueError, LookupError, AttributeError)  # Of a class, of pairs.
+_REFUSALS: Final = (TypeError, ValueError, LookupError, AttributeError)  # A constructor's.
 
-BatchTree = object  # Any nesting: the structure is the user's, so there is no narrower type.
+BatchTree = object  # The user chooses the nesting, so there is no narrower type.
 
 
-def tensors(nest: BatchTree) -> Iterator[Tensor]:
+def tensors(tree: BatchTree) -> Iterator[Tensor]:
     """Yield every tensor, depth first."""
-    if isinstance(nest, Tensor):
-        yield nest
+    if isinstance(tree, Tensor):
+        yield tree
         return
-    for child in children_of(nest) or ():
+    for child in children_of(tree) or ():
         yield from tensors(child)
 
 
-def children_of(nest: BatchTree) -> Sequence[BatchTree] | None:
-    """Return the values directly inside a container; None for a leaf."""
-    if isinstance(nest, _LEAVES):
+def children_of(tree: BatchTree) -> Sequence[BatchTree] | None:
+    """Return the direct children of a container; None for a leaf."""
+    if isinstance(tree, _LEAVES):
         return None
-    if isinstance(nest, (list, tuple)):
-        return nest
-    if isinstance(nest, (dict, Mapping)):  # A dict is known sooner than any Mapping.
-        return list(nest.values())
-    if is_dataclass(nest):
-        return [getattr(nest, name) for name in _fields(nest)]
+    if isinstance(tree, (list, tuple)):
+        return tree
+    if isinstance(tree, (dict, Mapping)):  # Testing for dict first is faster.
+        return list(tree.values())
+    if is_dataclass(tree):
+        return [getattr(tree, name) for name in _fields(tree)]
     return None
 
 
-def rebuilt(nest: BatchTree, children: Sequence[BatchTree]) -> BatchTree:
-    """Return a container like ``nest`` around other children; ``nest`` is not changed."""
-    if type(nest) is tuple or type(nest) is list:  # Most are, and this is called often.
-        return type(nest)(children)
-    if is_named_tuple(nest):
-        return type(nest)(*children)
-    if isinstance(nest, (list, tuple)):
-        return type(nest)(children)
-    if isinstance(nest, Mapping):
-        return _rebuilt_mapping(nest, dict(zip(nest, children, strict=True)))
-    return dataclasses.replace(nest, **dict(zip(_fields(nest), children, strict=True)))  # type: ignore[type-var]  # Only dataclasses are left.
+def rebuilt(tree: BatchTree, children: Sequence[BatchTree]) -> BatchTree:
+    """Return a container like ``tree`` around other children, without changing ``tree``."""
+    if type(tree) is tuple or type(tree) is list:  # A fast path for the usual case.
+        return type(tree)(children)
+    if is_named_tuple(tree):
+        return type(tree)(*children)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(children)
+    if isinstance(tree, Mapping):
+        return _rebuilt_mapping(tree, dict(zip(tree, children, strict=True)))
+    return dataclasses.replace(tree, **dict(zip(_fields(tree), children, strict=True)))  # type: ignore[type-var]  # Only dataclasses are left.
 
 
-def is_named_tuple(nest: BatchTree) -> bool:
-    """Return whether its places have names."""
-    return isinstance(nest, tuple) and hasattr(type(nest), "_fields")
+def is_named_tuple(tree: BatchTree) -> bool:
+    """Return whether this is an instance of a named tuple."""
+    return isinstance(tree, tuple) and hasattr(type(tree), "_fields")
 
 
-def is_dataclass(nest: BatchTree) -> bool:
+def is_dataclass(tree: BatchTree) -> bool:
     """Return whether this is an instance of a dataclass."""
-    return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
+    return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
 
 
-def _fields(nest: BatchTree) -> list[str]:
-    """The fields that its constructor takes; what it derives from them it derives again."""
-    return [field.name for field in dataclasses.fields(nest) if field.init]  # type: ignore[arg-type]  # An instance.
+def _fields(tree: BatchTree) -> list[str]:
+    """The names of the fields that the constructor takes; it computes the other fields anew."""
+    return [field.name for field in dataclasses.fields(tree) if field.init]  # type: ignore[arg-type]  # An instance.
 
 
-def _rebuilt_mapping(nest: Mapping[Any, BatchTree], pairs: dict[Any, BatchTree]) -> BatchTree:
-    """A mapping of the same class where it takes ``pairs``, else a dict.
+def _rebuilt_mapping(tree: Mapping[Any, BatchTree], pairs: dict[Any, BatchTree]) -> BatchTree:
+    """A mapping of the same class if the class accepts ``pairs``, else a dict.
 
-    A copy keeps what the class carries besides its pairs, and not every class is made from pairs (a
-    defaultdict is not). But only dicts are copied apart: what a copy of another class is given may
-    reach the original.
+    Copying the mapping keeps the attributes that the class adds, and works for classes whose
+    constructor takes no pairs, such as defaultdict. Only dicts and UserDicts are copied: the copy
+    of another class may share its storage with the original.
     """
-    if type(nest) is dict:
+    if type(tree) is dict:
         return pairs
-    makers: list[Callable[[dict[Any, BatchTree]], object]] = [type(nest)]
-    # Where attributes are keys, as in many an AttrDict, those of a copy would be the old ones.
-    if isinstance(nest, dict | UserDict) and getattr(nest, "__dict__", None) is not nest:
-        makers.insert(0, functools.partial(_copy_with, nest))
+    makers: list[Callable[[dict[Any, BatchTree]], object]] = [type(tree)]
+    # Some classes (AttrDict) keep their keys as attributes: a copy would show the old values.
+    if isinstance(tree, dict | UserDict) and getattr(tree, "__dict__", None) is not tree:
+        makers.insert(0, functools.partial(_copy_with, tree))
     for make in makers:
         with suppress(*_REFUSALS):
             made = make(pairs)
@@ -89,9 +89,9 @@ def _rebuilt_mapping(nest: Mapping[Any, BatchTree], pairs: dict[Any, BatchTree])
 
 
 def _copy_with(
-    nest: dict[Any, BatchTree] | UserDict[Any, BatchTree], pairs: dict[Any, BatchTree]
+    tree: dict[Any, BatchTree] | UserDict[Any, BatchTree], pairs: dict[Any, BatchTree]
 ) -> object:
-    same = copy.copy(nest)
+    same = copy.copy(tree)
     own = getattr(same, "__dict__", {})
     own |= {name: dict(value) for name, value in own.items() if type(value) is dict}
     for key, child in pairs.items():

@@ -1,4 +1,4 @@
-"""What is put around values to say how a batch is cut."""
+"""Wrappers around values of a batch that say how the batch is cut."""
 
 from dataclasses import dataclass
 from typing import Final, final
@@ -7,15 +7,18 @@ from typing import Final, final
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Shared:
-    """A tensor, or any nest, that belongs to the batch as a whole, whatever its length.
+    """A value that belongs to the batch as a whole, such as the edges of a graph.
 
-    It goes undivided to every micro-batch, and says nothing of the number of examples. Batches that
-    are joined must hold equal ones. For what is not one row an example, as a graph's edges::
+    Every micro-batch receives the value undivided. The value does not count towards the number of
+    examples. Batches can be joined only if their shared values are equal.
 
-        return features, targets, autobatch.Shared(adjacency)
+    Return it from the collate function::
+
+        features, targets, adjacency = torch.ones(8, 3), torch.zeros(8), torch.ones(5, 5)
+        batch = (features, targets, autobatch.Shared(adjacency))
 
     Attributes:
-        value: What is shared.
+        value: A tensor, or any nesting of containers and tensors; of any length.
     """
 
     value: object
@@ -23,7 +26,7 @@ class Shared:
 
 @final
 class Examples(list[object]):
-    """A list that holds one item an example, of any shapes: images and boxes of a detector."""
+    """A list with one item per example, of any shapes: the images or boxes of a detector."""
 
     __slots__ = ()
 
@@ -31,15 +34,15 @@ class Examples(list[object]):
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class RaggedBatch:
-    """A logical batch that is kept as several, for they cannot be joined.
+    """A logical batch kept as several batches whose shapes differ, so that they cannot be joined.
 
-    Such is text that was padded to the length of each of the loader's batches.
+    Example: text that the loader pads to the longest text of each of its batches.
 
     Attributes:
-        pieces: Each is a batch; their examples follow one another.
+        pieces: The batches, in the order of their examples.
     """
 
     pieces: tuple[object, ...]
 
 
-MARKS: Final = (Shared, Examples, RaggedBatch)
+MARKERS: Final = (Shared, Examples, RaggedBatch)

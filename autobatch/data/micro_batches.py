@@ -1,4 +1,4 @@
-"""Logical batches, of one piece or several: put together, cut into micro-batches."""
+"""Assemble logical batches from batches, and cut logical batches into micro-batches."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -6,17 +6,18 @@ from itertools import groupby
 from torch import Tensor
 
 from autobatch.data.markers import RaggedBatch
-from autobatch.data.tree import BatchTree, RaggedError, counted, cut, join, size_of, tensors
+from autobatch.data.tree import BatchTree, RaggedError, cut, join, per_example, size_of, tensors
 from autobatch.results.plan import even_sizes
 
 
 def put_together(batches: Sequence[BatchTree]) -> BatchTree:
-    """Return one logical batch of all examples, in order, in as few pieces as can be.
+    """Return one logical batch with the examples of all batches, in order.
 
-    Ragged batches stay apart, and only they; a single piece is an ordinary batch.
+    Batches whose shapes agree beyond dimension 0 are joined. The others become the pieces of a
+    ``RaggedBatch``.
 
     Raises:
-        ValueError: If they differ in another way than in shape beyond dimension 0.
+        ValueError: If the batches differ in more than their shapes beyond dimension 0.
     """
     try:
         return join(batches)
@@ -26,7 +27,7 @@ def put_together(batches: Sequence[BatchTree]) -> BatchTree:
 
 
 def pieces_of(batch: BatchTree) -> Sequence[BatchTree]:
-    """Return the pieces of a logical batch; of an ordinary one that is itself."""
+    """Return the pieces of a ragged batch; any other batch is its own only piece."""
     return batch.pieces if isinstance(batch, RaggedBatch) else (batch,)
 
 
@@ -35,12 +36,12 @@ def cut_to(
 ) -> tuple[list[BatchTree], tuple[int, ...]]:
     """Return the micro-batches of a logical batch, and their sizes.
 
-    Each piece is cut evenly into as few as can be, so ragged pieces need more than one batch does.
+    Each piece is cut evenly into as few micro-batches as possible.
 
     Args:
-        batch: At least one example, on the host or wherever it is; the parts are views.
-        tolerable: The most examples of a micro-batch.
-        multiple_of: What those of a piece, but the last, are multiples of.
+        batch: At least one example, on any device; the micro-batches are views of it.
+        tolerable: The most examples in a micro-batch.
+        multiple_of: Every size but the last of each piece is a multiple of this.
     """
     micro_batches: list[BatchTree] = []
     sizes: tuple[int, ...] = ()
@@ -52,18 +53,15 @@ def cut_to(
 
 
 def largest_piece(batch: BatchTree) -> BatchTree:
-    """Return the piece with the most bytes an example: what a trial repeats."""
+    """Return the piece with the most bytes per example."""
     return max(pieces_of(batch), key=example_bytes)
 
 
 def _row_shapes(batch: BatchTree) -> list[tuple[int, ...]]:
-    return [tuple(item.shape[1:]) for item in counted(batch) if isinstance(item, Tensor)]
+    return [tuple(item.shape[1:]) for item in per_example(batch) if isinstance(item, Tensor)]
 
 
 def example_bytes(batch: BatchTree) -> float:
-    """Return the bytes of an example, on average.
-
-    What is shared is left out: it is the same in all pieces, however few examples they hold.
-    """
-    held = sum(tensor.nbytes for item in counted(batch) for tensor in tensors(item))
+    """Return the mean number of bytes per example, without ``Shared`` values."""
+    held = sum(tensor.nbytes for item in per_example(batch) for tensor in tensors(item))
     return held / size_of(batch)

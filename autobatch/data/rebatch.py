@@ -1,121 +1,30 @@
-"""Any data to a stream of logical batches."""
+"""Regroup batches of any sizes into logical batches of one size."""
 
-import inspect
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias, TypeGuard
+from collections.abc import Iterable, Iterator
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.data.micro_batches import put_together
-from autobatch.data.normalize import BatchReader
-from autobatch.data.tree import BatchTree, from_numpy, map_tensors, part, size_of, take
-
-
-class MapStyle(Protocol):
-    """A dataset that need not know torch's: rows by number, and how many there are."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> object: ...
-
-
-Array: TypeAlias = Tensor | np.ndarray[Any, Any]
-Data: TypeAlias = (
-    Dataset[Any]
-    | MapStyle
-    | DataLoader[Any]
-    | tuple[Array, ...]
-    | Mapping[str, Array]
-    | Iterable[BatchTree]
-)
-
-_WHAT_DATA_IS: Final = (
-    "data must be a Dataset, a DataLoader, a tuple or mapping of tensors or arrays, "
-    "or an iterable of batches"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Data, read as batches of any size.
-
-    Attributes:
-        batches: Iterating it once is one epoch.
-        examples: How many an epoch holds, None where the data does not say.
-        one_pass: Whether it can be iterated only once.
-        owner: What the user handed over; its own random generators belong to it.
-        fresh: Whether each batch is new memory, never filled anew for a later one.
-    """
-
-    batches: Iterable[BatchTree]
-    examples: int | None
-    one_pass: bool
-    owner: object
-    fresh: bool
-
-    def epoch(self) -> Iterator[BatchTree]:
-        """Begin an epoch: batches of tensors, their lists of examples marked."""
-        batches = map(BatchReader(), self.batches)
-        return _Fresh(batches) if self.fresh else batches
-
-
-class _Fresh(Iterator[BatchTree]):
-    """Batches that may be held while the next one is read."""
-
-    def __init__(self, batches: Iterator[BatchTree]) -> None:
-        self._batches = batches
-
-    def __next__(self) -> BatchTree:
-        return next(self._batches)
-
-
-def open_source(data: Data, *, batch_size: int) -> Source:
-    """Return ``data`` as a source; nothing is read yet but a list, whose examples are counted.
-
-    A DataLoader and an iterable keep the batches they make. A Dataset (or whatever has rows and a
-    length, and no iteration of its own), and tensors or arrays, are shuffled anew each epoch and
-    read ``batch_size`` at a time.
-
-    Raises:
-        TypeError: If it is nothing that batches can be read from.
-        ValueError: If it is empty, or its tensors disagree in length.
-    """
-    if isinstance(data, DataLoader):
-        return _loaded(data, examples=_loader_examples(data), owner=data)
-    if isinstance(data, Dataset) or _is_map_style(data):
-        return _dataset(data, batch_size)
-    if isinstance(data, tuple | Mapping):
-        return _in_memory(data, batch_size)
-    if isinstance(data, str | bytes | Tensor | np.ndarray) or not isinstance(data, Iterable):
-        raise TypeError(f"{_WHAT_DATA_IS}, got {type(data).__name__}")
-    if isinstance(data, Sized) and len(data) == 0:
-        raise ValueError(f"data is empty: {data!r} holds no batch")
-    examples = sum(map(size_of, map(BatchReader(), data))) if isinstance(data, list) else None
-    if examples == 0:
-        raise ValueError("data is empty: it holds no example")
-    return Source(
-        batches=data, examples=examples, one_pass=_is_one_pass(data), owner=data, fresh=False
-    )
+from autobatch.data.source import FreshBatches
+from autobatch.data.tree import BatchTree, map_tensors, part, size_of
 
 
 def logical_batches(
     batches: Iterable[BatchTree], desired: int, *, drop_last: bool = False
 ) -> Iterator[BatchTree]:
-    """Cut and join ``batches`` of any sizes to ``desired`` examples each, in order.
+    """Yield logical batches of ``desired`` examples, cut and joined from ``batches`` in order.
 
-    Reads no batch before it is needed, so random augmentations are drawn when a plain loop over
-    undivided batches would draw them. The last one may be shorter, unless ``drop_last``. Where
-    batches are ragged, so that they cannot be joined, a logical batch is one in ``RaggedBatch``.
+    Each batch is read only when it is needed, so random augmentations are drawn at the same moment
+    as in a plain loop over batches of ``desired`` examples. A logical batch is a ``RaggedBatch`` if
+    its batches have different shapes and cannot be joined.
 
-    A part that waits for the next batch is copied, for an iterable may fill the same memory anew;
-    only where ``batches`` is an epoch of a source that is known to be fresh, it is not.
+    Args:
+        batches: Batches of any sizes. A part that waits for the next batch is copied, because an
+            iterable may overwrite its memory; a part of ``FreshBatches`` is not copied.
+        desired: Examples per logical batch.
+        drop_last: Whether to drop a last logical batch with fewer examples.
     """
-    fresh = isinstance(batches, _Fresh)
+    fresh = isinstance(batches, FreshBatches)
     held: list[BatchTree] = []
     missing = desired
     for batch in batches:
@@ -131,131 +40,3 @@ def logical_batches(
             missing -= size - start
     if held and not drop_last:
         yield put_together(held)
-
-
-class _InMemory:
-    """Tensors that are shuffled anew at each iteration."""
-
-    def __init__(self, data: BatchTree, batch_size: int) -> None:
-        self._data = data
-        self._batch_size = batch_size
-
-    def __iter__(self) -> Iterator[BatchTree]:
-        order = torch.randperm(size_of(self._data))
-        for rows in order.split(self._batch_size):
-            yield take(self._data, rows.tolist())
-
-
-def _in_memory(data: tuple[Array, ...] | Mapping[str, Array], batch_size: int) -> Source:
-    members: list[object] = list(data.values() if isinstance(data, Mapping) else data)
-    odd = [
-        type(member).__name__ for member in members if not isinstance(member, Tensor | np.ndarray)
-    ]
-    if odd or not members:
-        raise TypeError(
-            f"a {type(data).__name__} of data must hold tensors or arrays, got {odd or 'nothing'}; "
-            "put batches into a list or a DataLoader"
-        )
-    nest = from_numpy(data)
-    examples = size_of(nest)
-    if examples == 0:
-        raise ValueError("data is empty: its tensors have length 0 along dimension 0")
-    return Source(
-        batches=_InMemory(nest, batch_size),
-        examples=examples,
-        one_pass=False,
-        owner=None,
-        fresh=True,
-    )
-
-
-def _is_map_style(data: object) -> "TypeGuard[Dataset[Any]]":
-    """Whether this is a Dataset in all but name; one that iterates says itself what it yields."""
-    return (
-        isinstance(data, Sized)
-        and hasattr(type(data), "__getitem__")
-        and not isinstance(data, Iterable)
-    )
-
-
-def _dataset(dataset: "Dataset[Any]", batch_size: int) -> Source:
-    if isinstance(dataset, IterableDataset):
-        return _loaded(DataLoader(dataset, batch_size=batch_size), examples=None, owner=dataset)
-    if not isinstance(dataset, Sized):
-        raise TypeError(
-            f"a Dataset must have a length, got {type(dataset).__name__} without __len__; "
-            "make it an IterableDataset or pass a DataLoader"
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"data is empty: {type(dataset).__name__} has length 0")
-    loader = DataLoader(dataset, batch_size=batch_size, shuffle=True)
-    return _loaded(loader, examples=len(dataset), owner=dataset)
-
-
-def _loaded(loader: "DataLoader[Any]", *, examples: int | None, owner: object) -> Source:
-    return Source(
-        batches=loader,
-        examples=examples,
-        one_pass=_is_loader_one_pass(loader),
-        owner=owner,
-        fresh=_is_loader_fresh(loader),
-    )
-
-
-def _is_loader_one_pass(loader: "DataLoader[Any]") -> bool:
-    if not isinstance(loader.dataset, IterableDataset):
-        samplers = (loader.sampler, loader.batch_sampler)
-        return any(isinstance(sampler, Iterator) for sampler in samplers)
-    if loader.num_workers and not loader.persistent_workers:
-        return False  # Each epoch's workers begin with a copy of what the dataset holds.
-    return _is_one_pass(loader.dataset)
-
-
-def _is_loader_fresh(loader: "DataLoader[Any]") -> bool:
-    """Whether its batches are surely new memory: stacked by torch, or come from a worker.
-
-    A collate function of the user's own may hand on what the dataset fills anew.
-    """
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        return False
-    return loader.collate_fn is default_collate or loader.num_workers > 0
-
-
-def _is_one_pass(data: Iterable[object]) -> bool:
-    """Whether all iterations share one iterator. Nothing is read from it."""
-    if isinstance(data, Iterator):
-        return True
-    if inspect.isgeneratorfunction(type(data).__iter__):
-        return False  # Each call makes a new one.
-    if any(isinstance(held, DataLoader) for held in getattr(data, "__dict__", {}).values()):
-        return False  # To ask would start its workers, and those that persist share an iterator.
-    with _global_random_kept():  # One that shuffles may draw its order at once.
-        return iter(data) is iter(data)
-
-
-@contextmanager
-def _global_random_kept() -> Iterator[None]:
-    of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(of_torch)
-        np.random.set_state(of_numpy)
-        random.setstate(of_python)
-
-
-def _loader_examples(loader: "DataLoader[Any]") -> int | None:
-    """How many examples the loader's own batches hold, where its kind says."""
-    sampler = loader.batch_sampler
-    if isinstance(loader.dataset, IterableDataset) or type(sampler) is not BatchSampler:
-        return None
-    if not isinstance(sampler.sampler, Sized):
-        return None
-    examples = len(sampler.sampler)
-    kept = examples - examples % sampler.batch_size if sampler.drop_last else examples
-    if kept == 0:
-        raise ValueError(
-            f"data is empty: the DataLoader has {examples} examples for batches of "
-            f"{sampler.batch_size}" + (" and drop_last=True" if sampler.drop_last else "")
-        )
-    return kept

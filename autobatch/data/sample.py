@@ -1,4 +1,4 @@
-"""The batch of a trial: real examples, repeated to any size."""
+"""Batches for trials: real examples, repeated to any size."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,18 +7,18 @@ from torch.utils.data import DataLoader
 
 from autobatch.data.micro_batches import largest_piece
 from autobatch.data.normalize import BatchReader
-from autobatch.data.rebatch import Source
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, size_of, take
 
 
 def read_sample(source: Source) -> BatchTree:
-    """Return the source's first batch that holds an example.
+    """Return the first batch of the source that holds an example.
 
-    Errors of the data itself pass through. The caller restores random generators; the workers
-    that a DataLoader keeps are not touched.
+    Errors that the data raises pass through. The caller restores random generators. The persistent
+    workers of a DataLoader are neither started nor reset.
 
     Raises:
-        ValueError: If the source ends before.
+        ValueError: If no batch holds an example.
     """
     for batch in _begin(source):
         if size_of(batch):
@@ -27,9 +27,9 @@ def read_sample(source: Source) -> BatchTree:
 
 
 def repeated(sample: BatchTree, size: int) -> BatchTree:
-    """Return ``size`` examples: the sample's, over and over, copied.
+    """Return a new batch of ``size`` examples: those of the sample, repeated in order.
 
-    Of a sample in pieces only the one with the most bytes an example is repeated.
+    Only the piece with the most bytes per example is repeated if the sample is a ``RaggedBatch``.
     """
     piece = largest_piece(sample)
     length = size_of(piece)
@@ -39,8 +39,8 @@ def repeated(sample: BatchTree, size: int) -> BatchTree:
 def _begin(source: Source) -> Iterator[BatchTree]:
     loader = source.batches
     if type(loader) is DataLoader and loader.persistent_workers and loader.num_workers:
-        # iter() would start, or reset, the workers that the user's own iteration goes on with.
-        # This is the method that iter() calls without persistent_workers.
+        # iter() would start or reset the persistent workers, which the user's loop may be using.
+        # Without persistent_workers, iter() calls this method.
         own: Iterator[Any] = loader._get_iterator()
         return map(BatchReader(), own)
     return source.epoch()

@@ -1,11 +1,14 @@
-"""Nested tensors: measured, cut and joined along dimension 0.
+"""Batch trees: measure, cut and join nested tensors along dimension 0.
 
-A nest is a tensor or any nesting of tuples, named tuples, lists, mappings and dataclasses that
-holds some. Its size is the length of its tensors along dimension 0. A list or tuple of plain
-values (strings, numbers) as long as that holds one value an example, as torch's default collate
-makes of text, and is cut along; every other plain value, and a tensor without dimensions, belongs
-to the batch as a whole and goes to every part. So does what is marked as ``Shared``, whatever its
-length; and a list that is marked as ``Examples`` holds one item an example, of any shapes.
+A batch tree is a tensor, or any nesting of tuples, named tuples, lists, mappings and dataclasses
+that contains tensors. Its size, the number of examples, is the length of its tensors along
+dimension 0. What happens to each leaf when a tree of ``n`` examples is cut:
+
+* A tensor with dimensions, and a list marked as ``Examples``, are cut along dimension 0.
+* A list or tuple of ``n`` plain values (strings, numbers) is cut as well: torch's default collate
+  function makes such a list of the texts of a batch.
+* Every other plain value, a tensor without dimensions, and a value marked as ``Shared`` belong to
+  the batch as a whole: each part receives the value undivided.
 """
 
 import operator
@@ -18,12 +21,12 @@ import torch
 from torch import Tensor
 
 from autobatch.data.containers import PLAIN, children_of, is_named_tuple, rebuilt
-from autobatch.data.containers import BatchTree as BatchTree  # With all that can be done with one.
+from autobatch.data.containers import BatchTree as BatchTree  # Exported from here.
 from autobatch.data.containers import tensors as tensors
-from autobatch.data.markers import MARKS, Examples, RaggedBatch, Shared
+from autobatch.data.markers import MARKERS, Examples, RaggedBatch, Shared
 
-WAY_OUT_OF_A_LIST: Final = (
-    "; a list is read as one of batches: if data is a list of examples, pass "
+LIST_OF_EXAMPLES_HINT: Final = (
+    "; a list is read as a list of batches: if data is a list of examples, pass "
     "DataLoader(data, batch_size=..., shuffle=True)"
 )
 
@@ -32,21 +35,21 @@ class RaggedError(ValueError):
     """Batches differ only in shape beyond dimension 0, so they cannot be joined."""
 
 
-def size_of(nest: BatchTree) -> int:
+def size_of(tree: BatchTree) -> int:
     """Return the number of examples: the common length of all tensors along dimension 0.
 
     Raises:
-        ValueError: If nothing says how many, or two disagree.
+        ValueError: If no tensor has a dimension 0, or two tensors differ in length along it.
     """
-    size = plain_size(nest)
+    size = plain_size(tree)
     if size is not None:
         return size
-    if isinstance(nest, RaggedBatch):
-        return sum(map(size_of, nest.pieces))
-    found = list(counted(nest))
+    if isinstance(tree, RaggedBatch):
+        return sum(map(size_of, tree.pieces))
+    found = list(per_example(tree))
     if not found:
         raise ValueError(
-            f"a batch must hold a tensor with a batch dimension, got {describe(nest)}; return "
+            f"a batch must hold a tensor with a batch dimension, got {describe(tree)}; return "
             "tuples, dicts or dataclasses of tensors from the collate function"
         )
     size = len(found[0])
@@ -62,15 +65,15 @@ def size_of(nest: BatchTree) -> int:
     return size
 
 
-def plain_size(nest: BatchTree) -> int | None:
-    """Return the size of a plain tuple or list of bare tensors; None for any other nest.
+def plain_size(tree: BatchTree) -> int | None:
+    """Return the size of a plain tuple or list of tensors; None for any other tree.
 
-    So are most batches, and they take short ways, for a small model's step lasts microseconds.
+    Most batches are such tuples. This fast path keeps the steps of small models fast.
     """
-    if type(nest) is not tuple and type(nest) is not list:
+    if type(tree) is not tuple and type(tree) is not list:
         return None
     size = None
-    for member in nest:
+    for member in tree:
         if type(member) is not Tensor or not member.ndim:
             return None
         length = member.shape[0]
@@ -81,192 +84,194 @@ def plain_size(nest: BatchTree) -> int | None:
     return size
 
 
-def counted(nest: BatchTree) -> Iterator[Tensor | Examples]:
-    """Yield all that is as long as the batch has examples, except lists of plain values."""
-    if isinstance(nest, Tensor):
-        if nest.ndim:
-            yield nest
-    elif isinstance(nest, Examples):
-        yield nest
-    elif not isinstance(nest, Shared):
-        for child in children_of(nest) or ():
-            yield from counted(child)
+def per_example(tree: BatchTree) -> Iterator[Tensor | Examples]:
+    """Yield the tensors and lists with one row per example, except lists of plain values."""
+    if isinstance(tree, Tensor):
+        if tree.ndim:
+            yield tree
+    elif isinstance(tree, Examples):
+        yield tree
+    elif not isinstance(tree, Shared):
+        for child in children_of(tree) or ():
+            yield from per_example(child)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], nest: BatchTree) -> BatchTree:
-    """Return the same nest with ``function`` applied to every tensor."""
-    if isinstance(nest, Tensor):
-        return function(nest)
-    if type(nest) is tuple or type(nest) is list:  # The same as below, in half the time.
-        return type(nest)([map_tensors(function, child) for child in nest])
-    children = children_of(nest)
+def map_tensors(function: Callable[[Tensor], Tensor], tree: BatchTree) -> BatchTree:
+    """Return a tree like this one with ``function`` applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) is tuple or type(tree) is list:  # A fast path: half the time of the code below.
+        return type(tree)([map_tensors(function, child) for child in tree])
+    children = children_of(tree)
     if children is None:
-        return nest
-    return rebuilt(nest, [map_tensors(function, child) for child in children])
+        return tree
+    return rebuilt(tree, [map_tensors(function, child) for child in children])
 
 
-def from_numpy(nest: BatchTree) -> BatchTree:
-    """Return the nest with every NumPy array as a tensor over the same memory.
+def from_numpy(tree: BatchTree) -> BatchTree:
+    """Return the tree with every NumPy array as a tensor over the same memory.
 
-    A read-only or reversed array is copied, for torch has no such tensors; one of text or objects
-    becomes a list. A plain tuple or list of bare tensors is returned as it is.
+    Read-only arrays and arrays with negative strides are copied, because torch has no such tensors.
+    An array of strings or objects becomes a list. A plain tuple or list of tensors is returned as
+    it is.
     """
-    if isinstance(nest, np.ndarray):
-        if nest.dtype.kind not in "biufc":
-            return nest.tolist()
-        shareable = nest.flags.writeable and min(nest.strides, default=0) >= 0
-        return torch.from_numpy(nest if shareable else nest.copy())
-    if plain_size(nest) is not None:
-        return nest
-    children = children_of(nest)
+    if isinstance(tree, np.ndarray):
+        if tree.dtype.kind not in "biufc":
+            return tree.tolist()
+        shareable = tree.flags.writeable and min(tree.strides, default=0) >= 0
+        return torch.from_numpy(tree if shareable else tree.copy())
+    if plain_size(tree) is not None:
+        return tree
+    children = children_of(tree)
     if children is None:
-        return nest
-    return rebuilt(nest, [from_numpy(child) for child in children])
+        return tree
+    return rebuilt(tree, [from_numpy(child) for child in children])
 
 
-def unwrapped(nest: BatchTree) -> BatchTree:
-    """Return the nest with the values of ``Shared`` in its place, or itself if there is none."""
-    if isinstance(nest, Shared):
-        return unwrapped(nest.value)
-    children = children_of(nest)
-    if children is None or plain_size(nest) is not None:
-        return nest
+def unwrapped(tree: BatchTree) -> BatchTree:
+    """Return the tree with each ``Shared`` replaced by its value; itself if it has none."""
+    if isinstance(tree, Shared):
+        return unwrapped(tree.value)
+    children = children_of(tree)
+    if children is None or plain_size(tree) is not None:
+        return tree
     inside = [unwrapped(child) for child in children]
-    return nest if all(map(operator.is_, inside, children)) else rebuilt(nest, inside)
+    return tree if all(map(operator.is_, inside, children)) else rebuilt(tree, inside)
 
 
-def take(nest: BatchTree, rows: Sequence[int]) -> BatchTree:
-    """Return the examples ``rows`` (any order, repeats allowed), copied."""
-    index = torch.as_tensor(rows, dtype=torch.int64)  # Else no rows at all would be floats.
+def take(tree: BatchTree, rows: Sequence[int]) -> BatchTree:
+    """Return a copy of the examples at ``rows``, in any order and with repeats."""
+    index = torch.as_tensor(rows, dtype=torch.int64)  # An empty list would become floats.
     return _select(
-        nest,
-        size_of(nest),
+        tree,
+        size_of(tree),
         lambda tensor: tensor.index_select(0, index.to(tensor.device)),
         lambda values: [map_tensors(Tensor.clone, values[row]) for row in rows],
     )
 
 
-def part(nest: BatchTree, start: int, stop: int) -> BatchTree:
-    """Return the examples ``start`` to ``stop`` as views of the same memory."""
+def part(tree: BatchTree, start: int, stop: int) -> BatchTree:
+    """Return the examples from ``start`` up to ``stop``, as views of the same memory."""
     return _select(
-        nest, size_of(nest), lambda tensor: tensor[start:stop], lambda values: values[start:stop]
+        tree, size_of(tree), lambda tensor: tensor[start:stop], lambda values: values[start:stop]
     )
 
 
-def cut(nest: BatchTree, sizes: Sequence[int]) -> list[BatchTree]:
+def cut(tree: BatchTree, sizes: Sequence[int]) -> list[BatchTree]:
     """Return consecutive parts of the given sizes, as views of the same memory.
 
     Raises:
-        ValueError: If the sizes do not add up to the nest's own.
+        ValueError: If the sum of the sizes is not the size of the tree.
     """
-    length = size_of(nest)
+    length = size_of(tree)
     if sum(sizes) != length:
         raise ValueError(f"cannot cut {length} examples into {tuple(sizes)}")
-    return [nest] if len(sizes) == 1 else list(_cut(nest, length, tuple(sizes)))
+    return [tree] if len(sizes) == 1 else list(_cut(tree, length, tuple(sizes)))
 
 
-def join(nests: Sequence[BatchTree]) -> BatchTree:
-    """Return one nest with the examples of all, in order; a single one is returned as it is.
+def join(trees: Sequence[BatchTree]) -> BatchTree:
+    """Return one tree with the examples of all trees, in order; a single tree as it is.
 
     Raises:
-        RaggedError: If shapes differ beyond dimension 0, and nothing else does.
-        ValueError: If types or structures differ, or a value of the batch as a whole does.
+        RaggedError: If the trees differ only in their shapes beyond dimension 0.
+        ValueError: If types, structures or values that belong to the batch as a whole differ.
     """
-    if len(nests) == 1:
-        return nests[0]
-    return _join(nests, [size_of(nest) for nest in nests])
+    if len(trees) == 1:
+        return trees[0]
+    return _join(trees, [size_of(tree) for tree in trees])
 
 
-def describe(nest: BatchTree) -> str:
-    """Return the structure as short text: ``"(float32[8, 3, 32, 32], int64[8])"``."""
-    if isinstance(nest, Tensor):
-        return f"{str(nest.dtype).removeprefix('torch.')}{list(nest.shape)}"
-    children = children_of(nest)
+def describe(tree: BatchTree) -> str:
+    """Return a short description of the structure: ``"(float32[8, 3, 32, 32], int64[8])"``."""
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}"
+    children = children_of(tree)
     if children is None:
-        return type(nest).__name__
-    if isinstance(nest, Mapping):
-        inside = (f"{key}: {describe(child)}" for key, child in nest.items())
+        return type(tree).__name__
+    if isinstance(tree, Mapping):
+        inside = (f"{key}: {describe(child)}" for key, child in tree.items())
         return "{" + ", ".join(inside) + "}"
-    if isinstance(nest, RaggedBatch):
-        children = nest.pieces
+    if isinstance(tree, RaggedBatch):
+        children = tree.pieces
     if len(children) > 8:
-        return f"{type(nest).__name__} of {len(children)}"
-    name = type(nest).__name__ if isinstance(nest, MARKS) else ""
+        return f"{type(tree).__name__} of {len(children)}"
+    name = type(tree).__name__ if isinstance(tree, MARKERS) else ""
     return f"{name}(" + ", ".join(map(describe, children)) + ")"
 
 
-def _is_values(nest: BatchTree, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
-    """Whether this is one item an example: examples, or plain values."""
-    if isinstance(nest, Examples):
+def _is_values(tree: BatchTree, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
+    """Whether this is a list with one item per example: ``Examples``, or plain values."""
+    if isinstance(tree, Examples):
         return True
     return (
-        isinstance(nest, (list, tuple))
-        and not is_named_tuple(nest)
-        and len(nest) == size
-        and all(isinstance(value, PLAIN) for value in nest)
+        isinstance(tree, (list, tuple))
+        and not is_named_tuple(tree)
+        and len(tree) == size
+        and all(isinstance(value, PLAIN) for value in tree)
     )
 
 
 def _select(
-    nest: BatchTree,
+    tree: BatchTree,
     size: int,
     rows: Callable[[Tensor], Tensor],
     values: Callable[[list[object] | tuple[object, ...]], Sequence[object]],
 ) -> BatchTree:
-    if isinstance(nest, Tensor):
-        return rows(nest) if nest.ndim else nest
-    assert not isinstance(nest, RaggedBatch), "pieces are cut one by one"
-    if _is_values(nest, size):
-        return type(nest)(values(nest))
-    children = children_of(nest)
-    if children is None or isinstance(nest, Shared):
-        return nest
-    return rebuilt(nest, [_select(child, size, rows, values) for child in children])
+    if isinstance(tree, Tensor):
+        return rows(tree) if tree.ndim else tree
+    assert not isinstance(tree, RaggedBatch), "the pieces of a RaggedBatch are cut one by one"
+    if _is_values(tree, size):
+        return type(tree)(values(tree))
+    children = children_of(tree)
+    if children is None or isinstance(tree, Shared):
+        return tree
+    return rebuilt(tree, [_select(child, size, rows, values) for child in children])
 
 
-def _cut(nest: BatchTree, length: int, sizes: tuple[int, ...]) -> Sequence[BatchTree]:
-    """One part for each of two or more sizes, or of none."""
-    if isinstance(nest, Tensor):
-        return nest.split_with_sizes(sizes) if nest.ndim else [nest] * len(sizes)
-    assert not isinstance(nest, RaggedBatch), "pieces are cut one by one"
-    if _is_values(nest, length):
-        items = iter(nest)
-        return [type(nest)(islice(items, size)) for size in sizes]
-    children = children_of(nest)
-    if children is None or isinstance(nest, Shared):
-        return [nest] * len(sizes)
+def _cut(tree: BatchTree, length: int, sizes: tuple[int, ...]) -> Sequence[BatchTree]:
+    """The parts of the given sizes; there is never exactly one size."""
+    if isinstance(tree, Tensor):
+        return tree.split_with_sizes(sizes) if tree.ndim else [tree] * len(sizes)
+    assert not isinstance(tree, RaggedBatch), "the pieces of a RaggedBatch are cut one by one"
+    if _is_values(tree, length):
+        items = iter(tree)
+        return [type(tree)(islice(items, size)) for size in sizes]
+    children = children_of(tree)
+    if children is None or isinstance(tree, Shared):
+        return [tree] * len(sizes)
     columns = [_cut(child, length, sizes) for child in children]
     rows = zip(*columns, strict=True) if columns else [()] * len(sizes)
-    return [rebuilt(nest, row) for row in rows]
+    return [rebuilt(tree, row) for row in rows]
 
 
-def _join(nests: Sequence[BatchTree], sizes: Sequence[int]) -> BatchTree:
-    first = nests[0]
+def _join(trees: Sequence[BatchTree], sizes: Sequence[int]) -> BatchTree:
+    first = trees[0]
     if isinstance(first, Tensor):
-        return _join_tensors(nests)
-    kinds = set(map(type, nests))
-    if len(kinds) > 1 and not kinds.isdisjoint(MARKS):
-        raise _structures_differ(nests)
+        return _join_tensors(trees)
+    kinds = set(map(type, trees))
+    if len(kinds) > 1 and not kinds.isdisjoint(MARKERS):
+        raise _structures_differ(trees)
     if isinstance(first, Shared):
-        return _join_shared(nests)
-    if all(_is_values(nest, size) for nest, size in zip(nests, sizes, strict=True)):
-        return type(first)(chain.from_iterable(nests))  # type: ignore[call-arg, arg-type]  # Lists or tuples.
-    families = [children_of(nest) for nest in nests]
+        return _join_shared(trees)
+    if all(_is_values(tree, size) for tree, size in zip(trees, sizes, strict=True)):
+        return type(first)(chain.from_iterable(trees))  # type: ignore[call-arg, arg-type]  # Lists or tuples.
+    families = [children_of(tree) for tree in trees]
     if families[0] is None:
-        if any(nest is not first and nest != first for nest in nests):
-            other = next(nest for nest in nests if nest is not first and nest != first)
+        if any(tree is not first and tree != first for tree in trees):
+            other = next(tree for tree in trees if tree is not first and tree != first)
             raise ValueError(
-                f"batches that are joined must agree in {first!r}, got {other!r}{WAY_OUT_OF_A_LIST}"
+                f"batches that are joined must agree in {first!r}, got {other!r}"
+                + LIST_OF_EXAMPLES_HINT
             )
         return first
-    if any(f is None or len(f) != len(families[0]) for f in families) or _keys_differ(nests):
-        raise _structures_differ(nests)
+    if any(f is None or len(f) != len(families[0]) for f in families) or _keys_differ(trees):
+        raise _structures_differ(trees)
     columns = zip(*(family for family in families if family is not None), strict=True)
     return rebuilt(first, _join_each(columns, sizes))
 
 
 def _join_each(columns: Iterable[Sequence[BatchTree]], sizes: Sequence[int]) -> list[BatchTree]:
-    """Every column joined; what is wrong in another way than ragged is what is raised."""
+    """Join each column; raise a RaggedError only if no column raises another error."""
     joined, ragged = [], None
     for column in columns:
         try:
@@ -278,39 +283,39 @@ def _join_each(columns: Iterable[Sequence[BatchTree]], sizes: Sequence[int]) -> 
     return joined
 
 
-def _structures_differ(nests: Sequence[BatchTree]) -> ValueError:
+def _structures_differ(trees: Sequence[BatchTree]) -> ValueError:
     return ValueError(
         "batches that are joined must have one structure, got "
-        + " and ".join(sorted({describe(nest) for nest in nests}))
+        + " and ".join(sorted({describe(tree) for tree in trees}))
     )
 
 
-def _keys_differ(nests: Sequence[BatchTree]) -> bool:
-    first = nests[0]
+def _keys_differ(trees: Sequence[BatchTree]) -> bool:
+    first = trees[0]
     return isinstance(first, Mapping) and any(
-        not isinstance(nest, Mapping) or list(nest) != list(first) for nest in nests
+        not isinstance(tree, Mapping) or list(tree) != list(first) for tree in trees
     )
 
 
-def _join_shared(nests: Sequence[BatchTree]) -> BatchTree:
-    for nest in nests:
-        if not is_same(nest, nests[0]):
+def _join_shared(trees: Sequence[BatchTree]) -> BatchTree:
+    for tree in trees:
+        if not is_same(tree, trees[0]):
             raise ValueError(
                 "batches that are joined must hold equal Shared values, got "
-                f"{describe(nests[0])} and {describe(nest)}, which differ; let the loader give "
+                f"{describe(trees[0])} and {describe(tree)}, which differ; let the loader give "
                 "batches of `desired` examples, so that nothing must be joined"
             )
-    return nests[0]
+    return trees[0]
 
 
 def is_same(one: BatchTree, other: BatchTree) -> bool:
-    """Whether two nests are of the same classes and hold the same values."""
+    """Whether two trees have the same classes and equal values."""
     if one is other or type(one) is not type(other):
         return one is other
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, list | tuple) and all(type(item) in PLAIN for item in one):
-        return bool(one == other)  # Long ones too, and they are quick to compare.
+        return bool(one == other)  # A fast path for long lists of plain values.
     children, others = children_of(one), children_of(other)
     if children is None or others is None:
         return bool(one == other)
@@ -319,22 +324,22 @@ def is_same(one: BatchTree, other: BatchTree) -> bool:
     return len(children) == len(others) and all(map(is_same, children, others))
 
 
-def _join_tensors(nests: Sequence[BatchTree]) -> Tensor:
-    parts = [nest for nest in nests if isinstance(nest, Tensor)]
+def _join_tensors(trees: Sequence[BatchTree]) -> Tensor:
+    parts = [tree for tree in trees if isinstance(tree, Tensor)]
     first = parts[0]
-    if len(parts) == len(nests) and not any(tensor.ndim for tensor in parts):
+    if len(parts) == len(trees) and not any(tensor.ndim for tensor in parts):
         if not all(torch.equal(tensor, first) for tensor in parts):
             other = next(tensor for tensor in parts if not torch.equal(tensor, first))
             raise ValueError(
                 "batches that are joined must agree in their scalars, got "
-                f"{first.tolist()} and {other.tolist()}{WAY_OUT_OF_A_LIST}"
+                f"{first.tolist()} and {other.tolist()}{LIST_OF_EXAMPLES_HINT}"
             )
         return first
-    for nest in nests:
-        if not isinstance(nest, Tensor) or (nest.ndim, nest.dtype) != (first.ndim, first.dtype):
+    for tree in trees:
+        if not isinstance(tree, Tensor) or (tree.ndim, tree.dtype) != (first.ndim, first.dtype):
             raise ValueError(
                 "batches can be joined only where all but dimension 0 agrees, got "
-                f"{describe(first)} and {describe(nest)}; make the collate function give all "
+                f"{describe(first)} and {describe(tree)}; make the collate function give all "
                 "batches tensors that agree in number of dimensions and dtype too"
             )
     for tensor in parts:

@@ -1,4 +1,4 @@
-"""How much of the host's memory a loader's workers fill with batches that nobody has asked for."""
+"""Estimate the host memory that the workers of a DataLoader fill with prefetched batches."""
 
 from torch.utils.data import DataLoader
 
@@ -7,16 +7,16 @@ from autobatch.data.tree import BatchTree
 from autobatch.units import count, format_bytes
 
 
-def crowded(batches: object, first: BatchTree, available_bytes: int) -> str:
-    """Return a warning where a loader's workers may fill what memory the host has left, or ``""``.
+def worker_memory_warning(batches: object, first: BatchTree, available_bytes: int) -> str:
+    """Return a warning if prefetched batches may fill the free memory of the host, else ``""``.
 
-    Each worker loads batches ahead of the training, ``prefetch_factor`` of them; pinned or not,
-    they lie in the host's memory.
+    Each worker loads ``prefetch_factor`` batches ahead of the training. The batches take host
+    memory, pinned or not.
 
     Args:
-        batches: What is read: only of a ``DataLoader`` it is known.
-        first: Examples of it.
-        available_bytes: What the host has left.
+        batches: The iterable that training reads; only a ``DataLoader`` has known workers.
+        first: A batch of it, for the bytes per example.
+        available_bytes: Free memory of the host.
     """
     if not isinstance(batches, DataLoader) or batches.batch_size is None:
         return ""

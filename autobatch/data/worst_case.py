@@ -1,4 +1,4 @@
-"""Which examples a trial repeats: the longest that can be found without reading all the data."""
+"""Choose the examples that trials repeat: the longest ones found in a sample of the data."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,21 @@ from torch.utils.data import (
 
 from autobatch.data.micro_batches import example_bytes, largest_piece
 from autobatch.data.normalize import as_batch
-from autobatch.data.rebatch import Source
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, describe, size_of
 
 WorstCase = Literal["longest", "first"] | BatchTree
 
-_LOOKED_AT: Final = 256  # Examples, spread over the data.
-_ALIKE: Final = 16  # So many of one length, and all are taken to be.
-_SECONDS: Final = 1.0  # After which no further example is read.
+_MOST_READ: Final = 256  # Examples, spread over the data.
+_ALIKE: Final = 16  # If the first 16 have one length, all are assumed to have it.
+_SECONDS: Final = 1.0  # No example is read later.
 
 
 def check_worst_case(worst_case: WorstCase) -> None:
-    """Refuse what is neither one of the two words nor a batch.
+    """Raise unless ``worst_case`` is ``"longest"``, ``"first"`` or a batch of examples.
 
     Raises:
-        TypeError, ValueError: With the value that came.
+        TypeError, ValueError: With the invalid value.
     """
     if isinstance(worst_case, str):
         if worst_case not in ("longest", "first"):
@@ -44,15 +44,15 @@ def check_worst_case(worst_case: WorstCase) -> None:
 def worst_case_of(
     source: Source, sample: BatchTree, worst_case: WorstCase
 ) -> tuple[BatchTree, str]:
-    """Return what a trial repeats, and what that is, in words.
+    """Return the batch whose examples trials repeat, and a description of it.
 
-    Where a DataLoader reads its dataset in this process, up to 256 examples spread over it are
-    looked at, for a second at most; 16 of one length are enough to know that there is only one.
-    A dataset that workers read is left alone: what it opens here they would inherit.
+    ``"longest"`` reads up to 256 examples spread over the dataset, for at most a second, and stops
+    after 16 examples of one length. It reads only a dataset that a DataLoader reads in this
+    process; worker processes would inherit files that the dataset opens here.
 
     Args:
-        source: The data. Its generators are put back by the caller.
-        sample: Its first batch.
+        source: The data. The caller restores its random generators.
+        sample: The first batch of the data.
         worst_case: ``"longest"``, ``"first"``, or a batch to use instead.
     """
     if not isinstance(worst_case, str):
@@ -62,19 +62,20 @@ def worst_case_of(
     loader = source.batches
     longest, seen = _longest(loader.dataset)
     if longest is None:
-        return sample, f"the first batch; {seen} examples looked at are alike"
+        return sample, f"the first batch; {seen} examples read have one size"
     try:
         batch = as_batch(loader.collate_fn([longest]))
         is_longer = example_bytes(batch) > example_bytes(largest_piece(sample))
-    except Exception as error:  # noqa: BLE001  # It was written for batches: it makes pairs, say.
-        return sample, f"the first batch; the longest of {seen} is none alone: {error!r:.200}"
+    except Exception as error:  # noqa: BLE001  # The collate function may need a whole batch.
+        reason = f"the longest of {seen} examples cannot be collated alone: {error!r:.200}"
+        return sample, f"the first batch; {reason}"
     if not is_longer:
-        return sample, f"the first batch; none of {seen} examples looked at is longer"
-    return batch, f"the longest of {seen} examples looked at: {describe(batch)}"
+        return sample, f"the first batch; none of {seen} examples read is longer"
+    return batch, f"the longest of {seen} examples read: {describe(batch)}"
 
 
 def _is_readable(batches: object) -> "TypeGuard[DataLoader[Any]]":
-    """Whether rows can be read here as the loader itself reads them, and any row may be."""
+    """Whether this process can read any row of the dataset as the loader would read it."""
     return (
         type(batches) is DataLoader
         and not isinstance(batches.dataset, IterableDataset)
@@ -86,11 +87,11 @@ def _is_readable(batches: object) -> "TypeGuard[DataLoader[Any]]":
 
 
 def _longest(dataset: Any) -> tuple[object | None, int]:
-    """The example with the most bytes, or None where those first seen are alike; and how many."""
+    """The example with the most bytes, or None if all are alike; and how many were read."""
     longest: object | None = None
     sizes: list[int] = []
     began = time.monotonic()
-    for row in _spread(len(dataset), _LOOKED_AT):
+    for row in _spread(len(dataset), _MOST_READ):
         example = dataset[row]
         sizes.append(_extent(example))
         if sizes[-1] == max(sizes):
@@ -102,7 +103,7 @@ def _longest(dataset: Any) -> tuple[object | None, int]:
 
 
 def _extent(example: object) -> int:
-    """How long an example is, before it is collated: bytes, or 8 for each item of a list."""
+    """The length of an example before collation: its bytes, or 8 for each number in a list."""
     if isinstance(example, Tensor | np.ndarray):
         return int(example.nbytes)
     if isinstance(example, str | bytes):
@@ -115,7 +116,7 @@ def _extent(example: object) -> int:
 
 
 def _spread(examples: int, most: int) -> Sequence[int]:
-    """Rows spread evenly over the data, in an order that soon has seen all parts of it."""
+    """Rows spread evenly over the data, in an order whose start already covers all parts."""
     count = min(examples, most)
     rows = [place * examples // count for place in range(count)]
     return [rows[place] for first in range(_ALIKE) for place in range(first, count, _ALIKE)]

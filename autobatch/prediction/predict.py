@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, Unpack, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from autobatch.data.rebatch import Data
+from autobatch.data.source import Data
 from autobatch.errors import DoesNotFitError
 from autobatch.prediction.caching_allocator import replay
 from autobatch.prediction.gpu_catalogue import CATALOGUE, Gpu, find_gpu, possible_bytes, safe_bytes

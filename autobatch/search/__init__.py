@@ -1,1 +1,1 @@
-"""The search for the largest size that really runs."""
+"""Search for the largest batch size that runs."""

@@ -1,4 +1,4 @@
-"""A search, trial by trial: what is tried, what is told, what comes out."""
+"""Run a search trial by trial: try sizes, report trials to the observer, return the result."""
 
 import math
 import time
@@ -17,13 +17,13 @@ from autobatch.results.search import LimitedBy, SearchResult, Trial
 from autobatch.results.verdict import Verdict
 from autobatch.search.bracketing import BracketingSearch, Outcome
 from autobatch.search.options import SearchOptions
-from autobatch.search.trial import SizedRun, TrialRunner
+from autobatch.search.trial import TrialProgram, TrialRunner
 from autobatch.units import count
 
-_ROUNDING_BYTES: Final = 2 << 20  # A caching allocator's segments are multiples of this.
-_MOST_MOVES: Final = 3  # Of others' memory; after so many the search ends with what it has.
-_COLLAPSE: Final = 4.0  # So many times slower an example than at another size is no accident.
-_COLLAPSE_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
+_ROUNDING_BYTES: Final = 2 << 20  # A caching allocator reserves multiples of this.
+_MOST_CHANGES: Final = 3  # Of other processes' memory; later changes no longer prolong the search.
+_SLOWDOWN: Final = 4.0  # A size this many times slower per example than a smaller one is spilling.
+_SLOWDOWN_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
 _OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {
     Verdict.TOO_LARGE: "kernel",
     Verdict.TOO_SLOW: "time",
@@ -33,20 +33,22 @@ _OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {
 
 @dataclass(slots=True, kw_only=True)
 class BatchSizeFinder:
-    """Rehearses sizes on one device. The rehearsal disturbs the model; the caller puts it back.
+    """Searches the largest size at which a program runs on one device.
+
+    Trials change the model; the caller restores it.
 
     Attributes:
-        rehearsal: Training's own step.
-        device: Where it runs.
-        limit_bytes: Reads what it may allocate now.
-        breakdown: Says where memory goes under a limit at a trial, fitting or not.
-        observer: Is told of every trial.
+        program: What a trial runs.
+        device: The device that it runs on.
+        limit_bytes: Returns the bytes that a trial may allocate now.
+        breakdown: Returns where memory goes under a limit at a trial, which may have failed.
+        observer: Receives an event for every trial.
         options: How to search.
-        worst_case: What trials repeat, in words.
-        history: Trials that were made elsewhere: known, and not told again.
+        worst_case: Which examples the trials repeat, in words.
+        history: Trials of another process. The search uses them without an event.
     """
 
-    rehearsal: SizedRun
+    program: TrialProgram
     device: MemoryDevice
     limit_bytes: Callable[[], int]
     breakdown: Callable[[int, Trial], Breakdown]
@@ -55,7 +57,8 @@ class BatchSizeFinder:
     worst_case: str = ""
     history: Sequence[Trial] = ()
     _trials: list[Trial] = field(default_factory=list, init=False)
-    _valid_from: int = field(default=0, init=False)  # Trials before were made in other memory.
+    # Trials with a smaller index ran before the memory of other processes changed.
+    _valid_from: int = field(default=0, init=False)
 
     def largest(
         self,
@@ -63,21 +66,23 @@ class BatchSizeFinder:
         *,
         windows: Callable[[int], Sequence[int]],
         reason: LimitedBy,
-        spared_bytes: Callable[[int], int] = lambda _: 0,
+        saved_bytes: Callable[[int], int] = lambda _: 0,
         ceiling_first: bool = False,
     ) -> SearchResult:
         """Return the largest candidate that ran inside the limit.
 
         Args:
-            candidates: Ascending.
-            windows: The micro-batches that a trial of a size runs, the largest first.
-            reason: What the ceiling is made of: the wish, or the data.
-            spared_bytes: What a candidate's window may do without, though smaller ones' hold it.
-            ceiling_first: Whether the ceiling may need less than smaller sizes, and is tried first.
+            candidates: Sizes, ascending.
+            windows: Returns the micro-batch sizes that a trial of a size runs, the largest first.
+            reason: ``limited_by`` of the result if the ceiling fits.
+            saved_bytes: Returns the bytes by which the window of a candidate may use less than the
+                windows of smaller candidates.
+            ceiling_first: Whether to try the ceiling first, because it may need less memory than
+                smaller sizes.
 
         Raises:
-            DoesNotFitError: If none did.
-            SearchTimeoutError: If the time was over before the answer was known.
+            DoesNotFitError: If no candidate fits.
+            SearchTimeoutError: If ``budget_seconds`` passed before the answer was known.
             DeviceLostError: If the device was lost.
         """
         ceiling = candidates[-1]
@@ -89,11 +94,11 @@ class BatchSizeFinder:
             slack_bytes=0 if self.device.is_exact else _ROUNDING_BYTES,
             confirm=self.options.confirm,
             undivided=ceiling if len(windows(ceiling)) == 1 else None,
-            spared_bytes=spared_bytes,
+            saved_bytes=saved_bytes,
             prior=self.options.first_guess,
         )
         if first is not None and self.device.is_exact:
-            search.glimpse(first.size, first.phases)
+            search.record_preliminary(first.size, first.phases)
         others = self.device.others()
         self.observer(
             SearchStarted(
@@ -104,20 +109,20 @@ class BatchSizeFinder:
             )
         )
         for trial in self.history:
-            self._take(search, trial)
+            self._record(search, trial)
         known = {trial.size for trial in self.history}
-        for trial in failed:  # What does not fit once does not fit twice.
+        for trial in failed:  # A first step that does not fit is a failed trial.
             if trial.size not in known:
-                self._learn(search, trial)
+                self._report(search, trial)
         if ceiling_first and ceiling not in {trial.size for trial in self._trials}:
             self.observer(TrialStarted(size=ceiling))
-            self._learn(search, self._attempt(windows(ceiling), search))
+            self._report(search, self._try(windows(ceiling), search))
         self._search(search, windows, began)
         if search.size == 0:
             error = DoesNotFitError(
                 candidates[0],
                 search.limit_bytes,
-                self.breakdown(search.limit_bytes, self._shortage()),
+                self.breakdown(search.limit_bytes, self._last_memory_failure()),
                 self._trials[-1].message,
             )
             for other in others:
@@ -128,98 +133,100 @@ class BatchSizeFinder:
         self.observer(SearchEnded(search=found))
         return found
 
-    def rehearse(self, sizes: Sequence[int]) -> Trial:
-        """Return the trial of one window."""
+    def try_window(self, sizes: Sequence[int]) -> Trial:
+        """Return the trial of one window with micro-batches of the given sizes."""
         self._make_optimizer_state([(size,) for size in range(1, min(2, sizes[0]) + 1)])
-        with _told_if_lost(0, sizes[0]):
-            return self._stage(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
+        with _device_loss_reported(0, sizes[0]):
+            return self._runner(self.limit_bytes()).try_sizes(sizes, smaller_fits=False)
 
     def _search(
         self, search: BracketingSearch, windows: Callable[[int], Sequence[int]], began: float
     ) -> None:
-        """Try what the search asks for, and again what must not rest on one trial."""
-        before, moves = self.device.read(), 0
+        """Try the proposed sizes, and repeat trials whose outcome may be due to other processes."""
+        before, changes = self.device.read(), 0
         budget = self.options.budget_seconds
         while True:
             size = search.next()
             if size is None:
                 now = self.device.read()
-                if moves < _MOST_MOVES and outside_changed(before, now):
-                    before, moves = now, moves + 1
-                    search.relimit(self.limit_bytes())
+                if changes < _MOST_CHANGES and outside_changed(before, now):
+                    before, changes = now, changes + 1
+                    search.change_limit(self.limit_bytes())
                     self._valid_from = len(self._trials)
-                size = search.next() or self._doubtful(search)
+                size = search.next() or self._size_to_repeat(search)
             if size is None:
                 return
             if budget is not None and time.monotonic() - began > budget:
                 raise SearchTimeoutError(search.size, budget)
             self.observer(TrialStarted(size=size))
-            self._learn(search, self._attempt(windows(size), search))
+            self._report(search, self._try(windows(size), search))
 
-    def _doubtful(self, search: BracketingSearch) -> int | None:
-        """What is to be tried again: the failure that ends the search, then the size found.
+    def _size_to_repeat(self, search: BracketingSearch) -> int | None:
+        """The size to try again, if any: first the failure above the answer, then the answer.
 
-        A failure may be another's: on a real device it counts if it comes twice. After one, the
-        size that is returned runs once more. So does whatever ran before others' memory moved.
+        On a GPU, another process may have caused a failure, so the failure must come twice. The
+        answer runs once more after a failed trial. Both run again if other processes' memory has
+        changed since their last trial.
         """
         if search.size == 0:
             return None
         trials, upper = self._trials, search.upper
-        last = {trial.size: place for place, trial in enumerate(trials)}
+        last = {trial.size: index for index, trial in enumerate(trials)}
         if upper.reason == "ran out" and upper.size is not None:
-            place = last[upper.size]
-            # A size that has cost a process is not tried again.
-            is_memory = trials[place].failure not in _OTHER_LIMITS
-            again = not self.device.is_exact and not trials[place].repeated
-            if is_memory and (again or place < self._valid_from):
+            index = last[upper.size]
+            # A size that is too slow, or at which a process died, is not tried again.
+            is_memory = trials[index].failure not in _OTHER_LIMITS
+            again = not self.device.is_exact and not trials[index].repeated
+            if is_memory and (again or index < self._valid_from):
                 return upper.size
-        place = last[search.size]
-        failed_since = any(not trial.fits for trial in trials[place:])
-        return search.size if failed_since or place < self._valid_from else None
+        index = last[search.size]
+        failed_since = any(not trial.fits for trial in trials[index:])
+        return search.size if failed_since or index < self._valid_from else None
 
-    def _attempt(self, sizes: Sequence[int], search: BracketingSearch) -> Trial:
-        stage, size = self._stage(search.limit_bytes), sizes[0]
+    def _try(self, sizes: Sequence[int], search: BracketingSearch) -> Trial:
+        runner, size = self._runner(search.limit_bytes), sizes[0]
 
         def run() -> Trial:
-            return stage.try_sizes(
+            return runner.try_sizes(
                 sizes,
                 smaller_fits=any(trial.fits for trial in self._trials),
                 larger_ran_out=any(not trial.fits for trial in self._trials),
             )
 
-        with _told_if_lost(search.size, size):
+        with _device_loss_reported(search.size, size):
             trial = run()
-            if self._has_collapsed(trial):
+            if self._is_spilling(trial):
                 again = run()
-                trial = _spilt(again) if self._has_collapsed(again) else again
+                trial = _failed_by_spilling(again) if self._is_spilling(again) else again
         return replace(trial, repeated=any(size == before.size for before in self._trials))
 
-    def _has_collapsed(self, trial: Trial) -> bool:
-        """Whether a size is so slow that its memory must lie elsewhere: in the host's, say.
+    def _is_spilling(self, trial: Trial) -> bool:
+        """Whether a trial is so slow that the driver must have moved its memory to the host.
 
-        Only smaller sizes tell: what a step takes whatever its size weighs less on a larger one.
+        The trial is compared with smaller sizes only, because the fixed cost of a step per example
+        falls as the size grows.
         """
-        if self.device.is_exact or not trial.fits or trial.seconds < _COLLAPSE_SECONDS:
+        if self.device.is_exact or not trial.fits or trial.seconds < _SLOWDOWN_SECONDS:
             return False
         smaller = (before for before in self._trials if before.fits and before.size < trial.size)
         rates = [before.seconds / before.size for before in smaller]
-        return bool(rates) and trial.seconds / trial.size > _COLLAPSE * min(rates)
+        return bool(rates) and trial.seconds / trial.size > _SLOWDOWN * min(rates)
 
-    def _learn(self, search: BracketingSearch, trial: Trial) -> None:
+    def _report(self, search: BracketingSearch, trial: Trial) -> None:
         self.observer(TrialEnded(trial=trial))
-        self._take(search, trial)
+        self._record(search, trial)
 
-    def _take(self, search: BracketingSearch, trial: Trial) -> None:
+    def _record(self, search: BracketingSearch, trial: Trial) -> None:
         self._trials.append(trial)
-        search.learn(
+        search.record(
             trial.size,
             Outcome(fits=trial.fits, phases=trial.phases, explained=trial.explained),
         )
 
-    def _stage(self, limit_bytes: int) -> TrialRunner:
+    def _runner(self, limit_bytes: int) -> TrialRunner:
         timeout = self.options.timeout_seconds
         return TrialRunner(
-            rehearsal=self.rehearsal,
+            program=self.program,
             device=self.device,
             limit_bytes=limit_bytes,
             timeout_seconds=math.inf if timeout is None else timeout,
@@ -228,29 +235,30 @@ class BatchSizeFinder:
     def _make_optimizer_state(
         self, smallest: Sequence[Sequence[int]]
     ) -> tuple[Trial | None, list[Trial]]:
-        """Take one uncounted step on few examples; return it, and those that failed before it.
+        """Run a first step on few examples; return its trial, and the trials that failed before it.
 
-        Born after the only window of a trial, Adam's state would never overlap activations, and
-        the peak would be a quarter too low. A first step also loads kernels and libraries, which
-        a GPU holds outside the allocator, and compiles: so no timeout holds for it. Two examples
-        first: BatchNorm may refuse one.
+        The first step creates the optimizer's state (Adam's moments). If the first trial created
+        it, at its end, the state would not overlap the activations, and the peak of the trial would
+        be a quarter too low. A first step also loads kernels and libraries, which take memory
+        outside the allocator, and compiles, so it has no timeout. Two examples are tried before
+        one, because BatchNorm may refuse one.
         """
         if not self.device.is_exact:
-            self.device.release_cached()  # Blocks of whatever ran before are in no trial's way.
+            self.device.release_cached()  # So that earlier blocks do not affect the trials.
         failed: list[Trial] = []
-        stage = replace(self._stage(self.limit_bytes()), timeout_seconds=math.inf)
+        runner = replace(self._runner(self.limit_bytes()), timeout_seconds=math.inf)
         for sizes in reversed(smallest):
-            with _told_if_lost(0, sizes[0]), _told_where(sizes[0]):
-                trial = stage.try_sizes(sizes, smaller_fits=False, larger_ran_out=bool(failed))
+            with _device_loss_reported(0, sizes[0]), _first_step_noted(sizes[0]):
+                trial = runner.try_sizes(sizes, smaller_fits=False, larger_ran_out=bool(failed))
             if trial.fits:
                 return trial, failed
             failed.append(trial)
         return None, failed
 
-    def _shortage(self) -> Trial:
-        """The last failure that says what is missing: BatchNorm may refuse a single example."""
-        told = [trial for trial in self._trials if trial.failure is not Verdict.OTHER]
-        return (told or self._trials)[-1]
+    def _last_memory_failure(self) -> Trial:
+        """The last failure, if possible one of memory: BatchNorm may refuse a single example."""
+        by_memory = [trial for trial in self._trials if trial.failure is not Verdict.OTHER]
+        return (by_memory or self._trials)[-1]
 
     def _result(self, search: BracketingSearch, ceiling: int, reason: LimitedBy) -> SearchResult:
         upper = search.upper
@@ -273,8 +281,8 @@ class BatchSizeFinder:
 
 
 @contextmanager
-def _told_if_lost(size: int, tried: int) -> Iterator[None]:
-    """Turn an error that says that the device is lost into one that says what had run."""
+def _device_loss_reported(size: int, tried: int) -> Iterator[None]:
+    """Turn the error of a lost device into a DeviceLostError with the largest size that ran."""
     try:
         yield
     except Exception as error:
@@ -283,7 +291,7 @@ def _told_if_lost(size: int, tried: int) -> Iterator[None]:
         raise DeviceLostError(size, tried, str(error)) from error
 
 
-def _spilt(trial: Trial) -> Trial:
+def _failed_by_spilling(trial: Trial) -> Trial:
     return replace(
         trial,
         fits=False,
@@ -292,19 +300,19 @@ def _spilt(trial: Trial) -> Trial:
         reserved_bytes=None,
         phases=(),
         message=(
-            f"ran, but each example took more than {_COLLAPSE:g} times as long as at a smaller "
-            "size, twice: the driver seems to keep some of it in the host's memory"
+            f"ran twice, but each example took more than {_SLOWDOWN:g} times as long as at a "
+            "smaller size: the driver seems to keep some of the memory on the host"
         ),
     )
 
 
 @contextmanager
-def _told_where(size: int) -> Iterator[None]:
-    """Say of an error of the model's or the loss's own that it came of a rehearsal."""
+def _first_step_noted(size: int) -> Iterator[None]:
+    """Note on an error of the model or the loss that it came from the first step of a search."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, AutobatchError):
             examples = count(size, "example")
-            error.add_note(f"seen in the search's first step, on {examples} of the data")
+            error.add_note(f"raised in the first step of the search, on {examples} of the data")
         raise

@@ -1,4 +1,4 @@
-"""How a search is to be made: the user's options, checked before anything is touched."""
+"""The options of a search, checked when they are made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,37 +14,45 @@ _CONFIRM: Final = get_args(Confirm)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """How the tolerable batch is searched for.
+    """Options of the search for the tolerable batch.
+
+    Example::
+
+        options = SearchOptions(multiple_of=8, confirm="failed", budget_seconds=60)
 
     Attributes:
-        confirm: Why nothing larger is taken. ``"extrapolated"``: the next larger size has run out,
-            or what smaller ones used leaves no room for it. ``"failed"``: it has run out.
-        multiple_of: Only multiples of this are tried, as tensor cores like them, and training cuts
-            in them: 256 by 100 in eights is 88 + 88 + 80. The undivided batch is tried as it is.
-        timeout_seconds: A size whose trial takes longer is not tolerable; None waits. It is looked
-            at between micro-batches, so a trial that never returns is not ended, unless it is
-            isolated: then its process is, after twice as long. The first step of all, which may
-            load kernels and compile, is not timed.
-        budget_seconds: No trial begins later; None sets no end.
-        worst_case: What trials repeat. ``"longest"``: the longest example of the first batch or, if
-            a Dataset or a DataLoader without workers has longer ones, of some that are looked at.
-            ``"first"``: that of the first batch. Or a batch to use instead.
-        isolate: Trials run in a process of their own, which takes some seconds to start. Here
-            nothing is touched, and no GPU is. A size at which that process dies, loses its device
-            or never returns is not tolerable, and the search goes on in a fresh one.
-        prior: A first guess of the answer, in examples: a number, or a prediction for the device at
-            hand, of which the safe end counts. It is tried after one small size, unless that has
-            shown that more fits; a prediction is corrected by what that size used, and by the
-            memory that is there. A wrong one costs a trial, seldom two. None guesses from the small
-            size.
-        floor: The smallest size of interest: where not even that fits, ``DoesNotFitError`` says so.
-            The undivided batch is tried though it be smaller, and a replay in training may take
-            less.
-        forget_errors: Let go first of the error that a notebook or a prompt keeps in ``sys.last_*``
-            to show its traceback: the tensors of what failed there stay alive with it.
+        confirm: What must exclude the next larger size. ``"failed"``: a trial of it that ran out of
+            memory. ``"extrapolated"``: such a trial, or an estimate from the memory of smaller
+            sizes that is above the limit.
+        multiple_of: Tried sizes and the micro-batches of training are multiples of this, which
+            tensor cores prefer. With 8, 256 examples of which 100 fit are cut into 88 + 88 + 80.
+            The undivided batch is tried even if it is no multiple.
+        timeout_seconds: A size whose trial takes longer is not tolerable; None sets no timeout. The
+            time is checked between micro-batches, so a trial that hangs is not stopped. With
+            ``isolate=True`` its process is stopped after twice this time. The first step of the
+            search, which may load kernels and compile, has no timeout.
+        budget_seconds: No trial starts later than this many seconds after the first; None sets no
+            budget.
+        worst_case: The examples that trials repeat. ``"longest"``: the longest example of the
+            first batch, or a longer one if some is found among up to 256 examples of a Dataset or
+            a DataLoader without workers. ``"first"``: the first batch. A batch: that batch.
+        isolate: Run the trials in another process, which takes some seconds to start. This process
+            then uses no GPU and its objects do not change. A size at which the other process dies,
+            loses its device or hangs is not tolerable; the search continues in a new process.
+        prior: A first guess of the answer: a number of examples, or a ``Prediction`` for this
+            device, whose ``tolerable`` is used. The guess is tried after one small size, unless
+            the memory of that size shows that more fits. The memory of the small size and the
+            limit of the device correct a prediction. A wrong guess costs one trial, seldom two.
+            None: no guess.
+        floor: The smallest size to try, in examples. ``DoesNotFitError`` is raised if it does not
+            fit. The undivided batch is tried even if it is smaller. Training may still use smaller
+            micro-batches after it runs out of memory.
+        forget_errors: Delete the last error, which a notebook or a Python prompt keeps in
+            ``sys.last_exc``, before the search. Its traceback keeps the tensors of the failed code
+            in memory.
 
     Raises:
-        TypeError, ValueError: With the value that came and the way out.
+        TypeError, ValueError: If an option is invalid. The message names the valid values.
     """
 
     confirm: Confirm = "extrapolated"
@@ -68,25 +76,25 @@ class SearchOptions:
         check_worst_case(self.worst_case)
         for name in ("timeout_seconds", "budget_seconds"):
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
-        prior = as_prior(self.prior)  # A prediction holds a model, which need not be kept.
+        prior = as_prior(self.prior)  # A Prior is kept: a Prediction would keep its model alive.
         if prior is not None:
             object.__setattr__(self, "prior", prior if prior.peaks else prior.tolerable)
 
     @property
     def first_guess(self) -> Prior | None:
-        """The prior as a search goes by it."""
+        """The prior as a ``Prior``, or None."""
         return as_prior(self.prior)
 
     @property
     def patience_seconds(self) -> float | None:
-        """When to end the process of a trial that does not look at its time: it may run twice."""
+        """Seconds until the process of a trial that hangs is stopped; a trial may run twice."""
         return None if self.timeout_seconds is None else 2 * self.timeout_seconds
 
     def candidates(self, largest: int) -> range:
         """Return the sizes up to ``largest`` that may be tried.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If no size is left.
         """
         step = self.multiple_of
         if largest < step:
@@ -99,15 +107,15 @@ class SearchOptions:
         return range(first, largest + 1, step)
 
     def not_below_floor(self, sizes: Sequence[int]) -> Sequence[int]:
-        """Return those of ascending sizes that are of interest; the last one always is."""
+        """Return the sizes, which ascend, from ``floor`` on; the last size is always kept."""
         return [size for size in sizes if size >= self.floor] or sizes[-1:]
 
 
 def check_search(search: object) -> None:
-    """Refuse what are no options of a search.
+    """Raise unless ``search`` is a ``SearchOptions``.
 
     Raises:
-        TypeError: With the value that came.
+        TypeError: With the invalid value.
     """
     if not isinstance(search, SearchOptions):
         raise TypeError(f"search must be SearchOptions(...), got {search!r}")

@@ -1,4 +1,4 @@
-"""What is known of a tolerable batch before it is searched for."""
+"""Priors: guesses of the tolerable batch that exist before the search."""
 
 import bisect
 import operator
@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 
 class HasTolerable(Protocol):
-    """What knows a tolerable batch before it is searched for, as a prediction does.
+    """An object that predicts a tolerable batch, such as a ``Prediction``.
 
-    It may have a ``prior`` too: a ``Prior`` that says more.
+    The object may also have an attribute ``prior`` with a ``Prior``, which holds more detail.
     """
 
     @property
     def tolerable(self) -> int:
-        """Examples; 0 where not even one is expected to fit."""
+        """The predicted tolerable batch in examples; 0 if not even one is expected to fit."""
         ...
 
 
@@ -22,16 +22,17 @@ class HasTolerable(Protocol):
 class Prior:
     """A first guess of the answer, which one small trial corrects.
 
-    Plain numbers: an isolated search is sent its options, and a prediction holds a model.
+    It holds plain numbers only, so that the options of an isolated search can be sent to its
+    process.
 
     Attributes:
-        tolerable: The guess as it is, in examples.
-        limit_bytes: Under which limit, where ``peaks`` are known.
-        peaks: Sizes, ascending, and the bytes that each is expected to allocate at its peak; fewer
-            than two say nothing.
+        tolerable: The guess, in examples, before any correction.
+        limit_bytes: The limit for which ``tolerable`` was predicted, if ``peaks`` are known.
+        peaks: Pairs of a size and its predicted peak in bytes, by ascending size. With fewer than
+            two pairs, ``tolerable`` is not corrected.
 
     Raises:
-        ValueError: If a number cannot be.
+        ValueError: If a number is out of range.
     """
 
     tolerable: int
@@ -47,36 +48,35 @@ class Prior:
             )
 
     def corrected(self, size: int, peak_bytes: int, limit_bytes: int) -> int:
-        """Return the guess, now that a size has run: the largest size expected to fit, or 0.
+        """Return the largest size expected to fit, corrected by a size that ran; or 0.
 
-        What cannot be seen beforehand (a workspace of cuDNN, what else the process holds) has
-        raised that size's peak over what was expected, and is taken to raise every other's as much.
-        What the device really leaves (its context, other processes) is the limit of the search; of
-        it tensors get the share that was expected, for the allocator splits up the rest.
+        Two corrections are made. The difference between the read peak and the predicted peak (such
+        as a workspace of cuDNN) is added to the peak of every size. The room for tensors is scaled
+        by the ratio of the two limits: the prediction left some of its limit to fragmentation.
 
         Args:
-            size: That ran.
-            peak_bytes: What it allocated at its peak; 0 where nothing was read.
-            limit_bytes: What a step may allocate.
+            size: A size that ran.
+            peak_bytes: The peak of that size; 0 if memory was not read.
+            limit_bytes: The bytes that a step may allocate.
         """
         if len(self.peaks) < 2 or not peak_bytes:
             return self.tolerable
-        unseen = peak_bytes - self._peak(size)
-        room = self._peak(self.tolerable) * limit_bytes // self.limit_bytes - unseen
+        unpredicted = peak_bytes - self._peak(size)
+        room = self._peak(self.tolerable) * limit_bytes // self.limit_bytes - unpredicted
         return bisect.bisect_right(range(1, self.peaks[-1][0] + 1), room, key=self._peak)
 
     def _peak(self, size: int) -> int:
-        """Return what a size is expected to allocate, on the line between its neighbours."""
+        """Return the predicted peak of a size, interpolated between its neighbours."""
         place = bisect.bisect_left(self.peaks, size, 1, len(self.peaks) - 1, key=lambda p: p[0])
         (early, low), (late, high) = self.peaks[place - 1 : place + 1]
         return low + (high - low) * (size - early) // (late - early)
 
 
 def as_prior(given: object) -> Prior | None:
-    """Return what a user has given as a prior.
+    """Return the user's argument ``prior`` as a ``Prior``.
 
     Raises:
-        TypeError, ValueError: If it says no size, with the value that came.
+        TypeError, ValueError: If the argument holds no size, with the argument.
     """
     if given is None or isinstance(given, Prior):
         return given

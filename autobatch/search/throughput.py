@@ -1,4 +1,4 @@
-"""How fast sizes train: whole logical batches, by the clock, in turns."""
+"""Measure the training throughput of several sizes, on whole logical batches in turns."""
 
 import bisect
 import statistics
@@ -10,61 +10,62 @@ from typing import Final
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.results.search import Speed
-from autobatch.search.trial import SizedRun
+from autobatch.search.trial import TrialProgram
 
-_SHARES: Final = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # Of the tolerable batch: what is timed.
-_ROUNDS: Final = range(3, 8)  # At least and at most so many windows of each size.
-FEWEST_WINDOWS: Final = 1 + _ROUNDS.start  # Of each size: one is not measured.
-_SECONDS: Final = 5.0  # After which no further round begins.
+_SHARES: Final = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # Timed sizes / tolerable batch.
+_ROUNDS: Final = range(3, 8)  # The fewest and the most windows that are timed at each size.
+FEWEST_WINDOWS: Final = 1 + _ROUNDS.start  # Windows of each size, with the warm-up.
+_SECONDS: Final = 5.0  # No round begins later.
 
 
 def sizes_to_time(candidates: Sequence[int], largest: int) -> tuple[int, ...]:
-    """Return the largest size and a few below it, ascending: next to fixed shares of it.
+    """Return the largest size and a few smaller sizes, near fixed shares of it, ascending.
 
     Args:
-        candidates: Ascending.
-        largest: One of them.
+        candidates: Sizes, ascending.
+        largest: One of the candidates.
     """
     below = [bisect.bisect_right(candidates, largest * share) for share in _SHARES]
     return tuple(sorted({candidates[place - 1] for place in below if place}))
 
 
 def speeds(
-    rehearsal: SizedRun,
+    program: TrialProgram,
     device: MemoryDevice,
     windows: Mapping[int, Sequence[int]],
     limited: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Speed, ...]:
-    """Return how fast each size trains; one that runs out of memory is left out.
+    """Return the throughput of each size, without the sizes that run out of memory.
 
-    Each runs once unmeasured. Then all of them run in turns, so that a clock that wanders, as a
-    GPU's does when it gets warm, wanders for all. The median of a size's windows counts.
+    Each size runs once as a warm-up. Then the sizes run in turns, so that a change of the device's
+    clock rate, such as that of a GPU that gets warm, affects all sizes alike. The throughput of a
+    size is the median over its windows.
 
     Args:
-        rehearsal: Training's own step.
-        device: Where it runs.
-        windows: For each size, the micro-batches of a whole logical batch.
-        limited: The context in which training runs.
+        program: The training step.
+        device: The device that it runs on.
+        windows: For each size, the sizes of the micro-batches of a whole logical batch.
+        limited: Returns the context that limits memory as training does.
     """
     ready: dict[int, Callable[[], float]] = {}
     for size, sizes in windows.items():
-        ready[size] = _timed(rehearsal, device, sizes, limited)
+        ready[size] = _timed_run(program, device, sizes, limited)
     seconds: dict[int, list[float]] = {size: [] for size in ready}
     began = time.perf_counter()
-    for place in range(_ROUNDS.stop):
-        if place > _ROUNDS.start and time.perf_counter() - began > _SECONDS:
+    for round_number in range(_ROUNDS.stop):
+        if round_number > _ROUNDS.start and time.perf_counter() - began > _SECONDS:
             break
         for size in list(seconds):
-            took = _seconds(ready[size])
+            took = _seconds_or_none(ready[size])
             if took is None:
                 del seconds[size]
-                rehearsal.clear()
+                program.clear()
                 device.release_cached()
-            elif place:
+            elif round_number:
                 seconds[size].append(took)
-        if not place:
+        if not round_number:
             began = time.perf_counter()
-    rehearsal.clear()
+    program.clear()
     return tuple(
         Speed(
             size=size,
@@ -75,13 +76,13 @@ def speeds(
     )
 
 
-def _timed(
-    rehearsal: SizedRun,
+def _timed_run(
+    program: TrialProgram,
     device: MemoryDevice,
     sizes: Sequence[int],
     limited: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[], float]:
-    window = rehearsal.prepare(sizes, lambda: None)
+    window = program.prepare(sizes, lambda: None)
 
     def run() -> float:
         device.synchronize()
@@ -94,8 +95,8 @@ def _timed(
     return run
 
 
-def _seconds(run: Callable[[], float]) -> float | None:
-    """How long it took; None, and the error has let go of the window, if memory ran out."""
+def _seconds_or_none(run: Callable[[], float]) -> float | None:
+    """The seconds of a run; None if it ran out of memory. The error is deleted on return."""
     try:
         return run()
     except Exception as error:

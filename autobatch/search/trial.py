@@ -1,4 +1,4 @@
-"""One trial: a rehearsed window at one size, its verdict and its measurement."""
+"""Run one trial: a window of micro-batches at one size, with its memory and its verdict."""
 
 import math
 import time
@@ -14,39 +14,39 @@ from autobatch.results.search import Phase, Trial
 from autobatch.results.verdict import Verdict
 
 _MESSAGE_LENGTH: Final = 500
-_NEAR: Final = 0.5  # A failure below this share of the limit is not explained by what was read.
+_NEAR: Final = 0.5  # Readings explain a failure only above this share of the limit.
 
 
-class SizedRun(Protocol):
-    """Training's own step, ready to be tried at any size."""
+class TrialProgram(Protocol):
+    """What a trial runs at any size: a training step, an inference pass or a user's function."""
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
-        """Return a window of micro-batches and its optimizer step, not yet run.
+        """Return a function that runs a window: its micro-batches, then the optimizer step.
 
         Args:
-            sizes: Of the micro-batches.
-            mark: To be called where one phase ends and the next begins.
+            sizes: Examples in each micro-batch.
+            mark: The window calls this where one phase of its memory ends and the next begins.
         """
 
     def verify(self, size: int, peak_bytes: int) -> str:
-        """Return what is wrong with a size whose window ran, or ``""``."""
+        """Return why a size whose window ran is still not usable; ``""`` if it is."""
 
     def clear(self) -> None:
-        """Let go of what a window leaves: gradients."""
+        """Delete what a window leaves behind, such as gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRunner:
-    """Where trials run.
+    """Runs trials of one program on one device, under one limit.
 
     Attributes:
-        rehearsal: What they run.
-        device: Whose memory they use.
-        limit_bytes: What they may allocate.
-        timeout_seconds: What they may take.
+        program: What the trials run.
+        device: The device whose memory is limited and read.
+        limit_bytes: The bytes that a trial may allocate.
+        timeout_seconds: The longest time of a trial; the time is checked between phases.
     """
 
-    rehearsal: SizedRun
+    program: TrialProgram
     device: MemoryDevice
     limit_bytes: int
     timeout_seconds: float = math.inf
@@ -54,29 +54,30 @@ class TrialRunner:
     def try_sizes(
         self, sizes: Sequence[int], *, smaller_fits: bool, larger_ran_out: bool = False
     ) -> Trial:
-        """Rehearse a window once; an error that says nothing of the size passes through.
+        """Run a window and return its trial; errors unrelated to the size pass through.
 
         Args:
-            sizes: Of the micro-batches, the largest first: the size that is tried.
-            smaller_fits: Whether a smaller size has run. Only then, and only if it fails twice,
-                does an error that may be memory, or may be anything, count as memory.
-            larger_ran_out: Whether a larger size ran out of memory. Only then does it count
-                against the size if a single example is refused, as BatchNorm does.
+            sizes: Examples in each micro-batch, the largest first; the first is the tried size.
+            smaller_fits: Whether a smaller size has run. If so, an error of verdict ``SUSPECT``
+                counts as a failure of the size when it comes twice; otherwise it passes through.
+            larger_ran_out: Whether a larger size ran out of memory. If so, any error of a window
+                with a single example counts as a failure of the size: BatchNorm refuses one
+                example.
         """
         counted = {*MEMORY_VERDICTS, Verdict.TOO_SLOW}
         if larger_ran_out and min(sizes) == 1:
             counted.add(Verdict.OTHER)
         again = counted | {Verdict.SUSPECT}
-        trial = self._run(sizes, again if smaller_fits else counted)
-        return self._run(sizes, again) if trial.failure is Verdict.SUSPECT else trial
+        trial = self._attempt(sizes, again if smaller_fits else counted)
+        return self._attempt(sizes, again) if trial.failure is Verdict.SUSPECT else trial
 
-    def _run(self, sizes: Sequence[int], counted: AbstractSet[Verdict]) -> Trial:
-        """Rehearse once; a failure whose verdict does not count passes through."""
+    def _attempt(self, sizes: Sequence[int], counted: AbstractSet[Verdict]) -> Trial:
+        """Run the window once; errors whose verdict is not in ``counted`` pass through."""
         failure: Verdict | None = None
         message, requested = "", 0
-        record = _Record(self.device, self.timeout_seconds)
+        record = _MemoryRecord(self.device, self.timeout_seconds)
         try:
-            self._rehearse(sizes, record)
+            self._run_window(sizes, record)
         except _TooSlowError as error:
             failure, message = Verdict.TOO_SLOW, str(error)
         except Exception as error:
@@ -84,18 +85,18 @@ class TrialRunner:
             if failure not in counted:
                 raise
             message, requested = str(error)[:_MESSAGE_LENGTH], requested_bytes(error)
-        # Only here has the error let go of the failed window's tensors (its traceback holds every
-        # frame), so only here does releasing the cache give them back.
+        # The traceback of the error holds the tensors of the failed window until the except block
+        # ends, so the cache is released only after it.
         record.end_phase()
-        self.rehearsal.clear()
+        self.program.clear()
         seconds = record.seconds()
         if failure is None and record.retries():
-            failure, message = Verdict.OUT_OF_MEMORY, _retried(record.retries())
-        if failure is None and (message := self._complaint(sizes[0], record.peak_bytes)):
+            failure, message = Verdict.OUT_OF_MEMORY, _cache_released(record.retries())
+        if failure is None and (message := self._kernel_error(sizes[0], record.peak_bytes)):
             failure = Verdict.TOO_LARGE
         if failure is not None or not self.device.is_exact:
-            self.device.release_cached()  # Nobody after it finds blocks of this one.
-        reached = max(record.peak_bytes, record.last_bytes + requested)
+            self.device.release_cached()  # So that the next trial reuses no cached block.
+        reached = max(record.peak_bytes, record.allocated_bytes + requested)
         return Trial(
             size=sizes[0],
             fits=failure is None,
@@ -109,15 +110,15 @@ class TrialRunner:
             needed_bytes=0 if failure is None else reached,
         )
 
-    def _complaint(self, size: int, peak_bytes: int) -> str:
+    def _kernel_error(self, size: int, peak_bytes: int) -> str:
         with self.device.limited_to(self.limit_bytes):
-            return self.rehearsal.verify(size, peak_bytes)
+            return self.program.verify(size, peak_bytes)
 
-    def _rehearse(self, sizes: Sequence[int], record: "_Record") -> None:
-        """Run the window under the limit; its batch, which may count as well, ends with this."""
+    def _run_window(self, sizes: Sequence[int], record: "_MemoryRecord") -> None:
+        """Run the window under the limit; where host memory is limited, its batch counts too."""
         limited = self.device.limited_to(self.limit_bytes)
         with limited if self.device.counts_host else nullcontext():
-            window = self.rehearsal.prepare(sizes, record.mark)
+            window = self.program.prepare(sizes, record.mark)
             with nullcontext() if self.device.counts_host else limited:
                 window()
                 self.device.synchronize()
@@ -125,11 +126,11 @@ class TrialRunner:
 
 
 class _TooSlowError(Exception):
-    """A trial has taken longer than it may."""
+    """A trial took longer than its timeout."""
 
 
-class _Record:
-    """What is read in a trial, phase by phase; it begins now."""
+class _MemoryRecord:
+    """The memory of a trial that starts now, read phase by phase."""
 
     def __init__(self, device: MemoryDevice, timeout_seconds: float) -> None:
         self._device = device
@@ -139,43 +140,45 @@ class _Record:
         self.reserved_bytes: int | None = None
         device.reset_peak()
         reading = device.read()
-        self.last_bytes = reading.allocated_bytes
+        self.allocated_bytes = reading.allocated_bytes
         self._retries_before = self._retries = reading.retries
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes allocated at once so far."""
+        """The highest peak of the phases so far."""
         return max(phase.peak_bytes for phase in self.phases)
 
     def mark(self) -> None:
         """Begin the next phase.
 
         Raises:
-            _TooSlowError: If it is too late for one.
+            _TooSlowError: If the trial has taken longer than its timeout.
         """
         self.end_phase()
         self.check_time()
         self._device.reset_peak()
 
     def end_phase(self) -> None:
-        """Read what the phase that ends has used."""
+        """End the phase, and record its peak."""
         reading = self._device.read()
-        self.phases.append(Phase(floor_bytes=self.last_bytes, peak_bytes=reading.peak_bytes))
-        self.last_bytes = reading.allocated_bytes
+        self.phases.append(
+            Phase(baseline_bytes=self.allocated_bytes, peak_bytes=reading.peak_bytes)
+        )
+        self.allocated_bytes = reading.allocated_bytes
         self._retries = reading.retries
         if reading.peak_reserved_bytes is not None:
             self.reserved_bytes = max(self.reserved_bytes or 0, reading.peak_reserved_bytes)
 
     def retries(self) -> int:
-        """Return how often the allocator had to give its cache back to make room."""
+        """Return how often the allocator had to release its cache to find room."""
         return self._retries - self._retries_before
 
     def seconds(self) -> float:
-        """Return how long it has taken."""
+        """Return the seconds since the trial started."""
         return time.perf_counter() - self._began
 
     def check_time(self) -> None:
-        """Refuse to take longer than the timeout."""
+        """Raise if the trial has taken longer than its timeout."""
         if self.seconds() > self._timeout_seconds:
             raise _TooSlowError(
                 f"took longer than timeout_seconds={self._timeout_seconds:g} allows: "
@@ -183,8 +186,8 @@ class _Record:
             )
 
 
-def _retried(times: int) -> str:
+def _cache_released(times: int) -> str:
     return (
-        f"ran, but only because the allocator gave its cache back {times} times to make room: "
+        f"ran, but only after the allocator released its cache {times} times to find room: "
         "every step of training would wait for that"
     )

@@ -1,4 +1,4 @@
-"""The promise of a search: at most four trials more than by hand, whatever is read."""
+"""Bound the trials of a search: at most four more than doubling and bisection take."""
 
 import bisect
 import itertools
@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-_SPARE: Final = 4  # Trials that readings may cost beyond bisection.
+_SPARE: Final = 4  # Trials that wrong readings may cost beyond bisection.
 
 
 def doubled(candidates: Sequence[int]) -> Iterator[int]:
-    """Yield the positions that doubling tries: the first, and each the last within twice."""
+    """Yield the positions that doubling tries: each size is at most twice the one before."""
     position, last = 0, len(candidates) - 1
     while position < last:
         yield position
@@ -20,68 +20,70 @@ def doubled(candidates: Sequence[int]) -> Iterator[int]:
 
 
 class TrialBound:
-    """How many trials each answer may take, and which trials leave all answers in reach.
+    """Limits each trial to sizes after which every answer can still be found in few trials.
 
-    By hand one doubles from the first candidate, and bisects behind the first failure. Whatever the
-    answer turns out to be, a search that keeps the promise has tried at most four sizes more. Nor
-    has it tried more than eight above ``ceil(log2(len(candidates) + 1))``, which is less where the
-    answer is large, and leaves room for four leaps on the way there (unless candidates lie so far
-    apart that there must be more).
+    The reference is a search by hand: double from the first candidate, then bisect after the first
+    failure. For every possible answer, a search under this bound takes at most four trials more
+    than the reference. It also takes at most ``ceil(log2(len(candidates) + 1)) + 8`` trials, which
+    is less if the answer is large. (Both bounds grow if candidates lie so far apart that the search
+    needs more leaps.)
 
-    Trials that leave every answer its share exist as long as the shares pack: as the leaves of a
-    tree, each at its depth and all in their order (Kraft's inequality, and its alphabetic form).
+    The check: a decision tree in which each answer is a leaf at its allowed depth, all in order,
+    exists if and only if the depths satisfy Kraft's inequality in its alphabetic form.
 
     Args:
-        candidates: Ascending.
-        stretch: How many times what has run may be tried at once.
-        first: What may be tried while nothing has run.
+        candidates: Sizes, ascending.
+        stretch: The most by which one trial may multiply the largest size that ran.
+        first: The largest size that may be tried before any size has run.
     """
 
     def __init__(self, candidates: Sequence[int], *, stretch: int, first: int) -> None:
         self._candidates = candidates
         self._stretch = stretch
         self._first = first
-        self._runs = tuple(self._by_hand())
-        self._most = math.ceil(math.log2(len(candidates) + 1)) + 2 * _SPARE
-        self._more = 0
+        self._trials_by_hand = tuple(self._by_hand())
+        self._usual_trials = math.ceil(math.log2(len(candidates) + 1)) + 2 * _SPARE
+        self._extra_trials = 0
 
-    def renew(self, good: int, bad: int, used: int) -> None:
-        """Allow what the bracket needs, where trials that were not asked for have used too much."""
-        while not self._keeps(good, bad, used):
-            self._more += 1
+    def extend(self, good: int, bad: int, used: int) -> None:
+        """Allow more trials if the trials so far leave too few for the answers in the bracket."""
+        while not self._is_sufficient(good, bad, used):
+            self._extra_trials += 1
 
     def farthest(self, good: int) -> int:
-        """Return the last position that what has run is a measure of: at least the next one."""
+        """Return the last position within ``stretch`` of what ran; at least the next position."""
         size = self._stretch * self._candidates[good] if good >= 0 else self._first
         following = 1 if good < 0 and self._begins_with_one else good + 1
         return max(bisect.bisect_right(self._candidates, size) - 1, following)
 
-    def nearest(self, wanted: int, good: int, bad: int, used: int) -> int:
-        """Return the position next to ``wanted`` after which the promise can still be kept.
+    def nearest(self, wish: int, good: int, bad: int, used: int) -> int:
+        """Return the position nearest to ``wish`` that keeps the bound on the trials.
 
         Args:
-            wanted: Where one would like to try.
+            wish: The preferred position.
             good: The last position that ran, or -1.
-            bad: The first beyond it that failed, or their number.
+            bad: The first position above ``good`` that failed, or the number of candidates.
             used: Trials so far.
         """
-        # One example last: a model may refuse it for a reason of its own, as BatchNorm does.
+        # Size 1 comes last: BatchNorm refuses a single example for a reason other than memory.
         lowest = 1 if good < 0 and bad > 1 and self._begins_with_one else good + 1
         highest = min(self.farthest(good), bad - 1)
         most = max(self._affordable(good, highest, used + 1), lowest)
-        place = min(max(wanted, lowest), most)
-        if self._keeps(place, bad, used + 1):
+        place = min(max(wish, lowest), most)
+        if self._is_sufficient(place, bad, used + 1):
             return place
-        # Higher, so that a pass leaves less to be done.
+        # A higher position leaves fewer candidates above it if it runs.
         inside = range(place, most)
-        return place + bisect.bisect_left(inside, 1, key=lambda p: self._keeps(p, bad, used + 1))
+        return place + bisect.bisect_left(
+            inside, 1, key=lambda p: self._is_sufficient(p, bad, used + 1)
+        )
 
     @property
     def _begins_with_one(self) -> bool:
         return self._candidates[0] == 1 and len(self._candidates) > 1
 
     def _by_hand(self) -> Iterator[tuple[range, int]]:
-        """Yield the answers, as ranges of positions, with the least trials by hand of any there."""
+        """Yield ranges of answers with the fewest trials that the reference takes in each range."""
         tried = list(doubled(self._candidates))
         yield range(-1, 0), 1
         for steps, (position, following) in enumerate(itertools.pairwise(tried), 2):
@@ -89,40 +91,42 @@ class TrialBound:
             yield range(position, following), steps + bisections
         yield range(tried[-1], len(self._candidates)), len(tried)
 
-    def _keeps(self, good: int, bad: int, used: int) -> bool:
-        """Whether every answer in the bracket can still be reached in time, by leaps if need be."""
+    def _is_sufficient(self, good: int, bad: int, used: int) -> bool:
+        """Whether leaps and bisection can still find every answer in the bracket in time."""
         while (farthest := self.farthest(good)) < bad - 1:
             used += 1
             leap = self._affordable(good, farthest, used)
             if leap <= good:
                 return False
             good = leap
-        return self._packs(good, bad, used)
+        return self._can_bisect(good, bad, used)
 
     def _affordable(self, good: int, highest: int, used: int) -> int:
-        """Return the highest position that may fail as one of ``used`` trials; or ``good``."""
-        if self._packs(good, highest, used):
+        """Return the highest position that may fail as trial ``used``; ``good`` if none may."""
+        if self._can_bisect(good, highest, used):
             return highest
         inside = range(good + 1, highest)
-        return good + bisect.bisect_left(inside, 1, key=lambda p: not self._packs(good, p, used))
+        return good + bisect.bisect_left(
+            inside, 1, key=lambda p: not self._can_bisect(good, p, used)
+        )
 
-    def _packs(self, good: int, bad: int, used: int) -> bool:
-        """Whether bisection of some kind reaches every answer in the bracket in time."""
-        taken, whole = 0, 1 << self._most + self._more
-        for count, allowed in self._shares(good, bad):
-            left = min(allowed, self._most) + self._more - used
+    def _can_bisect(self, good: int, bad: int, used: int) -> bool:
+        """Whether some bisection finds every answer in the bracket in time (Kraft's inequality)."""
+        taken, total = 0, 1 << self._usual_trials + self._extra_trials
+        for count, allowed in self._allowances(good, bad):
+            left = min(allowed, self._usual_trials) + self._extra_trials - used
             if left < 0:
                 return False
-            share = whole >> left
-            taken = (-(-taken // share) + count) * share
-        return taken <= whole
+            width = total >> left
+            taken = (-(-taken // width) + count) * width
+        return taken <= total
 
-    def _shares(self, good: int, bad: int) -> Iterator[tuple[int, int]]:
-        """Of the answers in the bracket, in order: how many may take how many trials."""
-        if good < 0 and bad > 1 and self._begins_with_one:  # None and one: told apart at the end.
-            yield 1, self._runs[0][1] + _SPARE - 1
+    def _allowances(self, good: int, bad: int) -> Iterator[tuple[int, int]]:
+        """Yield how many answers of the bracket, in order, may take how many trials."""
+        if good < 0 and bad > 1 and self._begins_with_one:  # Size 1 is tried last.
+            yield 1, self._trials_by_hand[0][1] + _SPARE - 1
             good = 1
-        for answers, trials in self._runs:
+        for answers, trials in self._trials_by_hand:
             count = min(answers.stop, bad) - max(answers.start, good)
             if count > 0:
                 yield count, trials + _SPARE

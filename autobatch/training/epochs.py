@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader
 
-from autobatch.data.rebatch import Source, logical_batches
+from autobatch.data.rebatch import logical_batches
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, is_same
 from autobatch.errors import CheckpointError
 from autobatch.training.progress import DataPosition

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
-from autobatch.data.rebatch import Data, Source, open_source
-from autobatch.data.worker_memory import crowded
+from autobatch.data.source import Data, Source, open_source
+from autobatch.data.worker_memory import worker_memory_warning
 from autobatch.devices.host_memory import host_memory
 from autobatch.devices.memory_notes import fragmented
 from autobatch.events import Observer, TrainingStarted
@@ -166,7 +166,7 @@ class Training:
                 observer=observer,
             )
         if start.first is not None:
-            warning = crowded(self.job.source.batches, start.first, host_memory()[1])
+            warning = worker_memory_warning(self.job.source.batches, start.first, host_memory()[1])
             if warning:
                 warnings.warn(warning, stacklevel=4)  # Where find_and_train was called.
         return start

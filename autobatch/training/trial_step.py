@@ -59,7 +59,7 @@ class TrialStep:
 
         return window
 
-    def spared_bytes(self, size: int) -> int:
+    def saved_bytes(self, size: int) -> int:
         """Return what one or two micro-batches of ``size`` hold less than those of longer windows.
 
         There none is sent ahead while the last computes.

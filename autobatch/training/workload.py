@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from autobatch.data.rebatch import Data, Source, open_source
+from autobatch.data.source import Data, Source, open_source
 from autobatch.devices.accounting import account_for
 from autobatch.devices.base import MemoryDevice
 from autobatch.devices.budget import Budget

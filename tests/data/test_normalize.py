@@ -14,7 +14,8 @@ from autobatch import Accumulator
 from autobatch.data.containers import children_of
 from autobatch.data.markers import Examples, RaggedBatch, Shared
 from autobatch.data.normalize import as_batch
-from autobatch.data.rebatch import logical_batches, open_source
+from autobatch.data.rebatch import logical_batches
+from autobatch.data.source import open_source
 from autobatch.data.tree import BatchTree, cut, describe, join, size_of, take
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)

@@ -24,7 +24,8 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from autobatch.data.micro_batches import pieces_of
-from autobatch.data.rebatch import Source, logical_batches, open_source
+from autobatch.data.rebatch import logical_batches
+from autobatch.data.source import Source, open_source
 from autobatch.data.tree import BatchTree, describe, join, size_of
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from autobatch.data.markers import Examples, RaggedBatch
-from autobatch.data.rebatch import open_source
 from autobatch.data.sample import read_sample, repeated
+from autobatch.data.source import open_source
 from autobatch.data.tree import BatchTree, describe, size_of
 from autobatch.state.rng import random_state
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from autobatch.data.markers import Examples, RaggedBatch, Shared
 from autobatch.data.tree import (
     RaggedError,
-    counted,
     cut,
     describe,
     from_numpy,
     join,
     map_tensors,
     part,
+    per_example,
     plain_size,
     size_of,
     take,
@@ -223,12 +223,12 @@ def same(one: object, other: object) -> bool:
 
 def storage(nest: object) -> list[int]:
     """Where the rows of the batch lie; a list of examples has one place an item."""
-    rows = [item for item in counted(nest) if isinstance(item, Tensor)]
+    rows = [item for item in per_example(nest) if isinstance(item, Tensor)]
     return [tensor.untyped_storage().data_ptr() for tensor in rows]
 
 
 def item_storage(nest: object) -> list[int]:
-    lists = [item for item in counted(nest) if isinstance(item, Examples)]
+    lists = [item for item in per_example(nest) if isinstance(item, Examples)]
     return [t.untyped_storage().data_ptr() for item in lists for t in tensors(item) if t.numel()]
 
 

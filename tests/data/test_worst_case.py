@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
 from autobatch import SearchOptions, Shared, find_and_train, find_batch_size
-from autobatch.data.rebatch import open_source
 from autobatch.data.sample import read_sample
+from autobatch.data.source import open_source
 from autobatch.data.tree import size_of
 from autobatch.data.worst_case import WorstCase, worst_case_of
 
@@ -61,7 +61,7 @@ def lengths(longest_at: int, count: int = 200) -> list[int]:
 def test_the_longest_is_found_wherever_it_lies(row: int) -> None:
     batch, said = chosen(loader(Texts(lengths(row))))
     assert batch[0].shape == (1, 90)
-    assert said == "the longest of 200 examples looked at: (int64[1, 90], int64[1])"
+    assert said == "the longest of 200 examples read: (int64[1, 90], int64[1])"
 
 
 def test_of_much_data_256_examples_are_looked_at_from_all_over() -> None:
@@ -72,7 +72,7 @@ def test_of_much_data_256_examples_are_looked_at_from_all_over() -> None:
     _, said = worst_case_of(source, sample, "longest")
     assert len(texts.read) == len(set(texts.read)) == 256
     assert max(texts.read) > 9900
-    assert said.startswith("the longest of 256 examples looked at")
+    assert said.startswith("the longest of 256 examples read")
 
 
 def test_sixteen_of_one_length_are_enough() -> None:
@@ -84,7 +84,7 @@ def test_sixteen_of_one_length_are_enough() -> None:
     assert batch is sample
     assert len(texts.read) == 16
     assert max(texts.read) > 900, "from all over"
-    assert said == "the first batch; 16 examples looked at are alike"
+    assert said == "the first batch; 16 examples read have one size"
 
 
 @given(count=st.integers(1, 40), seed=st.integers(0, 10**6))
@@ -109,7 +109,7 @@ def test_a_first_batch_that_is_longer_stays() -> None:
 def test_a_dataset_is_looked_at_as_well() -> None:
     texts = Texts([7] * 30)
     _, said = chosen(texts)
-    assert said == "the first batch; 16 examples looked at are alike"
+    assert said == "the first batch; 16 examples read have one size"
 
 
 def test_lists_and_texts_have_a_length_before_they_are_collated() -> None:
@@ -169,7 +169,9 @@ def test_a_collate_function_that_wants_pairs_is_left_in_peace(
     first = read_sample(source)
     found, said = worst_case_of(source, first, "longest")
     assert found is first
-    assert said.startswith("the first batch; the longest of 204 is none alone: ")
+    assert said.startswith(
+        "the first batch; the longest of 204 examples cannot be collated alone: "
+    )
 
 
 def test_first_looks_at_nothing_else() -> None:
@@ -197,7 +199,7 @@ def test_a_slow_dataset_is_looked_at_for_a_second(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     _, said = chosen(loader(Slow(lengths(3))))
-    assert " 4 examples looked at" in said
+    assert " 4 examples read" in said
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_a_search_on_the_longest_finds_less_and_says_so() -> None:
         Reader(), loader(texts), memory_limit=limit, search=SearchOptions(worst_case="first")
     )
     assert longest.size * 5 < first.size
-    assert longest.worst_case.startswith("the longest of 200 examples looked at")
+    assert longest.worst_case.startswith("the longest of 200 examples read")
 
 
 def test_training_goes_on_as_if_nothing_had_been_looked_at() -> None:

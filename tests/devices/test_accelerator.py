@@ -357,7 +357,7 @@ class Window:
 )
 def test_a_trial_fits_up_to_the_limit_and_no_further(put: Put, kind: str, counts: bool) -> None:
     card = put(kind, counts=counts)
-    stage = TrialRunner(rehearsal=Window(card), device=opened(kind), limit_bytes=4 * GIB)
+    stage = TrialRunner(program=Window(card), device=opened(kind), limit_bytes=4 * GIB)
     for size, fits in ((3, True), (5, False), (4, True), (5, False), (1, True)):
         trial = stage.try_sizes((size,), smaller_fits=True)
         assert trial.fits == fits

@@ -109,7 +109,7 @@ def test_ten_failures_in_a_row_leave_the_memory_as_it_was() -> None:
     job = resolved(model, limit(GIB))
     with job.undisturbed():
         stage = TrialRunner(
-            rehearsal=TrialStep(job.step, images()),
+            program=TrialStep(job.step, images()),
             device=job.device,
             limit_bytes=job.limit_bytes(),
         )

@@ -147,7 +147,7 @@ def test_a_script_without_a_main_guard_finds_the_same_size_in_isolation(tmp_path
     # Its own error has arrived as what it is, though its class takes other arguments.
     assert told["error"] == "quite odd"
     where, trace = told["notes"]
-    assert where == "seen in the search's first step, on 2 examples of the data"
+    assert where == "raised in the first step of the search, on 2 examples of the data"
     assert trace.startswith("Raised in the isolated process:\nTraceback")
     assert "in forward" in trace
 

@@ -63,7 +63,7 @@ def hunt(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[i
     """Try whatever the search asks for."""
     search = BracketingSearch(candidates, **options | {"prior": as_prior(options.get("prior"))})
     while (size := search.next()) is not None:
-        search.learn(size, attempt(size))
+        search.record(size, attempt(size))
     return search.size, search.upper
 
 
@@ -136,8 +136,8 @@ def test_by_hand_is_counted_right(candidates: Sequence[int], largest: int, trial
     assert by_hand(candidates, largest) == trials
 
 
-def phase(peak_bytes: int, floor_bytes: int = 1000) -> tuple[Phase, ...]:
-    return (Phase(floor_bytes=floor_bytes, peak_bytes=peak_bytes),)
+def phase(peak_bytes: int, baseline_bytes: int = 1000) -> tuple[Phase, ...]:
+    return (Phase(baseline_bytes=baseline_bytes, peak_bytes=peak_bytes),)
 
 
 def scrambled(size: int, salt: int, below: int) -> int:
@@ -243,51 +243,51 @@ def test_whatever_is_read_the_search_is_right(
 @given(
     machine=machines(),
     slope=st.integers(1, 10**6),
-    glimpsed=st.tuples(
+    preliminary=st.tuples(
         st.integers(1, 4), st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9)
     ),
 )
 def test_whatever_was_glimpsed_the_search_is_right(
-    kind: str, machine: Machine, slope: int, glimpsed: tuple[int, int, int]
+    kind: str, machine: Machine, slope: int, preliminary: tuple[int, int, int]
 ) -> None:
     """The first step of all may have read anything: it is believed nowhere."""
 
     def search(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[int, Upper]:
         one = BracketingSearch(candidates, **options)
-        size, peak_bytes, floor_bytes = glimpsed
-        one.glimpse(size, phase(peak_bytes, floor_bytes))
+        size, peak_bytes, baseline_bytes = preliminary
+        one.record_preliminary(size, phase(peak_bytes, baseline_bytes))
         while (chosen := one.next()) is not None:
-            one.learn(chosen, attempt(chosen))
+            one.record(chosen, attempt(chosen))
         return one.size, one.upper
 
     machine.phases = lambda size: phase(READINGS[kind](size, slope))
     check(machine, READINGS[kind](machine.largest, slope), search)
 
 
-GLIMPSED = (
-    Phase(floor_bytes=100, peak_bytes=1100),  # 100 and 500 an example
-    Phase(floor_bytes=300, peak_bytes=1300),
-    Phase(floor_bytes=300, peak_bytes=900),  # Among them the state: 400.
+PRELIMINARY = (
+    Phase(baseline_bytes=100, peak_bytes=1100),  # 100 and 500 an example
+    Phase(baseline_bytes=300, peak_bytes=1300),
+    Phase(baseline_bytes=300, peak_bytes=900),  # Among them the state: 400.
 )
 
 
 def steady(size: int) -> tuple[Phase, ...]:
-    """What is read once the state of ``GLIMPSED``, at 2 examples, is there."""
+    """What is read once the state of ``PRELIMINARY``, at 2 examples, is there."""
     return (
-        Phase(floor_bytes=500, peak_bytes=1100 + 200 * size),
-        Phase(floor_bytes=700, peak_bytes=1300 + 200 * size),
-        Phase(floor_bytes=700, peak_bytes=900),
+        Phase(baseline_bytes=500, peak_bytes=1100 + 200 * size),
+        Phase(baseline_bytes=700, peak_bytes=1300 + 200 * size),
+        Phase(baseline_bytes=700, peak_bytes=900),
     )
 
 
 def test_a_first_step_and_one_trial_make_a_line() -> None:
     """Its state had yet to be made: at 2 examples 400 bytes less were read than there will be."""
     search = BracketingSearch(range(1, 10_001), limit_bytes=11_400)
-    search.glimpse(2, GLIMPSED)
+    search.record_preliminary(2, PRELIMINARY)
     assert search.next() == 4
-    search.learn(4, Outcome(fits=True, phases=steady(4)))
+    search.record(4, Outcome(fits=True, phases=steady(4)))
     assert search.next() == 50
-    search.learn(50, Outcome(fits=True, phases=steady(50)))
+    search.record(50, Outcome(fits=True, phases=steady(50)))
     assert search.next() is None
     assert search.upper == Upper(reason="extrapolated", size=51, bytes=11_500)
 
@@ -295,23 +295,23 @@ def test_a_first_step_and_one_trial_make_a_line() -> None:
 def test_without_the_first_step_the_line_begins_at_what_the_phase_leaves_behind() -> None:
     """Gradients, 200 bytes here: at 4 examples 1400 of 2100 bytes seem to grow with them."""
     search = BracketingSearch(range(1, 10_001), limit_bytes=11_400)
-    search.learn(4, Outcome(fits=True, phases=steady(4)))
+    search.record(4, Outcome(fits=True, phases=steady(4)))
     assert search.next() == 4 + (11_400 - 2100) * 4 // 1400
 
 
 def test_a_line_that_memory_did_not_follow_is_left() -> None:
     search = BracketingSearch(range(1, 10_001), limit_bytes=11_400)
-    search.glimpse(2, GLIMPSED)
-    search.learn(4, Outcome(fits=True, phases=steady(4)))
-    search.learn(50, Outcome(fits=False))
-    assert search.next() == 30, "by the floors, as if nothing had been glimpsed"
+    search.record_preliminary(2, PRELIMINARY)
+    search.record(4, Outcome(fits=True, phases=steady(4)))
+    search.record(50, Outcome(fits=False))
+    assert search.next() == 30, "by the floors, as if nothing had been preliminary"
 
 
 def test_where_the_cautious_guess_is_nearly_as_far_it_is_taken() -> None:
     """Nothing but examples: the line through what still bends at 2 would go on to 65."""
     search = BracketingSearch(range(1, 10_001), limit_bytes=6000)
-    search.glimpse(2, phase(260, floor_bytes=0))
-    search.learn(4, Outcome(fits=True, phases=phase(440, floor_bytes=40)))
+    search.record_preliminary(2, phase(260, baseline_bytes=0))
+    search.record(4, Outcome(fits=True, phases=phase(440, baseline_bytes=40)))
     assert search.next() == 59
 
 
@@ -319,7 +319,7 @@ def test_where_memory_bends_far_out_what_cannot_fail_shows_where() -> None:
     """As of an MLP with Adam, whose gradients hide its activations: the middle was tried thrice."""
 
     def bent(size: int) -> tuple[Phase, ...]:
-        return phase(max(20_000 + size, 10 * size), floor_bytes=0)
+        return phase(max(20_000 + size, 10 * size), baseline_bytes=0)
 
     machine = Machine(range(1, 20_001), 9000, bent)
     check(machine, limit_bytes=90_000)
@@ -329,8 +329,8 @@ def test_where_memory_bends_far_out_what_cannot_fail_shows_where() -> None:
 def test_leaps_that_must_be_two_are_alike() -> None:
     """From 4 to 1024 it is 256 times: not 64 and then 4, for the first of them is no answer."""
     search = BracketingSearch(range(1, 10_001), limit_bytes=11_240)
-    search.glimpse(2, phase(1020, floor_bytes=0))
-    search.learn(4, Outcome(fits=True, phases=phase(1040, floor_bytes=0)))
+    search.record_preliminary(2, phase(1020, baseline_bytes=0))
+    search.record(4, Outcome(fits=True, phases=phase(1040, baseline_bytes=0)))
     assert search.next() == 4 * 16
 
 
@@ -347,14 +347,18 @@ def test_where_memory_is_a_straight_line_a_handful_of_trials_is_enough(
 
 def test_a_known_search_of_few_trials() -> None:
     """From 4 by the line to its floor, then by the line through two peaks: 97 would be too much."""
-    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    machine = Machine(
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+    )
     upper = check(machine, 14_600)
     assert machine.tried == [4, 11, 96]
     assert upper == Upper(reason="extrapolated", size=97, bytes=14_700)
 
 
 def test_a_proof_by_failure_tries_the_next_size_too() -> None:
-    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    machine = Machine(
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+    )
     upper = check(machine, 14_600, confirm="failed")
     assert machine.tried == [4, 11, 96, 97]
     assert upper == Upper(reason="ran out", size=97)
@@ -362,7 +366,9 @@ def test_a_proof_by_failure_tries_the_next_size_too() -> None:
 
 def test_what_rounding_may_have_added_proves_nothing() -> None:
     """97 would be 14,700 bytes as read: 80 more than it may be, but rounding may be 100."""
-    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    machine = Machine(
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+    )
     upper = check(machine, 14_620, slack_bytes=100)
     assert machine.tried[-1] == 97
     assert upper.reason == "ran out"
@@ -390,7 +396,7 @@ def test_what_a_window_is_spared_comes_off_the_bound() -> None:
         return (*phase(1000 + 100 * size), *phase(2000 + 100 * size + ahead), *phase(3000))
 
     machine = Machine(useful_sizes(256), 128, phases)
-    check(machine, 15_000, spared_bytes=lambda size: 50 * size if size >= 128 else 0)
+    check(machine, 15_000, saved_bytes=lambda size: 50 * size if size >= 128 else 0)
     assert 128 in machine.tried
     blind = Machine(useful_sizes(256), 128, phases)
     check(blind, 15_000)
@@ -422,7 +428,7 @@ def test_curves_of_several_phases_take_four_trials_or_fewer(seed: int) -> None:
 
         def phases(size: int, curves: list[tuple[int, int, int]] = curves) -> tuple[Phase, ...]:
             return tuple(
-                Phase(floor_bytes=c // 2, peak_bytes=c + slope * size + bend * size**2)
+                Phase(baseline_bytes=c // 2, peak_bytes=c + slope * size + bend * size**2)
                 for c, slope, bend in curves
             )
 
@@ -461,7 +467,9 @@ def test_a_prior_right_or_wrong_costs_at_most_two_trials(
     """Drawn from anywhere, or near the answer. The largest of some lines is a convex curve."""
 
     def phases(size: int) -> tuple[Phase, ...]:
-        return tuple(Phase(floor_bytes=c // 2, peak_bytes=c + slope * size) for c, slope in lines)
+        return tuple(
+            Phase(baseline_bytes=c // 2, peak_bytes=c + slope * size) for c, slope in lines
+        )
 
     machine.phases, machine.explained = phases, explained
     limit_bytes = max(one.peak_bytes for one in phases(machine.largest))
@@ -502,7 +510,9 @@ def test_whatever_is_read_a_search_with_a_prior_is_right(
 )
 def test_a_known_search_with_a_prior(prior: int | None, tried: list[int]) -> None:
     """The first is what there is without one."""
-    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    machine = Machine(
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+    )
     upper = check(machine, 14_600, prior=prior)
     assert machine.tried == tried
     following = Upper(reason="extrapolated", size=97, bytes=14_700)
@@ -510,7 +520,7 @@ def test_a_known_search_with_a_prior(prior: int | None, tried: list[int]) -> Non
 
 
 def test_a_prior_above_the_ceiling_is_the_ceiling() -> None:
-    machine = Machine(range(1, 65), 64, lambda size: phase(5000 + 100 * size, floor_bytes=500))
+    machine = Machine(range(1, 65), 64, lambda size: phase(5000 + 100 * size, baseline_bytes=500))
     assert check(machine, 14_600, prior=1000) == AT_THE_CEILING
     assert machine.tried == [4, 64]
 
@@ -524,24 +534,24 @@ def test_where_nothing_is_read_a_prior_is_tried_before_the_sizes_double() -> Non
 def test_a_size_that_is_tried_again_has_its_last_word() -> None:
     search = BracketingSearch(range(1, 101), limit_bytes=100)
     for size, fits in ((4, True), (8, False), (6, True), (7, False)):
-        search.learn(size, Outcome(fits=fits))
+        search.record(size, Outcome(fits=fits))
     assert (search.size, search.next()) == (6, None)
-    search.learn(7, Outcome(fits=True))
+    search.record(7, Outcome(fits=True))
     assert (search.size, search.next()) == (7, None)
-    search.learn(8, Outcome(fits=True))
+    search.record(8, Outcome(fits=True))
     assert search.size == 8
     assert search.next() is not None
-    search.learn(8, Outcome(fits=False))
-    search.learn(7, Outcome(fits=False))
+    search.record(8, Outcome(fits=False))
+    search.record(7, Outcome(fits=False))
     assert (search.size, search.next(), search.upper.size) == (6, None, 7)
 
 
 def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
     search = BracketingSearch(range(1, 1001), limit_bytes=1000)
     for size in (4, 90, 100):
-        search.learn(size, Outcome(fits=True, phases=phase(10 * size, floor_bytes=0)))
+        search.record(size, Outcome(fits=True, phases=phase(10 * size, baseline_bytes=0)))
     assert search.next() is None
-    search.relimit(2000)
+    search.change_limit(2000)
     assert search.next() == 200
 
 
@@ -554,13 +564,13 @@ def test_under_another_limit_the_answer_is_as_near_as_under_the_first(limit_byte
         while (size := search.next()) is not None:
             tried.append(size)
             fits = 10 * size <= limit_bytes
-            reading = phase(10 * size, floor_bytes=0) if fits else ()
-            search.learn(size, Outcome(fits=fits, phases=reading, explained=False))
+            reading = phase(10 * size, baseline_bytes=0) if fits else ()
+            search.record(size, Outcome(fits=fits, phases=reading, explained=False))
         return tried
 
     search = BracketingSearch(range(1, 5001), limit_bytes=10_000)
     run(search, 10_000)
-    search.relimit(limit_bytes)
+    search.change_limit(limit_bytes)
     tried = run(search, limit_bytes)
     assert search.size == limit_bytes // 10
     assert len(tried) == len(set(tried)) <= 13 + FEW

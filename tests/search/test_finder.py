@@ -107,7 +107,7 @@ class Machine(MemoryDevice):
         **options: Any,
     ) -> BatchSizeFinder:
         return BatchSizeFinder(
-            rehearsal=self,
+            program=self,
             device=self,
             limit_bytes=limit_bytes,
             breakdown=lambda *_: Breakdown(parameter_bytes=RESIDENT),
@@ -301,7 +301,7 @@ def test_what_ran_because_the_cache_was_given_back_is_not_tolerable() -> None:
     assert found.size == 70
     failed = [trial for trial in found.trials if not trial.fits]
     assert all(trial.failure is Verdict.OUT_OF_MEMORY for trial in failed)
-    assert "gave its cache back 1 times" in failed[0].message
+    assert "released its cache 1 times" in failed[0].message
     assert found.limited_by == "memory"
 
 
@@ -323,7 +323,7 @@ def test_blocks_that_a_trial_leaves_are_in_nobody_s_way() -> None:
     assert found.size == 90
     assert [trial.size for trial in found.trials if not trial.fits] == [91, 91]
     assert machine.cached == 0, "the search leaves blocks to nobody"
-    assert machine.finder().rehearse((8, 8)).fits
+    assert machine.finder().try_window((8, 8)).fits
     assert machine.cached == 0
 
 
@@ -336,7 +336,7 @@ def test_a_size_at_which_speed_collapses_is_not_tolerable(machine: Machine) -> N
     machine.happens = spills
     found = machine.largest()
     assert (found.size, found.limited_by) == (50, "memory")
-    assert any("keep some of it in the host's memory" in trial.message for trial in found.trials)
+    assert any("keep some of the memory on the host" in trial.message for trial in found.trials)
 
 
 def test_a_size_that_was_slow_once_is_tolerable(machine: Machine) -> None:
@@ -560,4 +560,6 @@ def test_an_error_of_the_model_says_where_it_was_seen() -> None:
 
     with pytest.raises(IndexError, match="out of bounds") as caught:
         Machine(happens=fails).largest()
-    assert caught.value.__notes__ == ["seen in the search's first step, on 2 examples of the data"]
+    assert caught.value.__notes__ == [
+        "raised in the first step of the search, on 2 examples of the data"
+    ]

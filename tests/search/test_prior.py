@@ -29,8 +29,8 @@ class Step:
     def phases(self, size: int, unseen: int = 0) -> tuple[Phase, ...]:
         passes = self.constant + self.slope * size + unseen
         return (
-            Phase(floor_bytes=self.constant // 2, peak_bytes=passes),
-            Phase(floor_bytes=self.constant // 2, peak_bytes=self.update + unseen),
+            Phase(baseline_bytes=self.constant // 2, peak_bytes=passes),
+            Phase(baseline_bytes=self.constant // 2, peak_bytes=self.update + unseen),
         )
 
     def peak(self, size: int) -> int:
@@ -59,7 +59,7 @@ def tried(step: Step, unseen: int, limit_bytes: int, prior: Prior | None) -> lis
     while (size := search.next()) is not None:
         phases = step.phases(size, unseen)
         fits = max(phase.peak_bytes for phase in phases) <= limit_bytes
-        search.learn(size, Outcome(fits=fits, phases=phases if fits else ()))
+        search.record(size, Outcome(fits=fits, phases=phases if fits else ()))
         sizes.append(size)
     assert search.size in sizes or search.size == 0
     return sizes
@@ -176,8 +176,8 @@ def test_a_failure_above_the_guess_leaves_it_standing_and_one_below_ends_it() ->
     prior = step.prior(100)
     for failed, following in ((10_000, 100), (90, None)):
         search = BracketingSearch(CANDIDATES, limit_bytes=prior.limit_bytes, prior=prior)
-        search.learn(failed, Outcome(fits=False))
-        search.learn(4, Outcome(fits=True, phases=step.phases(4)))
+        search.record(failed, Outcome(fits=False))
+        search.record(4, Outcome(fits=True, phases=step.phases(4)))
         found = search.next()
         assert found == following if following else found is not None and found < failed
 

@@ -153,7 +153,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
     asked: list[dict[int, Sequence[int]]] = []
 
     def measured(
-        _rehearsal: object, _device: MemoryDevice, windows: dict[int, Sequence[int]], _: object
+        _program: object, _device: MemoryDevice, windows: dict[int, Sequence[int]], _: object
     ) -> tuple[Speed, ...]:
         asked.append(windows)
         rates = {size: 400.0 if size == 16 else 100.0 for size in windows}
@@ -209,7 +209,7 @@ def test_a_resumed_training_keeps_its_size_and_times_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def measured(
-        _rehearsal: object, _device: MemoryDevice, windows: dict[int, Sequence[int]], _: object
+        _program: object, _device: MemoryDevice, windows: dict[int, Sequence[int]], _: object
     ) -> tuple[Speed, ...]:
         rates = {size: 400.0 if size == 16 else 100.0 for size in windows}
         return tuple(Speed(size=n, examples_per_second=r, windows=3) for n, r in rates.items())

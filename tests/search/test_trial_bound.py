@@ -1,4 +1,4 @@
-"""The promise of a search alone: whoever wishes what, four trials more than by hand are enough."""
+"""The bound of a search alone: whoever wishes what, four trials more than by hand are enough."""
 
 import bisect
 import itertools
@@ -23,14 +23,14 @@ def answered(candidates: Sequence[int], answer: int, wishes: Sequence[float]) ->
         answer: The position of the largest that runs, or -1.
         wishes: Then the last of them, for ever.
     """
-    promise = TrialBound(candidates, stretch=FAR, first=FEW)
+    bound = TrialBound(candidates, stretch=FAR, first=FEW)
     good, bad, tried = -1, len(candidates), list[int]()
-    promise.renew(good, bad, 0)
+    bound.extend(good, bad, 0)
     while bad - good > 1:
         wish = wishes[min(len(tried), len(wishes) - 1)]
-        place = promise.nearest(int(wish * len(candidates)), good, bad, len(tried))
+        place = bound.nearest(int(wish * len(candidates)), good, bad, len(tried))
         assert good < place < bad
-        assert place <= promise.farthest(good)
+        assert place <= bound.farthest(good)
         good, bad = (place, bad) if place <= answer else (good, place)
         tried.append(place)
     return tried
@@ -68,27 +68,27 @@ def test_every_answer_of_a_small_search_is_reached_in_time(
 
 
 def test_a_wish_that_can_be_afforded_is_granted() -> None:
-    promise = TrialBound(range(1, 10_001), stretch=FAR, first=FEW)
+    bound = TrialBound(range(1, 10_001), stretch=FAR, first=FEW)
     for wish in (4, 20, 255):
-        assert promise.nearest(wish, good=3, bad=10_000, used=1) == wish
-    assert promise.nearest(9_000, good=3, bad=10_000, used=1) == 4 * FAR - 1
+        assert bound.nearest(wish, good=3, bad=10_000, used=1) == wish
+    assert bound.nearest(9_000, good=3, bad=10_000, used=1) == 4 * FAR - 1
 
 
 def test_walking_is_ended_where_bisection_is_due() -> None:
     """65 answers, 64 leaves: each step up costs a trial, and so the steps get longer."""
-    promise = TrialBound(range(1, 66), stretch=FAR, first=FEW)
+    bound = TrialBound(range(1, 66), stretch=FAR, first=FEW)
     good, steps = 3, []
     for used in range(1, 9):
-        good = promise.nearest(good + 1, good, 65, used)
+        good = bound.nearest(good + 1, good, 65, used)
         steps.append(good)
     assert steps[:3] == [4, 5, 6]
     assert steps[-1] > 8, "one by one it would take 60 more"
 
 
 def test_trials_that_nobody_asked_for_are_allowed_for() -> None:
-    promise = TrialBound(range(1, 1001), stretch=FAR, first=FEW)
-    promise.renew(good=3, bad=1000, used=40)
-    assert promise.nearest(3, good=3, bad=1000, used=40) > 3
+    bound = TrialBound(range(1, 1001), stretch=FAR, first=FEW)
+    bound.extend(good=3, bad=1000, used=40)
+    assert bound.nearest(3, good=3, bad=1000, used=40) > 3
 
 
 @drawn

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import CheckpointError
-from autobatch.data.rebatch import open_source
+from autobatch.data.source import open_source
 from autobatch.data.tree import BatchTree
 from autobatch.training.epochs import Epochs, keeps_workers
 from autobatch.training.progress import DataPosition

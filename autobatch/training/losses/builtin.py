@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autobatch.data.tree import WAY_OUT_OF_A_LIST, BatchTree, describe
+from autobatch.data.tree import LIST_OF_EXAMPLES_HINT, BatchTree, describe
 from autobatch.devices.factory import in_widest
 from autobatch.training.losses.loss import Loss, widened
 
@@ -157,7 +157,7 @@ def _infer(targets: BatchTree) -> _BuiltinLoss:
 def _way_out(targets: BatchTree) -> str:
     """Say what to do about targets that are one example's."""
     is_one = not targets.ndim if isinstance(targets, Tensor) else isinstance(targets, int | float)
-    return WAY_OUT_OF_A_LIST if is_one else ""
+    return LIST_OF_EXAMPLES_HINT if is_one else ""
 
 
 def _refuse_single(recipe: _Recipe, target: Tensor) -> None:
