@@ -666,8 +666,8 @@ def demo(seed: int) -> object:
         return torch.load(weights, weights_only=True), trials, kept
 
 
-def readme_block(code: str, seed: int) -> object:
-    """Run code of the README as its test does, and return the model and what came out."""
+def program(code: str, seed: int) -> object:
+    """Run a program of the README or the guide, and return the models and what came out."""
     seed_all(seed)
     names: dict[str, Any] = {"model": nn.Sequential(nn.Flatten(), nn.Linear(25, 3))}
     names["data"] = torch.randn(300, 1, 5, 5), torch.randint(0, 3, (300,))
@@ -675,7 +675,7 @@ def readme_block(code: str, seed: int) -> object:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "a program of a page", "exec"), names)
     modules = [of_module(each) for each in names.values() if isinstance(each, nn.Module)]
     states = [each.state_dict() for each in names.values() if isinstance(each, Optimizer)]
     trainings = [of_training(each) for each in names.values() if isinstance(each, TrainingResult)]
@@ -684,16 +684,26 @@ def readme_block(code: str, seed: int) -> object:
     return modules, states, trainings, steps, sizes
 
 
-def add_readme() -> None:
-    """Add the README's blocks that train or search, each under the digest of its code."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1):
+def add_programs() -> None:
+    """Add the programs of the README and the guide that train or search, by digests of their code.
+
+    ``SHORTEST`` was the README's first program; it takes the model and data that ``program`` gives.
+    """
+    pages = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for code in [SHORTEST, *re.findall(r"```python\n(.*?)```", text, re.DOTALL)]:
         if "find_" in code or "Accumulator" in code:
             version = hashlib.sha256(code.encode()).hexdigest()[:8]
-            CASES[f"README block {number}, code {version}"] = partial(readme_block, code)
+            CASES[f"program {version}"] = partial(program, code)
 
 
-add_readme()
+SHORTEST: Final = """from autobatch import find_and_train
+
+result = find_and_train(model, data, desired=256)
+print(result.plan)  # 256 = 86 + 85 + 85: 3 accumulation steps, tolerable batch 86
+"""
+
+add_programs()
 
 
 # The command.

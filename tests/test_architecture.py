@@ -25,7 +25,7 @@ TABLE = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name inside it: ``batches.nest``."""
+    """Every module of the package by its name inside it: ``data.tree``."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
@@ -105,3 +105,14 @@ def test_a_module_begins_with_one_sentence() -> None:
         assert docstring, f"{module} does not say what it is"
         first = docstring.partition("\n\n")[0]
         assert first.rstrip().endswith((".", ":")), f"{module} begins with {first!r}"
+
+
+def test_each_file_of_a_walk_exists_and_is_named_once() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    walks = re.findall(r"^## How one .*?(?=^## )", page, re.MULTILINE | re.DOTALL)
+    assert len(walks) == 3
+    for walk in walks:
+        files = re.findall(r"`([\w/]+\.py)`", walk)
+        assert len(files) == len(set(files)) > 9
+        assert all((PACKAGE / file).exists() for file in files), files
+        assert len(re.findall(r"^\d+\. ", walk, re.MULTILINE)) <= 10
