@@ -16,7 +16,7 @@ def notes(
     ended: BatchPlan,
     done: Progress,
     *,
-    asked: int,
+    desired: int,
     objective: Objective,
     batch_norm: BatchNormMode | None,
     mutated: Sequence[str],
@@ -28,16 +28,16 @@ def notes(
         planned: How a logical batch was to be cut.
         ended: How it was cut at the end.
         done: What the training did.
-        asked: The desired batch, which the data may not fill.
+        desired: Examples in a logical batch, as the user wants it.
         objective: What was minimized.
         batch_norm: What BatchNorm did with a micro-batch; None where no layer normalizes by the
             batch.
         mutated: Names of what of the model a forward pass changes, except BatchNorm's buffers.
         found: The search.
     """
-    if planned.desired < asked:
+    if planned.desired < desired:
         yield (
-            f"the data holds {planned.desired} examples, fewer than the {asked} desired: a step "
+            f"the data holds {planned.desired} examples, fewer than the {desired} desired: a step "
             f"takes {planned.desired}"
         )
     cut = max(planned.accumulation_steps, ended.accumulation_steps) > 1

@@ -223,7 +223,7 @@ def training_peaks(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], size: int
 ) -> list[int]:
     """Five real windows on the metered device."""
-    job = Workload.resolve(
+    workload = Workload.resolve(
         model,
         batch,
         batch_size=size,
@@ -233,13 +233,13 @@ def training_peaks(
         memory_limit="2GiB",
         headroom=None,
     )
-    device = job.device
+    device = workload.device
     assert isinstance(device, CpuDevice)
-    runner = job.options.step_runner(
-        job.step,
+    runner = workload.options.step_runner(
+        workload.step,
         size,
         Schedule(),
-        limited=functools.partial(device.limited_to, job.limit_bytes()),
+        limited=functools.partial(device.limited_to, workload.limit_bytes()),
     )
     peaks = []
     for _ in range(5):

@@ -494,7 +494,7 @@ def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
     assert Path(told.checkpoint).name == "step-00000004.pt"
     [started] = [event for event in events if isinstance(event, TrainingStarted)]
     assert started.steps == 2
-    assert any("went on from a checkpoint" in note and "step 4" in note for note in result.notes)
+    assert any("continued from a checkpoint" in note and "step 4" in note for note in result.notes)
 
 
 def plain_sgd(lr: float = 0.1, **settings: Any) -> OptimizerFactory:
