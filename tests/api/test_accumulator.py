@@ -118,7 +118,7 @@ def test_the_notes_say_what_batch_norm_did(mode: str) -> None:
         progress=False,
     )
     assert result.plan.accumulation_steps > 1
-    said = {"frozen": "BatchNorm was frozen", "micro": "BatchNorm normalises each micro-batch"}
+    said = {"frozen": "BatchNorm was frozen", "micro": "BatchNorm normalizes each micro-batch"}
     assert any(said[mode] in note for note in result.notes)
 
 

@@ -299,7 +299,7 @@ def test_data_smaller_than_desired_is_one_window_an_epoch_and_noted() -> None:
     result = train(small_model(), rows(10), 256, epochs=3)
     assert result.steps == 3
     assert str(result.plan).startswith("10 = 10")
-    assert any("fewer than the 256 desired" in note for note in result.notes)
+    assert any("fewer than desired=256" in note for note in result.notes)
 
 
 def test_a_seed_makes_a_run_repeatable() -> None:

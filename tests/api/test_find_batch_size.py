@@ -339,7 +339,7 @@ def test_a_lost_device_is_said_though_nothing_on_it_can_be_put_back(
             raise RuntimeError(text)
 
     model.fails = dies
-    with pytest.raises(DeviceLostError, match="Until then 4 had run") as caught:
+    with pytest.raises(DeviceLostError, match="Before, the largest size that ran is 4") as caught:
         find_batch_size(model, images(64))
     assert (caught.value.size, caught.value.tried) == (4, 64)
     assert caught.value.__notes__ == [f"not everything could be put back: {text}"]

@@ -242,14 +242,14 @@ def dies(*_: object) -> None:
 
 
 def test_a_process_that_dies_outside_a_trial_is_an_error_that_says_what_is_known() -> None:
-    with pytest.raises(ProcessDiedError, match="exit status 7, after 8 had run") as caught:
+    with pytest.raises(ProcessDiedError, match="exit status 7, after size 8 ran") as caught:
         run_isolated(functools.partial(dies), observer=print, history=[Trial(size=8, fits=True)])
     assert caught.value.size == 8
 
 
 def test_so_many_deaths_in_a_row_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parent, "_MOST_DEATHS", 1)
-    with pytest.raises(ProcessDiedError, match="exit status 7, before any size had run"):
+    with pytest.raises(ProcessDiedError, match="exit status 7, before any size ran"):
         run_isolated(functools.partial(trying, (1, 2), dies), observer=lambda _: None)
 
 

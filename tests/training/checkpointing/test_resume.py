@@ -481,7 +481,7 @@ def test_data_that_does_not_fill_a_batch_goes_on_not_filling_it(tmp_path: Path) 
     run(longer(small, max_steps=1), tmp_path)
     again = resumed(small, tmp_path)
     assert_same(again, whole)
-    assert any("fewer than the 64 desired" in note for note in again.result.notes)
+    assert any("fewer than desired=64" in note for note in again.result.notes)
 
 
 def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
