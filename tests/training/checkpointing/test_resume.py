@@ -536,13 +536,17 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
     ("before", "now", "noted"),
     [
         ({}, {}, []),
-        ({}, {"optimizer": plain_sgd(0.5)}, ["lr goes on as 0.1, and not as 0.5"]),
+        (
+            {},
+            {"optimizer": plain_sgd(0.5)},
+            ["lr continues as 0.1 from the checkpoint, not as 0.5"],
+        ),
         (
             {"optimizer": plain_sgd(momentum=0.9)},
             {"optimizer": plain_sgd(momentum=0.8, weight_decay=0.5)},
             [
-                "momentum goes on as 0.9, and not as 0.8",
-                "weight_decay goes on as 0, and not as 0.5",
+                "momentum continues as 0.9 from the checkpoint, not as 0.8",
+                "weight_decay continues as 0 from the checkpoint, not as 0.5",
             ],
         ),
         ({"scheduler": cosine(8)}, {"scheduler": cosine(8)}, []),
@@ -550,23 +554,30 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
             {"scheduler": cosine(8)},
             {"scheduler": cosine(40, 0.01), "optimizer": plain_sgd(0.5)},
             [
-                "lr goes on as 0.1, and not as 0.5",
-                "CosineAnnealingLR's T_max goes on as 8, and not as 40",
-                "CosineAnnealingLR's eta_min goes on as 0.0, and not as 0.01",
+                "lr continues as 0.1 from the checkpoint, not as 0.5",
+                "CosineAnnealingLR's T_max continues as 8 from the checkpoint, not as 40",
+                "CosineAnnealingLR's eta_min continues as 0.0 from the checkpoint, not as 0.01",
             ],
         ),
         ({"scheduler": in_turn(3)}, {"scheduler": in_turn(3)}, []),
         (
             {"scheduler": in_turn(3)},
             {"scheduler": in_turn(4)},
-            ["LinearLR 0's total_iters goes on as 3, and not as 4"],
+            ["LinearLR 0's total_iters continues as 3 from the checkpoint, not as 4"],
         ),
-        ({}, {"precision": "bf16"}, ["precision was fp32 until there, and is bf16 since"]),
-        ({}, {"clip_grad_norm": 1.0}, ["clip_grad_norm was None until there, and is 1.0 since"]),
+        ({}, {"precision": "bf16"}, ["precision was fp32 before the checkpoint, and is bf16 now"]),
+        (
+            {},
+            {"clip_grad_norm": 1.0},
+            ["clip_grad_norm was None before the checkpoint, and is 1.0 now"],
+        ),
         (
             {},
             {"data": (torch.randn(40, 5), torch.zeros(40, dtype=torch.long))},
-            [f"the number of examples in data was {len(rows()[0])} until there, and is 40 since"],
+            [
+                f"the number of examples in data was {len(rows()[0])} before the checkpoint, and "
+                "is 40 now"
+            ],
         ),
     ],
 )
@@ -697,8 +708,13 @@ def other_generators() -> Call:
     [
         (tensors, foreign, tensors, "no checkpoint in .* can be used"),
         (tensors, no_change, another_model, "2.weight"),
-        (tensors, no_change, functools.partial(longer, tensors, desired=8), "desired batch of 16"),
-        (tensors, no_change, other_generators, "other random generators"),
+        (
+            tensors,
+            no_change,
+            functools.partial(longer, tensors, desired=8),
+            "training with desired=16, got desired=8",
+        ),
+        (tensors, no_change, other_generators, "the random generators of"),
         (tensors, no_change, KINDS["a schedule by steps"], "scheduler is none"),
         (whole_batch, no_change, another_loss, "the loss of .* holds"),
     ],
