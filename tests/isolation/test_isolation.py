@@ -344,7 +344,7 @@ def parameters_of(model: nn.Module, *_: object) -> int:
 def test_isolation_is_asked_for_with_true_or_false() -> None:
     with pytest.raises(TypeError, match="isolate must be True or False, got 1"):
         SearchOptions(isolate=1)  # type: ignore[arg-type]  # As a caller without types may.
-    with pytest.raises(ValueError, match="isolate=True cannot put back what run changes"):
+    with pytest.raises(ValueError, match="isolate=True cannot restore what run changes"):
         find_largest(print, ceiling=8, search=ISOLATED)
 
 
