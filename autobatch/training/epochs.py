@@ -65,12 +65,12 @@ class Epochs:
             self._start_workers()
             set_random_state(self.position.random or stopped)
         self._stream = self._open_epoch(reads, set_random_state)
-        for window in range(self.position.windows):
+        for batches_read in range(self.position.windows):
             if next(self._stream, None) is None:
                 raise CheckpointError(
                     f"{self.position.windows} logical batches of epoch {self.position.epoch} were "
-                    f"done, and the data holds {window}: this is not the data of that training; "
-                    "pass the same data, or choose another directory"
+                    f"done, and the data holds {batches_read}: this is not the data of that "
+                    "training; pass the same data, or choose another directory"
                 )
         if stopped is not None and self.position.windows:
             set_random_state(stopped)
@@ -142,10 +142,10 @@ class Epochs:
             reads: The recorded states, by the batch's number in the epoch, counted from 0.
             set_random_state: Sets the state of all random generators.
         """
-        for window in itertools.count():
+        for number in itertools.count():
             before = random_state()
-            if window in reads:
-                set_random_state({**before, **reads[window]})
+            if number in reads:
+                set_random_state({**before, **reads[number]})
                 before = random_state()
             batch = next(batches, None)
             if batch is None:
@@ -153,6 +153,6 @@ class Epochs:
             after = random_state()
             drawn = {name: was for name, was in before.items() if not is_same(was, after[name])}
             if drawn:
-                self.position.reads[window] = drawn
+                self.position.reads[number] = drawn
             yield batch
             del batch  # Before the next one is read.

@@ -118,8 +118,8 @@ class StepOptions:
         value = check_positive("clip_grad_value", self.clip_grad_value)
         if norm is not None and value is not None:
             raise ValueError(
-                f"clip_grad_norm={norm} and clip_grad_value={value} were both passed, but only "
-                "one of them can come first; pass one of the two"
+                f"clip_grad_norm={norm} and clip_grad_value={value} were both passed, and "
+                "their order would change the result; pass one of the two"
             )
         if not isinstance(self.replay, bool):
             raise TypeError(f"replay must be True or False, got {self.replay!r}")

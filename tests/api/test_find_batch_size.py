@@ -88,8 +88,8 @@ def test_77_rows_are_a_ceiling_of_77() -> None:
     assert (found.size, found.ceiling, found.limited_by) == (77, 77, "data")
     assert RAN.count(77) == 2
     assert find_batch_size(BlackBox(1000), images(77), ceiling=500).size == 77
-    asked = find_batch_size(BlackBox(1000), images(77), ceiling=50)
-    assert (asked.size, asked.limited_by) == (50, "ceiling")
+    found = find_batch_size(BlackBox(1000), images(77), ceiling=50)
+    assert (found.size, found.limited_by) == (50, "ceiling")
 
 
 def test_below_the_floor_nothing_is_tried_and_it_is_the_smallest_that_must_fit() -> None:
@@ -197,7 +197,7 @@ def test_a_first_guess_changes_no_answer_and_costs_at_most_a_trial(error: float)
         assert [trial.size for trial in guided.trials] == [4, plain.size]
 
 
-def test_a_reported_peak_is_the_largest_of_the_first_five_training_windows() -> None:
+def test_a_reported_peak_is_the_largest_of_the_first_five_training_steps() -> None:
     models = import_torchvision().models
     vit = models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5, dropout=0.1)
     size = 6
@@ -317,7 +317,7 @@ def test_an_error_that_may_be_memory_counts_only_if_it_is_repeated() -> None:
     assert find_batch_size(Mlp(fails=fail), images(64)).size == 64
 
 
-def test_an_index_limit_is_told_apart_from_memory() -> None:
+def test_an_index_limit_is_distinguished_from_memory() -> None:
     error = RuntimeError("Expected canUse32BitIndexMath(input) to be true")
     found = find_batch_size(Mlp(fails=fails_above(30, error)), images(64))
     assert (found.size, found.limited_by) == (30, "kernel")

@@ -30,11 +30,7 @@ ALLOWED_IN = {
     "display": {"width": "rich has no argument for an unlimited width of a terminal's console"},
     "isolation.serialization": {"step": "torch's schedulers wrap the method step of an optimizer"},
     "prediction.activation_checkpointing": {"forward": "the wrapped forward is the feature"},
-    "prediction.fake_cuda": {
-        "_autobatch_doubt": "a fake tensor carries its own mark",
-        "backward": "the dispatch mode counts what runs inside its own block",
-    },
-    "prediction.traced_step": {"has_ended": "the end of a trace that this module runs"},
+    "prediction.fake_cuda": {"_autobatch_doubt": "a fake tensor carries its own mark"},
     "prediction.tracing_process": {"persistent_id": "the documented hook of a pickler"},
     "prediction.tracing_worker": {"__notes__": "notes of an error that crosses processes"},
     "training.engine.step_runner": {"skipped": "restored from the state dict of the runner"},

@@ -46,7 +46,7 @@ steps = st.lists(
 
 
 @given(steps)
-def test_steps_and_what_was_left_out_are_counted_apart(done: list[StepResult]) -> None:
+def test_steps_and_skipped_batches_are_counted_separately(done: list[StepResult]) -> None:
     progress = Progress()
     for result in done:
         progress.count(result)

@@ -489,9 +489,9 @@ def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
     events: list[Event] = []
     seed_everything(99)
     result = run({**tensors(), "progress": events.append}, tmp_path).result
-    [told] = [event for event in events if isinstance(event, Resumed)]
-    assert (told.steps, told.epoch) == (4, 2)
-    assert Path(told.checkpoint).name == "step-00000004.pt"
+    [resumed] = [event for event in events if isinstance(event, Resumed)]
+    assert (resumed.steps, resumed.epoch) == (4, 2)
+    assert Path(resumed.checkpoint).name == "step-00000004.pt"
     [started] = [event for event in events if isinstance(event, TrainingStarted)]
     assert started.steps == 2
     assert any("continued from a checkpoint" in note and "step 4" in note for note in result.notes)
@@ -514,7 +514,7 @@ def in_turn(first: int) -> SchedulerFactory:
 
 
 def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> list[str]:
-    """What a training is told that goes on with other arguments than it began with."""
+    """Return the notes of a training that continues with other arguments than it began with."""
 
     def trained(epochs: int, **changes: Any) -> TrainingResult:
         torch.manual_seed(0)
@@ -526,9 +526,11 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
 
     trained(1, **before)
     events: list[Event] = []
-    told = trained(2, **now, progress=events.append).notes
+    notes = trained(2, **now, progress=events.append).notes
     [resumed] = [event for event in events if isinstance(event, Resumed)]
-    assert set(resumed.differences) <= set(told), "told at the beginning, and not at the end"
+    assert set(resumed.differences) <= set(notes), (
+        "reported at the beginning, and not in the result"
+    )
     return list(resumed.differences)
 
 
@@ -581,14 +583,14 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
         ),
     ],
 )
-def test_what_goes_on_otherwise_than_it_is_asked_is_noted(
+def test_a_note_names_each_setting_that_differs_from_the_call(
     before: dict[str, Any], now: dict[str, Any], noted: list[str], tmp_path: Path
 ) -> None:
     """A checkpoint's optimizer and scheduler win, as with their own load_state_dict, and say so."""
     assert to_be_noted(before, now, tmp_path) == noted
 
 
-def test_a_learning_rate_that_a_schedule_has_moved_is_no_difference(tmp_path: Path) -> None:
+def test_a_learning_rate_that_a_schedule_has_changed_is_no_difference(tmp_path: Path) -> None:
     one_cycle: SchedulerFactory = lambda o: OneCycleLR(o, max_lr=0.2, total_steps=50)  # noqa: E731
     same = {"scheduler": one_cycle, "optimizer": plain_sgd(momentum=0.9)}
     assert to_be_noted(same, same, tmp_path) == []
@@ -669,7 +671,7 @@ def test_an_error_in_on_step_passes_through_and_leaves_the_last_checkpoint(tmp_p
 # What is in the directory is not to be trusted.
 
 
-def test_a_torn_file_costs_what_came_since_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_file_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
     stopped(adam, tmp_path, 5, signal.SIGINT)
     newest = max(tmp_path.glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])

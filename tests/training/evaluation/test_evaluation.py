@@ -599,7 +599,7 @@ def broken(*_: Tensor) -> Tensor:
 
 
 def best(*_: Tensor) -> Tensor:
-    raise AssertionError("no metric is asked")
+    raise AssertionError("no metric is computed")
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
