@@ -1,4 +1,4 @@
-"""Progress and tables for people: the only module that imports rich."""
+"""Progress lines, a progress bar and tables on the terminal."""
 
 import functools
 import math
@@ -55,11 +55,11 @@ with ExitStack() as _stack:
 
 _REASONS: Final[dict[LimitedBy, str]] = {
     "memory": "limited by memory",
-    "ceiling": "limited by the ceiling: nothing larger is wanted",
+    "ceiling": "limited by the ceiling",
     "data": "limited by the data",
     "kernel": "limited by a kernel",
     "time": "limited by the timeout of a trial",
-    "crash": "limited by what has cost a process its device or its life",
+    "crash": "limited by a crash: larger sizes ended the process or lost the device",
 }
 _VERDICT: Final = slice(10, 24)  # The columns of the verdict in a trial's row.
 _NARROWEST_BAR: Final = 8
@@ -129,14 +129,14 @@ class Display:
         """Write nothing for a class of events that this version does not know."""
 
     @_show.register
-    def _(self, event: ErrorForgotten) -> None:  # noqa: ARG002  # Its type says it all.
-        self.log("the last error was deleted, with the tensors that its traceback kept")
+    def _(self, event: ErrorForgotten) -> None:  # noqa: ARG002  # The class of the event is enough.
+        self.log("deleted the last error and the tensors that its traceback held")
 
     @_show.register
     def _(self, event: Resumed) -> None:
         self._first = event.epoch
         done = count(event.steps, "step")
-        self.log(f"going on from {event.checkpoint}: {done} done, epoch {event.epoch}")
+        self.log(f"continuing from {event.checkpoint}: {done} done, epoch {event.epoch}")
         for difference in event.differences:
             self.log(difference, style="yellow")
 
@@ -152,7 +152,7 @@ class Display:
     @_show.register
     def _(self, event: TrialStarted) -> None:
         row = Text(f"{event.size:>7}   running", style="dim")
-        # Drawn once: a refreshing thread would take time from the trial that is measured.
+        # Drawn once, because a refreshing thread would slow down the trial that is measured.
         self._open(
             Live(
                 row,
@@ -180,7 +180,7 @@ class Display:
             self.log(f"note: {event.search.notes[-1]}")
             return
         timed = ", ".join(f"{s.size}: {s.examples_per_second:,.4g}" for s in event.search.speeds)
-        self.log(f"examples a second at {timed}; trains with {event.search.fastest}")
+        self.log(f"examples a second at {timed}; training uses {event.search.fastest}")
 
     @_show.register
     def _(self, event: TrainingStarted) -> None:
@@ -220,7 +220,7 @@ class Display:
     def _(self, event: Replayed) -> None:
         self.log(
             f"memory ran out with micro-batches of {event.failed}: "
-            f"the window runs again with {event.micro_batch}",
+            f"the logical batch runs again with {event.micro_batch}",
             style="yellow",
         )
 
@@ -257,11 +257,11 @@ class Display:
 
     @property
     def _can_draw(self) -> bool:
-        """Whether lines can be redrawn. With FORCE_COLOR rich takes a file for a terminal."""
+        """True if lines can be redrawn; with FORCE_COLOR rich treats a file as a terminal."""
         return self._console.is_terminal and self._console.file.isatty()
 
     def _write(self, text: Text) -> None:
-        # Lines are not broken in a file; on a terminal they break between words.
+        # Long lines stay whole in a file; on a terminal they break between words.
         self._console.print(text, soft_wrap=not self._can_draw)
 
 
@@ -299,7 +299,7 @@ class _Remaining(TimeRemainingColumn):
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table to the standard output; without a terminal its width is not limited."""
+    """Write a table to the standard output; only a terminal limits its width."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _ANY_WIDTH

@@ -1,18 +1,19 @@
-"""Every deliberate error.
+"""The errors that autobatch raises on purpose.
 
     AutobatchError
-    ├── CheckpointError           no checkpoint here can be trained on from
-    ├── DeviceLostError           the device's context is lost, and the process with it
-    ├── DeviceUnavailableError    the device asked for is not here
-    ├── DoesNotFitError           not even one example fits
-    ├── InexactStepError          splitting this step changes its result
-    ├── NonFiniteLossError        a loss, or its gradient, is nan or infinite
-    ├── ProcessDiedError          the isolated process died, and no trial is to blame
-    ├── ReplayLimitError          memory ran out again and again in one window
-    ├── SearchTimeoutError        the search's time was over before its answer was known
-    └── StepInterruptedError      memory ran out in the optimizer's step
+    ├── CheckpointError           training cannot continue from a checkpoint
+    ├── DeviceLostError           the device's context is lost: the process has to be restarted
+    ├── DeviceUnavailableError    the device that was requested is not available
+    ├── DoesNotFitError           not even the smallest batch fits into memory
+    ├── InexactStepError          cutting this batch would change the result of the step
+    ├── NonFiniteLossError        a loss or its gradient is nan or infinite
+    ├── ProcessDiedError          the isolated process of a search died
+    ├── ReplayLimitError          memory ran out again and again in one logical batch
+    ├── SearchTimeoutError        a search reached its time budget
+    └── StepInterruptedError      memory ran out in the middle of an optimizer step
 
-``ValueError`` and ``TypeError`` are for bad arguments; errors of the user's own code pass through.
+A wrong argument raises ``TypeError`` or ``ValueError``. An error of the user's own code is passed
+on unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,32 +23,51 @@ from autobatch.results.memory import Breakdown
 from autobatch.results.remedies import Remedy, what_would_help
 from autobatch.units import format_bytes
 
-# What notes begin with that hold the traceback of another process: long, and for who debugs.
+# The first words of a note that holds the traceback of another process.
 TRACED: Final = "In the process that traced it:"
 ISOLATED: Final = "Raised in the isolated process:"
 
 
 class AutobatchError(Exception):
-    """The root of every error that autobatch raises on purpose, bad arguments apart."""
+    """The base class of all errors that autobatch raises on purpose, except for wrong arguments.
+
+    Catch this class to handle all of them::
+
+        try:
+            result = find_and_train(model, data)
+        except AutobatchError as error:
+            print(error)
+    """
 
 
 class CheckpointError(AutobatchError):
-    """No checkpoint here can be trained on from: torn, of another kind, or of another training."""
+    """Training cannot continue from the checkpoints in this folder, or cannot be saved there.
+
+    A file is damaged, has another format, or belongs to another training. Build everything as it
+    was when the checkpoint was saved, remove the files, or choose another ``checkpoint_dir``.
+    """
 
 
 class DeviceUnavailableError(AutobatchError):
-    """The device that was asked for is not here, or another thread holds it."""
+    """The device that was requested is not present, or another thread uses it.
+
+    Pass another ``device=``, or None to let autobatch choose; ``autobatch devices`` lists those
+    that are present.
+    """
 
 
 class DoesNotFitError(AutobatchError):
-    """Not even ``size`` examples fit inside ``limit_bytes``.
+    """Not even a batch of ``size`` examples fits into ``limit_bytes``.
+
+    ``remedies`` lists what would make it fit: a larger limit, a smaller model or smaller inputs,
+    activation checkpointing, an optimizer with less state.
 
     Attributes:
-        size: The smallest size of interest.
-        limit_bytes: What was allowed, which is not enough; None where no limit was known.
-        breakdown: What needs how many bytes, and how many are missing; None where it is not known.
-        message: What the last failure said; of a prediction, what else would fit.
-        predicted_for: The GPU that is not here, where nothing has run; ``""`` where it has.
+        size: The smallest batch size that was acceptable, in examples.
+        limit_bytes: The bytes that the step was allowed to allocate; None if unknown.
+        breakdown: What needs how many bytes, and how many bytes are missing; None if unknown.
+        message: The message of the last failure. In a prediction, other ways to fit.
+        predicted_for: The name of the GPU for which this is a prediction; ``""`` if the step ran.
     """
 
     def __init__(
@@ -67,12 +87,12 @@ class DoesNotFitError(AutobatchError):
 
     @property
     def breakdown_bytes(self) -> dict[str, int]:
-        """What takes how many bytes, by its name for people."""
+        """The bytes that each part of the step takes, by the part's name."""
         return {} if self.breakdown is None else self.breakdown.parts
 
     @property
     def remedies(self) -> tuple[Remedy, ...]:
-        """What would help, and by how much."""
+        """What would help, and how many bytes each remedy frees."""
         if self.breakdown is None:
             return ()
         return what_would_help(self.breakdown, self.message, predicted=bool(self.predicted_for))
@@ -80,38 +100,46 @@ class DoesNotFitError(AutobatchError):
     def __str__(self) -> str:
         where = "here" if self.limit_bytes is None else f"in {format_bytes(self.limit_bytes)}"
         if self.limit_bytes is not None and self.limit_bytes <= 0:
-            where = f"where {format_bytes(-self.limit_bytes)} more are held already than allowed"
+            over = format_bytes(-self.limit_bytes)
+            where = f"because the memory in use exceeds the limit by {over}"
         if self.predicted_for:
             where = f"{where} ({self.predicted_for})"
-        intro = "" if self.predicted_for else "the last failure said: "
-        said = f"; {intro}{self.message}" if self.message else ""
         missing = self.breakdown.missing_bytes if self.breakdown else 0
         more = f": it needs at least {format_bytes(missing)} more" if missing else ""
-        told = f"a batch of {self.size} does not fit {where}{more}{said}"
+        intro = "" if self.predicted_for else "the last failure said: "
+        failure = f"; {intro}{self.message}" if self.message else ""
+        summary = f"a batch of {self.size} does not fit {where}{more}{failure}"
         if self.breakdown is None:
             return (
-                f"{told}; raise the limit, shrink the model or its inputs, checkpoint "
+                f"{summary}; raise the limit, shrink the model or its inputs, checkpoint "
                 "activations, or choose an optimizer with less state"
             )
         rows = [f"  {row}" for row in str(self.breakdown).splitlines()]
         ways = [f"  {remedy}" for remedy in self.remedies]
-        return "\n".join([told, *rows, "What would help:", *ways])
+        return "\n".join([summary, *rows, "What would help:", *ways])
 
 
 class InexactStepError(AutobatchError):
-    """Splitting this step changes its result, so autobatch refuses to take it."""
+    """Cutting this batch into micro-batches would change the result of the step.
+
+    The message names the cause and the way out: usually a loss that returns ``(sum, terms)``,
+    ``WholeBatch(loss)`` for a loss that compares examples, or a desired batch that fits uncut.
+    """
 
 
 class NonFiniteLossError(AutobatchError):
-    """A loss, or its gradient, is nan or infinite; the step was not taken.
+    """A loss or its gradient is nan or infinite. The step was not taken, and nothing changed.
+
+    Look at the batch, lower the learning rate or clip the gradient; or pass ``nonfinite="skip"`` to
+    skip such steps.
 
     Attributes:
-        step: Which optimizer step it would have been, counted from 1.
-        loss: The logical batch's.
-        terms: The denominator of that loss.
-        micro_batch: The first whose own loss is not finite, counted from 1; None if all are, and
-            it is the gradient that is not.
-        micro_batches: How many the window has.
+        step: The number of the optimizer step, counted from 1.
+        loss: The loss of the logical batch.
+        terms: The number of terms that the loss is a mean of.
+        micro_batch: The first micro-batch whose loss is not finite, counted from 1; None if only
+            the gradient is not finite.
+        micro_batches: How many micro-batches the logical batch was cut into.
     """
 
     def __init__(
@@ -125,23 +153,27 @@ class NonFiniteLossError(AutobatchError):
         self.micro_batches = micro_batches
 
     def __str__(self) -> str:
-        what = f"the loss of step {self.step} is {self.loss} over {self.terms:g} terms"
-        where = f"; the first in micro-batch {self.micro_batch} of {self.micro_batches}"
+        what = (
+            f"the loss of step {self.step} is {self.loss} over {self.terms:g} terms; the first "
+            f"loss that is not finite is in micro-batch {self.micro_batch} of {self.micro_batches}"
+        )
         if self.micro_batch is None:
             what = f"the gradient of step {self.step} is not finite, though its loss {self.loss} is"
-            where = ""
         return (
-            f"{what}{where}. Nothing has moved. Look at that batch, lower the learning rate or "
-            'clip gradients; nonfinite="skip" leaves such steps out, "ignore" takes them'
+            f"{what}. The step was not taken, and nothing changed. Look at that batch, lower the "
+            'learning rate or clip the gradient; nonfinite="skip" skips such steps, and '
+            'nonfinite="ignore" takes them'
         )
 
 
 class SearchTimeoutError(AutobatchError):
-    """A search had no time left for its next trial. Model and optimizer are as they were.
+    """A search reached its time budget before its next trial. Nothing changed.
+
+    Raise ``budget_seconds`` of ``SearchOptions``, or lower the ceiling.
 
     Attributes:
-        size: The largest size that had run, or 0.
-        budget_seconds: What the search was given.
+        size: The largest size that ran, in examples; 0 if no size ran.
+        budget_seconds: The time that the search was allowed to take.
     """
 
     def __init__(self, size: int, budget_seconds: float) -> None:
@@ -150,20 +182,22 @@ class SearchTimeoutError(AutobatchError):
         self.budget_seconds = budget_seconds
 
     def __str__(self) -> str:
-        so_far = f"{self.size} has run" if self.size else "no size has run"
+        largest = f"the largest size that ran is {self.size}" if self.size else "no size ran"
         return (
-            f"the search had no time left after budget_seconds={self.budget_seconds:g}: {so_far} "
-            "so far, and larger sizes were not ruled out; raise the budget, or lower the ceiling"
+            f"the search reached its budget_seconds={self.budget_seconds:g}: {largest}, and larger "
+            "sizes may fit as well; raise the budget, or lower the ceiling"
         )
 
 
 class DeviceLostError(AutobatchError):
-    """The device's context is lost: nothing can run on it in this process any more.
+    """The device's context is lost: nothing can run on the device in this process any more.
+
+    Restart the process. ``SearchOptions(isolate=True)`` keeps such a failure in another process.
 
     Attributes:
-        size: The largest size that had run, or 0.
-        tried: The size that was being tried.
-        message: What the device said.
+        size: The largest size that ran before, in examples; 0 if no size ran.
+        tried: The size that lost the device, in examples.
+        message: The message of the device.
     """
 
     def __init__(self, size: int, tried: int, message: str) -> None:
@@ -173,19 +207,21 @@ class DeviceLostError(AutobatchError):
         self.message = message
 
     def __str__(self) -> str:
-        so_far = f"{self.size} had run" if self.size else "no size had run"
+        largest = f"the largest size that ran is {self.size}" if self.size else "no size ran"
         return (
-            f"the device was lost while {self.tried} was tried: {self.message}\nUntil then "
-            f"{so_far}. What is on the device cannot be read any more: restart the process"
+            f"the device was lost in the trial of size {self.tried}: {self.message}\nBefore, "
+            f"{largest}. What is on the device cannot be read any more: restart the process"
         )
 
 
 class ProcessDiedError(AutobatchError):
-    """The isolated process died, and no trial is to blame, or too many in a row.
+    """The isolated process of a search died outside of a trial, or in too many trials in a row.
+
+    Read what the process printed last. Without ``isolate=True`` the error shows where it is raised.
 
     Attributes:
-        message: How it died.
-        size: The largest size that had run; None if none had.
+        message: How the process died.
+        size: The largest size that ran before, in examples; None if no size ran.
     """
 
     def __init__(self, message: str, size: int | None = None) -> None:
@@ -194,20 +230,23 @@ class ProcessDiedError(AutobatchError):
         self.size = size
 
     def __str__(self) -> str:
-        ran = "before any size had run" if self.size is None else f"after {self.size} had run"
+        when = "before any size ran" if self.size is None else f"after size {self.size} ran"
         return (
-            f"{self.message}, {ran}; what it printed last may say why, and without an isolated "
-            "process the error shows where it is raised"
+            f"{self.message}, {when}; the last lines that it printed may say why, and with "
+            "isolate=False the error shows where it is raised"
         )
 
 
 class ReplayLimitError(AutobatchError):
-    """Memory ran out again and again in one window, however finely it was cut.
+    """Memory ran out again and again in one logical batch, however small its micro-batches were.
+
+    No step was taken. Free memory that other programs or tensors hold, or raise the limit.
 
     Attributes:
-        batch: The structure and the shapes of the logical batch.
-        failures: One for each attempt: the micro-batch size and what the device's memory was.
-        message: What the last failure said.
+        batch: The structure of the logical batch, with dtypes and shapes.
+        failures: One mapping for each attempt: the micro-batch size in examples, and the device's
+            memory after the failure in bytes.
+        message: The message of the last failure.
     """
 
     def __init__(self, batch: str, failures: Sequence[Mapping[str, int]], message: str) -> None:
@@ -226,18 +265,21 @@ class ReplayLimitError(AutobatchError):
         ]
         table = "".join(f"\n  {row}" for row in rows)
         return (
-            f"memory ran out {len(rows)} times in one window of {self.batch}, the last time with: "
-            f"{self.message}\n  after each failure:{table}\nNothing has moved. Give back memory "
-            "that others hold, or raise the limit"
+            f"memory ran out {len(rows)} times in one logical batch of {self.batch}, the last time "
+            f"with: {self.message}\n  after each failure:{table}\nNo step was taken, and nothing "
+            "changed. Free memory that other programs or tensors hold, or raise the limit"
         )
 
 
 class StepInterruptedError(AutobatchError):
-    """Memory ran out in the optimizer's step.
+    """Memory ran out in the middle of an optimizer step.
+
+    The message says whether parameters changed. If they did, continue from the last checkpoint;
+    ``snapshot_steps=True`` undoes such a step.
 
     Attributes:
-        message: What is moved and what is not.
-        checkpoint: The last checkpoint, if there is one.
+        message: What changed, and the way out.
+        checkpoint: The path of the last checkpoint; None if there is none.
     """
 
     def __init__(self, message: str, checkpoint: str | None = None) -> None:

@@ -1,4 +1,15 @@
-"""What an observer may be told while work goes on."""
+"""The events that an observer receives during a search and a training.
+
+An observer is a function of one event, passed as ``progress=``::
+
+    from autobatch.events import StepEnded
+
+    def observer(event):
+        if isinstance(event, StepEnded):
+            print(event.epoch, event.step.loss)
+
+    find_and_train(model, data, progress=observer)
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +21,13 @@ from autobatch.results.training import Evaluation, StepResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchStarted:
-    """A search is about to try its first size.
+    """A search begins.
 
     Attributes:
-        device: The device's name, for people.
-        limit_bytes: What a step may allocate.
-        ceiling: The largest size of interest.
-        others: Other processes on the device, as far as told.
+        device: The name of the device.
+        limit_bytes: The bytes that a step may allocate.
+        ceiling: The largest size of interest, in examples.
+        others: Other processes on the device, as far as the driver reports them.
     """
 
     device: str
@@ -27,31 +38,43 @@ class SearchStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialStarted:
-    """A size is being rehearsed."""
+    """A trial begins.
+
+    Attributes:
+        size: The batch size of the trial, in examples.
+    """
 
     size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded:
-    """A size was rehearsed."""
+    """A trial has ended.
+
+    Attributes:
+        trial: The result of the trial.
+    """
 
     trial: Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchEnded:
-    """The tolerable batch is known."""
+    """A search has found the tolerable batch.
+
+    Attributes:
+        search: The result of the search.
+    """
 
     search: SearchResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizesTimed:
-    """It is known how fast the tolerable batch and smaller ones train.
+    """The training speed at the tolerable batch and at a few smaller sizes was measured.
 
     Attributes:
-        search: With its ``speeds``.
+        search: The result of the search, with its ``speeds`` in examples a second.
     """
 
     search: SearchResult
@@ -59,12 +82,12 @@ class SizesTimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStarted:
-    """The first window is about to run.
+    """A training is about to take its first step.
 
     Attributes:
-        plan: How each logical batch is cut.
-        steps: Optimizer steps to come, or None where the data does not say.
-        epochs: Epochs to come.
+        plan: How each logical batch is cut into micro-batches.
+        steps: The optimizer steps that are left; None if the data has no length.
+        epochs: The number of epochs, with those before a checkpoint.
     """
 
     plan: BatchPlan
@@ -77,9 +100,9 @@ class StepEnded:
     """An optimizer step was taken, or skipped.
 
     Attributes:
-        step: What it did.
-        epoch: Counted from 1.
-        plan: How the next logical batch will be cut.
+        step: The result of the step.
+        epoch: The epoch of the step, counted from 1.
+        plan: How the next logical batch will be cut into micro-batches.
     """
 
     step: StepResult
@@ -89,12 +112,12 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochEnded:
-    """All data was seen once more.
+    """An epoch has ended.
 
     Attributes:
-        epoch: Counted from 1.
+        epoch: The epoch, counted from 1.
         loss: The mean of the epoch's losses, weighted by examples; nan for an epoch without steps.
-        examples_per_second: Over the whole epoch, loading included.
+        examples_per_second: The training speed over the whole epoch, with the loading of data.
     """
 
     epoch: int
@@ -104,20 +127,24 @@ class EpochEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """Loss and metrics over data that is not trained on are known."""
+    """An evaluation has ended.
+
+    Attributes:
+        evaluation: The loss and the metrics over ``eval_data``.
+    """
 
     evaluation: Evaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """Training goes on from a checkpoint.
+    """A training continues from a checkpoint.
 
     Attributes:
-        checkpoint: Its path.
-        steps: Optimizer steps that it has taken.
-        epoch: In which it goes on, counted from 1; the last one, where nothing is left to do.
-        differences: What goes on, or went, otherwise than is asked for now.
+        checkpoint: The path of the checkpoint.
+        steps: The optimizer steps that were taken before the checkpoint.
+        epoch: The epoch that continues, counted from 1; the last epoch if nothing is left to do.
+        differences: One sentence for each setting in which the checkpoint differs from this call.
     """
 
     checkpoint: str
@@ -128,11 +155,11 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """Memory ran out in a window, which is run again.
+    """Memory ran out in a logical batch, which runs again in smaller micro-batches.
 
     Attributes:
-        failed: The micro-batch size that did not fit.
-        micro_batch: The size that is tried instead.
+        failed: The micro-batch size that did not fit, in examples.
+        micro_batch: The micro-batch size that is tried next, in examples.
     """
 
     failed: int
@@ -141,7 +168,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorForgotten:
-    """The error that a notebook or a prompt kept was deleted, and its frames were cleared."""
+    """The last error, which a notebook or a prompt keeps, was deleted with its tensors."""
 
 
 Event = (

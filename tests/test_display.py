@@ -124,7 +124,7 @@ def test_without_a_terminal_there_are_whole_lines_and_nothing_else() -> None:
         "     93   fits              250.0 MiB      97.7%       0.2\n"
         "tolerable batch 93, limited by memory (ran out at 103)\n"
         "256 = 86 + 85 + 85: 3 accumulation steps, tolerable batch 93\n"
-        "memory ran out with micro-batches of 86: the window runs again with 64\n"
+        "memory ran out with micro-batches of 86: the logical batch runs again with 64\n"
         "epoch 1/2  loss 1.5000     256 examples/s\n"
         "epoch 2/2  loss 0.7500     256 examples/s\n"
     )
@@ -169,7 +169,7 @@ def test_other_processes_on_the_device_are_named() -> None:
         ("memory", 103, "limited by memory (ran out at 103)"),
         ("kernel", 103, "limited by a kernel (ran out at 103)"),
         ("data", None, "limited by the data"),
-        ("ceiling", None, "limited by the ceiling: nothing larger is wanted"),
+        ("ceiling", None, "limited by the ceiling"),
     ],
 )
 def test_the_tolerable_batch_comes_with_its_reason(
@@ -196,7 +196,7 @@ def test_what_was_let_go_of_and_what_is_to_be_known_is_said() -> None:
     display(SearchEnded(search=replace(found("data"), notes=("cudnn.benchmark is on",))))
     display(SizesTimed(search=replace(found("data"), notes=("too short to be timed",))))
     first, _, *notes = file.getvalue().splitlines()
-    assert first == "the last error was deleted, with the tensors that its traceback kept"
+    assert first == "deleted the last error and the tensors that its traceback held"
     assert notes == ["note: cudnn.benchmark is on", "note: too short to be timed"]
 
 
@@ -298,7 +298,7 @@ def test_a_training_that_goes_on_says_from_where_and_counts_its_epochs_on() -> N
         clock.seconds += 1
         display(step(0.5, epoch=3))
     drawn = frames(file.getvalue())
-    assert drawn[0] == "going on from runs/step-00000007.pt: 7 steps done, epoch 3"
+    assert drawn[0] == "continuing from runs/step-00000007.pt: 7 steps done, epoch 3"
     assert any(line.startswith("epoch 3/3  loss -") for line in drawn)
     assert not any(line.startswith("epoch 1/3") for line in drawn)
 

@@ -1,4 +1,4 @@
-"""The largest batch that runs inside a limit, or whether one size does."""
+"""Search the largest batch that fits, or check whether one size fits."""
 
 import functools
 from contextlib import ExitStack
@@ -22,19 +22,20 @@ from autobatch.training.workload import OptimizerFactory, Workload
 from autobatch.tuner import (
     Mode,
     check_mode,
-    find_any,
+    find_any_size,
     find_isolated,
+    find_size,
     refuse_one_pass,
     sample_of,
     sample_to_send,
-    try_alone,
+    try_in_process,
     try_size,
 )
 from autobatch.units import Size
 from autobatch.validation import check_size
 
-_SAMPLE: Final = 64  # Examples of a Dataset that a trial repeats.
-_UNKNOWN_CEILING: Final = 2**20  # Where neither the call nor the data names one.
+_SAMPLE: Final = 64  # The examples of a Dataset that a trial repeats.
+_UNKNOWN_CEILING: Final = 2**20  # For a call without ceiling and data without length.
 
 
 @shows_step_options
@@ -104,26 +105,26 @@ def find_batch_size(
         memory_limit=memory_limit,
         headroom=headroom,
     )
-    job = None if search.isolate else resolve(data, batch_size=_SAMPLE)
-    source = open_source(data, batch_size=_SAMPLE) if job is None else job.source
+    # An isolated search opens the device in its own process only.
+    workload = None if search.isolate else resolve(data, batch_size=_SAMPLE)
+    source = open_source(data, batch_size=_SAMPLE) if workload is None else workload.source
     refuse_one_pass(source)
-    held = source.examples
-    largest = min(ceiling or held or _UNKNOWN_CEILING, held or ceiling or _UNKNOWN_CEILING)
+    examples = source.examples
+    largest = min(ceiling or examples or _UNKNOWN_CEILING, examples or ceiling or _UNKNOWN_CEILING)
     find = functools.partial(
-        find_any,
+        find_any_size,
         candidates=search.candidates(largest),
         mode=mode,
         search=search,
-        reason="data" if largest == held and largest != ceiling else "ceiling",
+        reason="data" if largest == examples and largest != ceiling else "ceiling",
     )
     with ExitStack() as stack:
         observer = observer_of(progress, stack)
         if search.forget_errors:
             forget_last_error(observer)
-        if job is None:
+        if workload is None:
             return find_isolated(resolve, find, sample_to_send(source, search), search, observer)
-        with job.undisturbed():
-            return find(job, sample_of(source, search), observer)
+        return find_size(workload, find, search, observer)
 
 
 @shows_step_options
@@ -190,9 +191,9 @@ def check(
         source = open_source(data, batch_size=examples)
         refuse_one_pass(source)
         sample = sample_to_send(source, search)
-        task = functools.partial(try_alone, resolve, sample, size, mode, search)
+        task = functools.partial(try_in_process, resolve, sample, size, mode, search)
         return try_isolated(task, timeout_seconds=search.patience_seconds)
-    job = resolve(data, batch_size=examples)
-    refuse_one_pass(job.source)
-    with job.undisturbed():
-        return try_size(job, sample_of(job.source, search), size, mode, search)
+    workload = resolve(data, batch_size=examples)
+    refuse_one_pass(workload.source)
+    with workload.undisturbed():
+        return try_size(workload, sample_of(workload.source, search), size, mode, search)

@@ -1,4 +1,4 @@
-"""The largest size at which a function of the user works."""
+"""Search the largest size at which a function of the user runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,8 +25,8 @@ from autobatch.state.snapshot import has_attributes, preserved, reachable, state
 from autobatch.units import Size
 from autobatch.validation import check_one_process, check_size
 
-_ONE: Final = (str, Mapping, Tensor, nn.Module)  # One object, though it can be iterated over.
-_HELD: Final = (nn.Module, Optimizer, LRScheduler, GradScaler)
+_SINGLE: Final = (str, Mapping, Tensor, nn.Module)  # One object, though it is iterable.
+_RESTORED: Final = (nn.Module, Optimizer, LRScheduler, GradScaler)
 
 
 def find_largest(
@@ -66,7 +66,7 @@ def find_largest(
             what is named here or made by an operation is counted: name the weights that ``run``
             reads as well.
         device: Whose memory counts. None is where the first tensor of ``state`` is, or a GPU if
-            that tensor is on the CPU and there is a GPU. Nothing is moved.
+            that tensor is on the CPU and there is a GPU. Nothing is copied to the device.
         memory_limit: As for ``find_and_train``.
         headroom: As for ``find_and_train``.
         search: As for ``find_and_train``; there is no data for a worst case.
@@ -85,7 +85,7 @@ def find_largest(
     check_search(search)
     if search.isolate:
         raise ValueError(
-            "isolate=True cannot put back what run changes in another process; search with "
+            "isolate=True cannot restore what run changes in another process; pass "
             "isolate=False, or use find_batch_size"
         )
     candidates = search.candidates(check_size("ceiling", ceiling))
@@ -103,7 +103,7 @@ def find_largest(
             forget_last_error(observer)
         stack.enter_context(preserved(parts.modules, parts.optimizers, others=parts.others))
         return BatchSizeFinder(
-            program=_Runs(run, parts.modules),
+            program=_FunctionTrial(run, parts.modules),
             device=memory,
             limit_bytes=lambda: budget.limit_bytes(memory.read()),
             breakdown=lambda limit_bytes, trial: account_for(
@@ -123,15 +123,15 @@ class _Parts:
 
     def __init__(self, state: object) -> None:
         named: list[object] = [state]
-        if isinstance(state, Iterable) and not isinstance(state, _ONE):
+        if isinstance(state, Iterable) and not isinstance(state, _SINGLE):
             named = list(state)
         for part in named:
             if not _has_state(part):
                 raise TypeError(
-                    "state must hold what run changes: modules, optimizers, tensors, containers, "
-                    f"objects with attributes; got {part!r}"
+                    "state must hold the objects that run changes: modules, optimizers, tensors, "
+                    f"containers, or objects with attributes; got {part!r}"
                 )
-        named += _held_by(named)
+        named += _torch_objects_in(named)
         self.modules = [part for part in named if isinstance(part, nn.Module)]
         self.optimizers = [part for part in named if isinstance(part, Optimizer)]
         self.others = [p for p in named if not isinstance(p, nn.Module | Optimizer)]
@@ -150,44 +150,44 @@ class _Parts:
 
 
 def _has_state(part: object) -> bool:
-    """Whether ``part`` can be restored; a container class of the user may have other rules."""
+    """Return True if ``part`` can be restored; a container class of the user cannot."""
     if isinstance(part, type):
         return False
     is_generator = any(found is part for found in generators_in(part))
     return is_generator or has_attributes(part) or bool(reachable([part]))
 
 
-def _held_by(named: Sequence[object]) -> list[object]:
+def _torch_objects_in(named: Sequence[object]) -> list[object]:
     """Return torch's objects in containers and in attributes of objects that are not torch's."""
     holders = [part for part in named if has_attributes(part) and not isinstance(part, nn.Module)]
-    held: dict[int, object] = {}
+    inside: dict[int, object] = {}
     for container in reachable([*named, *map(vars, holders)]):
         if not isinstance(container, Tensor):
-            assert isinstance(container, Iterable), "what is reachable is a tensor or a container"
+            assert isinstance(container, Iterable), "reachable: tensors and containers"
             items = container.values() if isinstance(container, Mapping) else container
-            held |= {id(item): item for item in items if isinstance(item, _HELD)}
+            inside |= {id(item): item for item in items if isinstance(item, _RESTORED)}
     for part in named:
-        held.pop(id(part), None)
-    return list(held.values())
+        inside.pop(id(part), None)
+    return list(inside.values())
 
 
-class _Runs:
-    """Tries ``run`` at any size."""
+class _FunctionTrial:
+    """Calls ``run`` at any size, for the trials of a search."""
 
     def __init__(self, run: Callable[[int], object], modules: Sequence[nn.Module]) -> None:
         self._run = run
         self._modules = modules
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # A run has one phase.
-        """Return a function that runs at a size and discards the result."""
+        """Return a function that calls ``run`` with the first size."""
 
-        def window() -> None:
+        def run() -> None:
             self._run(sizes[0])
 
-        return window
+        return run
 
     def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's arguments.
-        """Return ``""``: the results of a run are not known."""
+        """Return ``""``: the result of ``run`` is not checked."""
         return ""
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Training on logical batches: the arguments are checked, a size is searched, the model trains."""
+"""Train a model on logical batches: check the arguments, search for a size, train."""
 
 import functools
 import os
@@ -21,17 +21,18 @@ from autobatch.training.engine.lr_schedule import Interval, Scheduler, Scheduler
 from autobatch.training.evaluation.metrics import Metric
 from autobatch.training.losses.resolve import LossLike
 from autobatch.training.options import StepOptions
+from autobatch.training.request import TrainingRequest
+from autobatch.training.result import finished_before
+from autobatch.training.start import begin_or_resume
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
-from autobatch.training.trainer import Trainer, Training, finished_before
+from autobatch.training.trainer import Trainer
 from autobatch.training.workload import OptimizerFactory, Workload
 from autobatch.tuner import (
     Prefer,
     check_prefer,
-    find_isolated,
-    find_useful,
-    sample_of,
-    sample_to_send,
-    size_for_inference,
+    find_inference_size,
+    find_size,
+    find_training_size,
 )
 from autobatch.units import Size
 from autobatch.validation import check_size
@@ -144,17 +145,18 @@ def find_and_train(
     check_search(search)
     check_prefer(prefer)
     with ExitStack() as stack:
-        training = Training.resolve(
-            Workload.resolve(
-                model,
-                data,
-                batch_size=desired,
-                options=options,
-                optimizer=optimizer,
-                device=device,
-                memory_limit=memory_limit,
-                headroom=headroom,
-            ),
+        workload = Workload.resolve(
+            model,
+            data,
+            batch_size=desired,
+            options=options,
+            optimizer=optimizer,
+            device=device,
+            memory_limit=memory_limit,
+            headroom=headroom,
+        )
+        request = TrainingRequest.resolve(
+            workload,
             desired=desired,
             epochs=epochs,
             max_steps=max_steps,
@@ -166,42 +168,36 @@ def find_and_train(
             schedule=(scheduler, scheduler_interval),
         )
         seed_all(seed)
-        return _train(training, prefer, search, observer_of(progress, stack))
+        return _train(request, prefer, search, observer_of(progress, stack))
 
 
 def _train(
-    training: Training, prefer: Prefer, search: SearchOptions, observer: Observer
+    request: TrainingRequest, prefer: Prefer, search: SearchOptions, observer: Observer
 ) -> TrainingResult:
-    """Search, then train with what was found."""
-    job = training.job
+    """Begin or resume, search for the tolerable batch, train with it, and return the result."""
+    workload = request.workload
     if search.forget_errors:
         forget_last_error(observer)
-    with training.undone_on_error():
-        start = training.start(observer)
-        if training.is_done(start):
-            return finished_before(training, start)
+    with request.undone_on_error():
+        start = begin_or_resume(request, observer)
+        if start.is_done:
+            return finished_before(request, start)
         find = functools.partial(
-            find_useful,
-            window=start.window,
-            # The checkpoint's own size stays where it fits: it need not be timed again.
+            find_training_size,
+            logical_batch_size=start.logical_batch_size,
+            # The size of a checkpoint stays if it fits, so that nothing has to be timed again.
             prefer=prefer if start.saved is None else "largest",
-            steps=training.steps_left(start),
+            steps=start.steps_left,
             search=search,
-            reason="ceiling" if start.window == training.desired else "data",
+            reason="ceiling" if start.logical_batch_size == request.desired else "data",
         )
-        if search.isolate:
-            sample = sample_to_send(job.source, search, start.first)
-            found = find_isolated(job.resolve_again, find, sample, search, observer)
-        else:
-            with job.undisturbed():
-                sample = sample_of(job.source, search, start.first)
-                found = find(job, sample, observer)
-    del sample  # The largest that there is: the epochs hold it for as long as it is needed.
-    return Trainer(
-        training=training,
+        found = find_size(workload, find, search, observer, start.first)
+    trainer = Trainer(
+        request=request,
         start=start,
         found=found,
         observer=observer,
-        find_inference_size=functools.partial(size_for_inference, job),
+        find_inference_size=functools.partial(find_inference_size, workload),
         multiple_of=search.multiple_of,
-    ).fit()
+    )
+    return trainer.fit()

@@ -1,4 +1,4 @@
-"""The logical batches of each epoch, from wherever a training stands."""
+"""The logical batches of each epoch, from any position in the data on."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +12,12 @@ from autobatch.data.tree import BatchTree, is_same
 from autobatch.errors import CheckpointError
 from autobatch.training.progress import DataPosition
 
-Random = dict[str, object]
-PutBack = Callable[[Random], object]
+RandomState = dict[str, object]
+SetRandomState = Callable[[RandomState], object]
 
 
 def keeps_workers(batches: object) -> bool:
-    """Whether these are of a DataLoader whose workers live on from epoch to epoch."""
+    """Return True for a DataLoader whose workers persist from epoch to epoch."""
     return (
         isinstance(batches, DataLoader) and batches.num_workers > 0 and batches.persistent_workers
     )
@@ -25,67 +25,80 @@ def keeps_workers(batches: object) -> bool:
 
 @dataclass(slots=True, kw_only=True)
 class Epochs:
-    """Opens epochs, each in its turn; the first may be one that is half done.
+    """Opens one epoch after another; the first one may be half done.
 
     Attributes:
         source: The data.
         desired: Examples in a full logical batch.
-        drop_last: Whether a short last one is left out.
-        last: The last epoch.
-        place: Where training stands; it moves along.
-        note: Returns where all random generators are, to be kept with the place; None where no
-            checkpoint is written.
+        drop_last: True if a short last logical batch is skipped.
+        last: The number of the last epoch, counted from 1.
+        position: The position in the data. It advances with the training.
+        random_state: Returns the state of all random generators, which is stored with the position;
+            None if no checkpoint is written.
     """
 
     source: Source
     desired: int
     drop_last: bool
     last: int
-    place: DataPosition
-    note: Callable[[], Random] | None = None
+    position: DataPosition
+    random_state: Callable[[], RandomState] | None = None
     _first: BatchTree | None = field(default=None, init=False)
     _stream: Iterator[BatchTree] | None = field(default=None, init=False)
 
     def open(
-        self, stopped: Random | None = None, put_back: PutBack = lambda _: None
+        self,
+        stopped: RandomState | None = None,
+        set_random_state: SetRandomState = lambda _: None,
     ) -> BatchTree | None:
-        """Read the next logical batch, which training begins with; None if the epoch has none.
+        """Read the logical batch at the position; return None if the epoch has no more.
 
         Args:
-            stopped: Where all random generators were when training stopped; None if it begins.
-            put_back: Sets them to where they were.
+            stopped: The state of all random generators when training stopped; None for a training
+                that begins.
+            set_random_state: Sets the state of all random generators.
 
         Raises:
-            CheckpointError: If the data holds fewer batches than training has seen.
+            CheckpointError: If the data holds fewer batches than training has already seen.
         """
-        reads = self.place.reads
+        reads = self.position.reads
         if stopped is not None:
             self._start_workers()
-            put_back(self.place.random or stopped)
-        self._stream = self._begun(reads, put_back)
-        for window in range(self.place.windows):
+            set_random_state(self.position.random or stopped)
+        self._stream = self._open_epoch(reads, set_random_state)
+        for batches_read in range(self.position.windows):
             if next(self._stream, None) is None:
                 raise CheckpointError(
-                    f"{self.place.windows} logical batches of epoch {self.place.epoch} were done, "
-                    f"and the data holds {window}: it is not the data of that training"
+                    f"{self.position.windows} logical batches of epoch {self.position.epoch} were "
+                    f"done, and the data holds {batches_read}: this is not the data of that "
+                    "training; pass the same data, or choose another directory"
                 )
-        if stopped is not None and self.place.windows:
-            put_back(stopped)
+        if stopped is not None and self.position.windows:
+            set_random_state(stopped)
         self._first = next(self._stream, None)
         return self._first
 
     @property
     def first(self) -> BatchTree | None:
-        """The logical batch that ``open`` has read, until training takes it."""
+        """The logical batch that ``open`` read; None once training has taken it."""
         return self._first
 
+    @property
+    def steps(self) -> int | None:
+        """The optimizer steps of all epochs together; None if the data has no length."""
+        examples = self.source.examples
+        if examples is None:
+            return None
+        full = examples // self.desired
+        return self.last * (full if self.drop_last else -(-examples // self.desired))
+
     def __iter__(self) -> Iterator[tuple[DataPosition, Iterator[BatchTree]]]:
-        """Yield the place and the logical batches that are left, epoch by epoch."""
-        while self.place.epoch <= self.last:
-            yield self.place, self._batches()
+        """Yield for each epoch the position and the logical batches that are left."""
+        while self.position.epoch <= self.last:
+            yield self.position, self._batches()
 
     def _batches(self) -> Iterator[BatchTree]:
-        stream, self._stream = self._stream or self._begun(), None
+        stream, self._stream = self._stream or self._open_epoch(), None
         first, self._first = self._first, None
         if first is not None:
             yield first
@@ -93,51 +106,54 @@ class Epochs:
         yield from stream
 
     def _start_workers(self) -> None:
-        """Start workers that persist, as the first epoch did.
+        """Start persistent workers, as the first epoch did.
 
-        Starting them draws a random number, which no later epoch draws.
+        Starting the workers draws a random number, which later epochs do not draw.
         """
         loader = self.source.batches
-        if self.place.epoch > 1 and keeps_workers(loader):
+        if self.position.epoch > 1 and keeps_workers(loader):
             iter(loader)
 
-    def _begun(
-        self, reads: Mapping[int, Random] | None = None, put_back: PutBack = lambda _: None
+    def _open_epoch(
+        self,
+        reads: Mapping[int, RandomState] | None = None,
+        set_random_state: SetRandomState = lambda _: None,
     ) -> Iterator[BatchTree]:
-        if self.note is None:
+        if self.random_state is None:
             return logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)
-        self.place.random, self.place.reads = self.note(), {}
+        self.position.begin_epoch(self.random_state())
         batches = logical_batches(self.source.epoch(), self.desired, drop_last=self.drop_last)
-        return self._noted(batches, self.note, reads or {}, put_back)
+        return self._recorded(batches, self.random_state, reads or {}, set_random_state)
 
-    def _noted(
+    def _recorded(
         self,
         batches: Iterator[BatchTree],
-        note: Callable[[], Random],
-        reads: Mapping[int, Random],
-        put_back: PutBack,
+        random_state: Callable[[], RandomState],
+        reads: Mapping[int, RandomState],
+        set_random_state: SetRandomState,
     ) -> Iterator[BatchTree]:
-        """Yield the batches, and note what those that draw random numbers when read begin with.
+        """Yield the batches, and record the random states of those whose reading draws numbers.
 
-        Who reads them again draws nothing in between, as steps did.
+        A resumed training reads the batches that are done without taking their steps, so the
+        generators are set to the recorded state before each of these batches.
 
         Args:
-            batches: Of a whole epoch.
-            note: Returns where all random generators are.
-            reads: What was noted when they were first read, by number.
-            put_back: Sets the generators.
+            batches: The logical batches of a whole epoch.
+            random_state: Returns the state of all random generators.
+            reads: The recorded states, by the batch's number in the epoch, counted from 0.
+            set_random_state: Sets the state of all random generators.
         """
-        for window in itertools.count():
-            before = note()
-            if window in reads:
-                put_back({**before, **reads[window]})
-                before = note()
+        for number in itertools.count():
+            before = random_state()
+            if number in reads:
+                set_random_state({**before, **reads[number]})
+                before = random_state()
             batch = next(batches, None)
             if batch is None:
                 return
-            after = note()
+            after = random_state()
             drawn = {name: was for name, was in before.items() if not is_same(was, after[name])}
             if drawn:
-                self.place.reads[window] = drawn
+                self.position.reads[number] = drawn
             yield batch
             del batch  # Before the next one is read.

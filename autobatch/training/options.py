@@ -1,4 +1,4 @@
-"""The options of an optimizer step, checked when they are made."""
+"""The options of an optimizer step."""
 
 import functools
 import os
@@ -39,7 +39,7 @@ from autobatch.training.losses.resolve import LossLike, loss_module, resolve_obj
 from autobatch.training.model_state.parameter_cache import ParameterCache
 from autobatch.validation import check_positive
 
-_WIDE: Final = (None, torch.float32, torch.float64)
+_GRADIENT_DTYPES: Final = (None, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +108,9 @@ class StepOptions:
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_batch_norm(self.batch_norm)
-        scaler_for("fp32", self.scaler, HOST.type)  # Refuses what is no GradScaler.
+        scaler_for("fp32", self.scaler, HOST.type)  # Refuses other objects than a GradScaler.
         check_nonfinite(self.nonfinite)
-        if self.gradient_dtype not in _WIDE:
+        if self.gradient_dtype not in _GRADIENT_DTYPES:
             raise ValueError(
                 f"gradient_dtype must be torch.float32 or None, got {self.gradient_dtype!r}"
             )
@@ -118,8 +118,8 @@ class StepOptions:
         value = check_positive("clip_grad_value", self.clip_grad_value)
         if norm is not None and value is not None:
             raise ValueError(
-                f"clip_grad_norm={norm} and clip_grad_value={value} depend on which comes first; "
-                "pass one of the two"
+                f"clip_grad_norm={norm} and clip_grad_value={value} were both passed, and "
+                "their order would change the result; pass one of the two"
             )
         if not isinstance(self.replay, bool):
             raise TypeError(f"replay must be True or False, got {self.replay!r}")
@@ -128,7 +128,7 @@ class StepOptions:
         self._check_loss()
 
     def _check_loss(self) -> None:
-        """Write ``batch_loss`` into ``loss``, and refuse what is no loss."""
+        """Write ``batch_loss`` into ``loss``, and refuse a wrong loss."""
         if self.forward is not None and not callable(self.forward):
             raise TypeError(f"forward must be callable, got {self.forward!r}")
         if self.batch_loss is not None:
@@ -141,27 +141,27 @@ class StepOptions:
         self.objective()
 
     def objective(self) -> Objective:
-        """Return a new objective: how a micro-batch becomes a summed loss.
+        """Return a new objective: what training minimizes.
 
         Raises:
-            TypeError: If the loss is no loss.
+            TypeError: ``loss`` is not of a kind that autobatch takes.
         """
         return resolve_objective(self.loss, self.forward)
 
     @property
-    def ran_out(self) -> Callable[[int], None]:
-        """What is called with a step's number when memory runs out, before anything is released."""
+    def on_oom(self) -> Callable[[int], None]:
+        """Called with the step's number when memory runs out, before memory is released."""
         if self.snapshot_on_oom is None:
             return _nothing
         return functools.partial(write_snapshot, self.snapshot_on_oom)
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """The loss where it is a module: it is moved and restored together with the model."""
+        """The loss if it is a module, otherwise None."""
         return loss_module(self.loss)
 
     def train_step(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> TrainStep:
-        """Return the step of ``model`` and ``optimizer`` on ``device``."""
+        """Return the training step of ``model`` and ``optimizer`` on ``device``."""
         kind = device.torch_device.type
         loss = [] if self.loss_module is None else [self.loss_module]
         scaler = scaler_for(self.precision, self.scaler, kind)
@@ -199,16 +199,17 @@ class StepOptions:
         observer: Observer = lambda _: None,
         multiple_of: int = 1,
     ) -> StepRunner:
-        """Return what takes such steps.
+        """Return the runner of a training step.
 
         Args:
             step: From ``train_step``.
-            micro_batch: The largest micro-batch; None is the whole batch until memory runs out.
-            schedule: The learning rate's.
+            micro_batch: Examples in the largest micro-batch; None takes the whole logical batch
+                until memory runs out.
+            schedule: The learning-rate schedule.
             limited: Returns the context in which memory may be used.
-            limit_bytes: The limit of that context, or None.
-            observer: Receives an event for each retry.
-            multiple_of: Micro-batches are multiples of this.
+            limit_bytes: The memory limit of that context in bytes, or None.
+            observer: Receives an event each time that a logical batch runs again.
+            multiple_of: Micro-batch sizes are multiples of this.
         """
         return StepRunner(
             gradient=BatchGradient(
@@ -219,7 +220,7 @@ class StepOptions:
                 observer=observer,
                 multiple_of=multiple_of,
                 retry=self.replay,
-                on_oom=self.ran_out,
+                on_oom=self.on_oom,
             ),
             update=step.update,
             nonfinite=NonFinitePolicy(mode=self.nonfinite, scales=step.update.scaler is not None),
@@ -228,4 +229,4 @@ class StepOptions:
 
 
 def _nothing(_: int) -> None:
-    """Write nothing."""
+    """Do nothing."""

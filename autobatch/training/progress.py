@@ -1,4 +1,4 @@
-"""What a training has done so far, and where in the data it is."""
+"""The progress of a training: its steps so far, and its position in the data."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ class Progress:
     """What a training has done so far.
 
     Attributes:
-        losses: One per optimizer step.
-        sizes: Examples of each of these steps.
-        replays: Windows run again.
-        skipped: Logical batches that were left out, by reason.
-        evaluations: One per epoch that was evaluated.
-        seconds: Spent in steps and on reading their data.
-        loading_seconds: Of it, spent on reading.
-        epoch_begins: How many steps had been taken when this epoch began.
+        losses: The loss of each optimizer step.
+        sizes: The number of examples of each optimizer step.
+        replays: How many times a logical batch was run again because memory ran out.
+        skipped: How many logical batches were skipped, by reason.
+        evaluations: One for each epoch that was evaluated.
+        seconds: Time in steps, and in reading their data.
+        loading_seconds: The part of ``seconds`` in which steps waited for their data.
+        epoch_begins: How many steps had been taken when the present epoch began.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -34,9 +34,10 @@ class Progress:
     _unread: StepResult | None = None
 
     def count(self, step: StepResult) -> None:
-        """Add one step, or one that was skipped.
+        """Add a step that was taken or skipped.
 
-        Its loss is read when the next one has been counted: by then it has left the device.
+        The loss of a step is read when the next step is counted. Until then the number has left the
+        device, so that reading it waits for nothing.
         """
         self.replays += step.replays
         if step.skipped:
@@ -46,30 +47,45 @@ class Progress:
         self._unread = step
         self.sizes.append(step.examples)
 
+    def add_seconds(self, seconds: float) -> None:
+        """Add time in steps and in reading their data."""
+        self.seconds += seconds
+
+    def add_loading_seconds(self, seconds: float) -> None:
+        """Add time in which a step waited for its data."""
+        self.loading_seconds += seconds
+
     def add_evaluation(self, evaluation: Evaluation) -> None:
-        """Add one, in place of an earlier one of the same epoch, made when max_steps ended it."""
+        """Add an evaluation, in the place of an earlier one of the same epoch.
+
+        An epoch that ``max_steps`` ended is evaluated again when a later call completes it.
+        """
         if self.evaluations and self.evaluations[-1].epoch == evaluation.epoch:
             self.evaluations.pop()
         self.evaluations.append(evaluation)
 
+    def begin_epoch(self) -> None:
+        """Begin an epoch at the present step: ``epoch_loss`` is over the steps from here on."""
+        self.epoch_begins = self.steps
+
     def read(self) -> None:
-        """Read the loss that may still be on its way."""
+        """Read the loss of the last step, which may wait for the device."""
         if self._unread is not None:
             self.losses.append(self._unread.loss)
             self._unread = None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken."""
+        """The number of optimizer steps taken."""
         return len(self.sizes)
 
     @property
     def examples(self) -> int:
-        """That entered a step."""
+        """The number of examples in all optimizer steps."""
         return sum(self.sizes)
 
     def epoch_loss(self) -> float:
-        """Return the mean of this epoch's losses, weighted by examples; nan if it has none."""
+        """Return the mean of this epoch's losses, weighted by examples; nan without a step."""
         self.read()
         losses, sizes = self.losses[self.epoch_begins :], self.sizes[self.epoch_begins :]
         if not sizes:
@@ -77,14 +93,14 @@ class Progress:
         return math.fsum(map(float.__mul__, losses, map(float, sizes))) / sum(sizes)
 
     def state_dict(self) -> dict[str, object]:
-        """Return plain values."""
+        """Return the progress as plain values."""
         self.read()
         kept = {name: getattr(self, name) for name in _KEPT}
         return {**kept, "evaluations": [asdict(evaluation) for evaluation in self.evaluations]}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Progress":
-        """Return the progress that ``state_dict`` told of."""
+        """Return the progress whose ``state_dict`` is ``state``."""
         evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
         return cls(**{name: state[name] for name in _KEPT} | {"evaluations": evaluations})
 
@@ -96,14 +112,16 @@ _KEPT = tuple(
 
 @dataclass(slots=True, kw_only=True)
 class DataPosition:
-    """Where in the data a training is.
+    """The position of a training in its data.
 
     Attributes:
-        epoch: Counted from 1.
-        windows: Logical batches of it that are done.
-        random: All random generators as they were before the epoch began; None if that is now.
-        reads: Those that moved while a logical batch of it was read, as they were before, by its
-            number: shuffle buffers and augmentations draw then, between the steps' own numbers.
+        epoch: The present epoch, counted from 1.
+        windows: How many logical batches of this epoch are done.
+        random: The state of all random generators before the epoch began; None if no batch of the
+            epoch was read yet.
+        reads: The states before a logical batch was read, by the batch's number, of the generators
+            that drew numbers while it was read. Shuffle buffers and augmentations draw numbers
+            between those of the steps.
     """
 
     epoch: int = 1
@@ -111,10 +129,18 @@ class DataPosition:
     random: dict[str, object] | None = None
     reads: dict[int, dict[str, object]] = field(default_factory=dict)
 
+    def begin_epoch(self, random: dict[str, object]) -> None:
+        """Record the state of all random generators before the first batch is read."""
+        self.random, self.reads = random, {}
+
+    def next_batch(self) -> None:
+        """Advance by one logical batch."""
+        self.windows += 1
+
     def next_epoch(self) -> None:
-        """Go to where no batch of the next epoch has been read."""
+        """Advance to the next epoch, of which no batch has been read."""
         self.epoch, self.windows, self.random, self.reads = self.epoch + 1, 0, None, {}
 
     def state_dict(self) -> dict[str, object]:
-        """Return what a Place is made of."""
+        """Return the arguments of an equal position, as plain values."""
         return {entry.name: getattr(self, entry.name) for entry in fields(DataPosition)}

@@ -1,4 +1,4 @@
-"""The step of training, ready to be tried at any size."""
+"""A training step at any batch size, for the trials of a search."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,38 +12,43 @@ from autobatch.training.kernel_check import KernelIndexCheck
 
 
 class TrialStep:
-    """Runs windows that change the model as training would; whoever asked puts it back.
+    """Runs training steps on repeated examples, for the trials of a search.
+
+    A trial changes the model as training does; the caller restores it.
 
     Args:
-        step: What a training step is made of.
-        sample: Real examples; they are repeated to any size.
-        desired: Examples in a whole window, of which a trial may run the first parts only; None
-            where windows go on.
+        step: The training step.
+        sample: Real examples, which are repeated to any size.
+        desired: Examples in a logical batch. A trial may run only the first of its micro-batches.
+            None if more micro-batches follow in any case.
     """
 
     def __init__(self, step: TrainStep, sample: BatchTree, desired: int | None = None) -> None:
         self._step = step
         self._sample = sample
         self._desired = desired
-        self._large = KernelIndexCheck(step.gradient, sample)
+        self._check_kernels = KernelIndexCheck(step.gradient, sample)
         scaler = step.update.scaler
-        self._put_scaler_back = attributes_of(scaler) if scaler is not None else lambda: None
+        self._restore_scaler = attributes_of(scaler) if scaler is not None else lambda: None
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
-        """Return a window of micro-batches of ``sizes`` and its optimizer step, not yet run.
+        """Return a function that takes one training step in micro-batches of ``sizes``.
 
-        Its batch is made here, on the host. The window calls ``mark`` after its first micro-batch,
-        and before its optimizer's step.
+        The micro-batches are made on the host before this method returns.
+
+        Args:
+            sizes: Examples in each micro-batch.
+            mark: Called after the first micro-batch, and before the optimizer step.
         """
         gradient, update = self._step.gradient, self._step.update
         batches = {size: repeated(self._sample, size) for size in set(sizes)}
         micro_batches = [batches[size] for size in sizes]
-        denominator = sum(gradient.prepare(nest, cut=False) for nest in micro_batches) or 1
+        denominator = sum(gradient.prepare(batch, cut=False) for batch in micro_batches) or 1
         more_follow = self._desired is None or sum(sizes) < self._desired
 
-        def window() -> None:
+        def train_step() -> None:
             gradient.begin()
-            before = gradient.snapshot()  # Held as training holds it.
+            before = gradient.snapshot()  # Training holds a snapshot, too.
             losses = gradient.run(
                 micro_batches,
                 denominator,
@@ -57,12 +62,16 @@ class TrialStep:
             del before, losses
             gradient.clear()
 
-        return window
+        return train_step
 
     def saved_bytes(self, size: int) -> int:
-        """Return what one or two micro-batches of ``size`` hold less than those of longer windows.
+        """Return how many bytes a logical batch of one or two micro-batches needs less than others.
 
-        There none is sent ahead while the last computes.
+        In a longer one, the next micro-batch is copied to the device while the present one
+        computes.
+
+        Args:
+            size: Examples in a micro-batch.
         """
         if (
             not self._step.gradient.feed.sends_ahead
@@ -75,10 +84,15 @@ class TrialStep:
         return math.ceil(sum(tensor.nbytes for tensor in tensors(piece)) + more)
 
     def verify(self, size: int, peak_bytes: int) -> str:
-        """Return what a kernel did wrong at a size that ran, or ``""``."""
-        return self._large(size, peak_bytes)
+        """Return a description of a kernel's wrong result at a size that ran, or ``""``.
+
+        Args:
+            size: Examples in a micro-batch.
+            peak_bytes: The peak memory of the trial.
+        """
+        return self._check_kernels(size, peak_bytes)
 
     def clear(self) -> None:
-        """Let go of gradients, and of what a scaler notes about them."""
+        """Release the gradients, and restore the scaler."""
         self._step.gradient.clear()
-        self._put_scaler_back()
+        self._restore_scaler()

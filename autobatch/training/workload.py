@@ -1,4 +1,4 @@
-"""All arguments of a public function, resolved and refused once."""
+"""The model, the data, the step and the memory budget of a call, checked once."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,14 +28,15 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Everything that a search and a training need to know, checked.
+    """What a search tries and a training runs.
 
     Attributes:
-        step: What training and trials run.
-        options: What the step was made of.
+        step: The training step, which trials run too.
+        options: The options of the step.
         source: The data.
-        loss_module: The loss where it is a module: it moves, and is put back, with the model.
-        budget: What memory is allowed.
+        loss_module: The loss if it is a module, otherwise None. It goes to the device, and is
+            restored, together with the model.
+        budget: The memory limit and the headroom that the user allows.
     """
 
     step: TrainStep
@@ -57,15 +58,26 @@ class Workload:
         memory_limit: Size | None,
         headroom: Size | None,
     ) -> "Workload":
-        """Check every argument before anything is touched.
+        """Check every argument. Nothing changes, except that an optimizer's factory is called.
+
+        Args:
+            model: As for ``find_and_train``, like all arguments that follow.
+            data: Nothing is read, except from a list, whose examples are counted.
+            batch_size: Examples in a batch that is read of a Dataset or of tensors.
+            options: The options of the step.
+            optimizer: An instance, a factory ``params -> Optimizer``, or None for AdamW.
+            device: A device, or None.
+            memory_limit: In bytes, or like ``"24GiB"``, or None.
+            headroom: In bytes, or like ``"1GiB"``, or None.
 
         Raises:
-            TypeError, ValueError: With the value that came and the way out.
-            DeviceUnavailableError: If the device is not here.
+            TypeError, ValueError: An argument is wrong; the message shows its value and the way
+                out.
+            DeviceUnavailableError: The device is not present.
         """
         check_one_process()
         check_model(model)
-        options.objective()  # Refused before data is opened and an optimizer made.
+        options.objective()  # Refuses a loss before data is opened and an optimizer is made.
         budget = Budget.parse(memory_limit, headroom)
         source = open_source(data, batch_size=batch_size)
         present = next(model.parameters()).device
@@ -75,7 +87,7 @@ class Workload:
         modules = [model] if loss is None else [model, loss]
         memory = open_device(
             chosen,
-            lambda: _residents(modules, own_optimizer),
+            lambda: _resident_tensors(modules, own_optimizer),
             counts_host=budget.memory_limit_bytes is None,
         )
         return cls(
@@ -86,9 +98,11 @@ class Workload:
             budget=budget,
         )
 
-    @property
-    def resolve_again(self) -> Callable[..., "Workload"]:
-        """What makes this job anew in another process, given data and batch size there."""
+    def resolver(self) -> Callable[..., "Workload"]:
+        """Return a function ``(data, *, batch_size) -> Workload`` that another process can call.
+
+        The function holds the model, the optimizer and the options, and no data.
+        """
         return partial(
             Workload.resolve,
             self.step.model,
@@ -101,26 +115,29 @@ class Workload:
 
     @property
     def device(self) -> MemoryDevice:
-        """Where the step runs."""
+        """The device on which the step runs."""
         return self.step.device
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The model, and the loss where it is a module."""
+        """The model, and the loss if it is a module."""
         return [module for module in (self.step.model, self.loss_module) if module is not None]
 
     @property
-    def trains_limited(self) -> bool:
-        """Whether training itself is held to the limit.
+    def limits_training(self) -> bool:
+        """True if training itself runs inside the memory limit.
 
-        The CPU is metered only where the user gives a limit: the meter costs time, and without a
-        limit the search has left the headroom.
+        On the CPU this needs a meter that costs time, so training is limited there only if the user
+        gives a ``memory_limit``. Without one, the search has already left the headroom.
         """
         return self.budget.memory_limit_bytes is not None or not self.device.limit_costs_time
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Leave no trace of what happens inside, on the model, the data or the generators."""
+        """Restore modules, optimizer, scaler and random generators when the block ends.
+
+        Inside the block, the model is on the device and in training mode.
+        """
         optimizers, scaler = [self.step.optimizer], self.step.update.scaler
         with ExitStack() as stack:
             if scaler is not None:
@@ -128,12 +145,12 @@ class Workload:
             stack.enter_context(
                 preserved(self.modules, optimizers, random_sources=[self.source.owner])
             )
-            self.move()
+            self.move_to_device()
             stack.enter_context(training_mode(self.step.model))
             yield
 
-    def move(self) -> None:
-        """Bring model, loss and optimizer state to the device."""
+    def move_to_device(self) -> None:
+        """Move the model, the loss and the optimizer state to the device."""
         device = self.device.torch_device
         if next(self.step.model.parameters()).device == device:
             return
@@ -142,19 +159,21 @@ class Workload:
         _move_state(self.step.optimizer, device)
 
     def limit_bytes(self, *, trains: bool = True) -> int:
-        """Return what a step may allocate now.
+        """Return how many bytes a step may allocate now.
 
         Args:
-            trains: Whether there are gradients, for the breakdown of what does not fit.
+            trains: True if the step computes gradients, for the breakdown in the error.
 
         Raises:
-            DoesNotFitError: If the model alone does not fit.
+            ValueError: The headroom is larger than the memory that is free.
+            DoesNotFitError: The model alone does not fit.
         """
         limit = self.budget.limit_bytes(self.device.read())
         headroom_bytes = self.budget.headroom_bytes or 0
         if limit <= 0 < headroom_bytes:
             raise ValueError(
-                f"headroom of {format_bytes(headroom_bytes)} leaves nothing to train in"
+                f"headroom of {format_bytes(headroom_bytes)} is at least all of the memory that is "
+                "allowed, and leaves nothing to train in; pass a smaller headroom"
             )
         breakdown = self.breakdown_bytes()
         if limit < breakdown["parameters"] + breakdown["buffers"]:
@@ -164,17 +183,17 @@ class Workload:
     def breakdown(
         self, limit_bytes: int, trial: Trial | None = None, *, trains: bool = True
     ) -> Breakdown:
-        """Return where the memory goes at a trial; where it failed, what is needed at least.
+        """Return what takes the memory in a trial, or what a failed trial needs at least.
 
         Args:
-            limit_bytes: What a step might allocate.
-            trial: None before there is one.
-            trains: Whether there are gradients, and state is made.
+            limit_bytes: The bytes that a step may allocate.
+            trial: The trial; None before the first one.
+            trains: True if the step computes gradients and optimizer state.
         """
         needs = self.breakdown_bytes()
         if not trains:
             needs["gradients"] = 0
-        elif trial is None or not trial.fits:  # Then not all of the state may have been made.
+        elif trial is None or not trial.fits:  # Part of the state may be missing.
             full_bytes = _full_state_bytes(self.step.optimizer)
             needs["optimizer state"] = max(needs["optimizer state"], full_bytes)
         return account_for(
@@ -182,7 +201,7 @@ class Workload:
         )
 
     def breakdown_bytes(self) -> dict[str, int]:
-        """Return what the step needs whatever the batch, by name."""
+        """Return the bytes that the step needs at any batch size, by what takes them."""
         parameters = [p for module in self.modules for p in module.parameters()]
         buffers = [buffer for module in self.modules for buffer in module.buffers()]
         home = self.device.torch_device
@@ -191,7 +210,7 @@ class Workload:
             "parameters": _bytes(parameters),
             "buffers": _bytes(buffers),
             "gradients": _bytes([p for p in parameters if p.requires_grad]),
-            "optimizer state": _bytes(state),  # Not what waits on the host, such as step counts.
+            "optimizer state": _bytes(state),  # Without step counts on the host.
         }
 
 
@@ -201,7 +220,7 @@ def _optimizer(
     if given is not None and (isinstance(given, Optimizer) or not callable(given)):
         return check_optimizer(given, model)
     parameters = list(model.parameters())
-    if loss is not None:  # A temperature, say. A parameter that both hold is there once.
+    if loss is not None:  # A loss may learn a temperature. Shared parameters are listed once.
         known = set(map(id, parameters))
         parameters += [p for p in loss.parameters() if id(p) not in known]
     if given is None:
@@ -209,7 +228,7 @@ def _optimizer(
     return check_optimizer(given(parameters), model)
 
 
-def _residents(modules: list[nn.Module], optimizer: Optimizer) -> list[Tensor]:
+def _resident_tensors(modules: list[nn.Module], optimizer: Optimizer) -> list[Tensor]:
     held: list[Tensor] = []
     for module in modules:
         held += [*module.parameters(), *module.buffers()]
@@ -221,9 +240,9 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _full_state_bytes(optimizer: Optimizer) -> int:
-    """What torch's Adam and SGD hold once all that is trained was stepped; 0 of other optimizers.
+    """Return the bytes of torch's Adam or SGD state after the first step; 0 for other optimizers.
 
-    Adam holds two moments and perhaps a third, of each parameter; SGD its momentum.
+    Adam holds two or three moments of each parameter, and SGD at most the momentum.
     """
     total = 0
     for group in optimizer.param_groups:
@@ -237,11 +256,11 @@ def _full_state_bytes(optimizer: Optimizer) -> int:
 
 
 def _move_state(optimizer: Optimizer, device: torch.device) -> None:
-    """Bring state along, as ``Optimizer.load_state_dict`` would: step counts stay on the host."""
+    """Move the state as ``Optimizer.load_state_dict`` does: step counts stay on the host."""
     for group in optimizer.param_groups:
-        counts_move = group.get("capturable") or group.get("fused")
+        moves_step_counts = group.get("capturable") or group.get("fused")
         for parameter in group["params"]:
             entry = optimizer.state.get(parameter, {})
             for key, value in entry.items():
-                if isinstance(value, Tensor) and (key != "step" or counts_move):
+                if isinstance(value, Tensor) and (key != "step" or moves_step_counts):
                     entry[key] = value.to(device)

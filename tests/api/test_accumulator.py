@@ -85,7 +85,7 @@ def test_a_last_example_borrows_from_its_neighbour(
     assert int(ours[0].num_batches_tracked) == 1  # type: ignore[arg-type]
 
 
-def test_refuse_cuts_nothing_and_moves_nothing() -> None:
+def test_refuse_cuts_nothing_and_changes_nothing() -> None:
     model = normalised()
     accumulator = Accumulator(model, sgd(model), LOSS, micro_batch=4, batch_norm="refuse")
     before = fingerprint(model)
@@ -118,7 +118,7 @@ def test_the_notes_say_what_batch_norm_did(mode: str) -> None:
         progress=False,
     )
     assert result.plan.accumulation_steps > 1
-    said = {"frozen": "BatchNorm was frozen", "micro": "BatchNorm normalises each micro-batch"}
+    said = {"frozen": "BatchNorm was frozen", "micro": "BatchNorm normalizes each micro-batch"}
     assert any(said[mode] in note for note in result.notes)
 
 
@@ -176,7 +176,7 @@ def test_its_state_goes_on_where_it_was_in_size_scale_and_rate() -> None:
     assert other.micro_batch == accumulator.micro_batch > 3, "it has grown back"
 
 
-def test_a_state_of_other_parts_is_refused_and_nothing_has_moved() -> None:
+def test_a_state_of_other_parts_is_refused_and_nothing_has_changed() -> None:
     _, accumulator = made()
     plain = small_model()
     other = Accumulator(plain, sgd(plain), LOSS, micro_batch=3)

@@ -88,8 +88,8 @@ def test_77_rows_are_a_ceiling_of_77() -> None:
     assert (found.size, found.ceiling, found.limited_by) == (77, 77, "data")
     assert RAN.count(77) == 2
     assert find_batch_size(BlackBox(1000), images(77), ceiling=500).size == 77
-    asked = find_batch_size(BlackBox(1000), images(77), ceiling=50)
-    assert (asked.size, asked.limited_by) == (50, "ceiling")
+    found = find_batch_size(BlackBox(1000), images(77), ceiling=50)
+    assert (found.size, found.limited_by) == (50, "ceiling")
 
 
 def test_below_the_floor_nothing_is_tried_and_it_is_the_smallest_that_must_fit() -> None:
@@ -197,7 +197,7 @@ def test_a_first_guess_changes_no_answer_and_costs_at_most_a_trial(error: float)
         assert [trial.size for trial in guided.trials] == [4, plain.size]
 
 
-def test_a_reported_peak_is_the_largest_of_the_first_five_training_windows() -> None:
+def test_a_reported_peak_is_the_largest_of_the_first_five_training_steps() -> None:
     models = import_torchvision().models
     vit = models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5, dropout=0.1)
     size = 6
@@ -223,7 +223,7 @@ def training_peaks(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], size: int
 ) -> list[int]:
     """Five real windows on the metered device."""
-    job = Workload.resolve(
+    workload = Workload.resolve(
         model,
         batch,
         batch_size=size,
@@ -233,13 +233,13 @@ def training_peaks(
         memory_limit="2GiB",
         headroom=None,
     )
-    device = job.device
+    device = workload.device
     assert isinstance(device, CpuDevice)
-    runner = job.options.step_runner(
-        job.step,
+    runner = workload.options.step_runner(
+        workload.step,
         size,
         Schedule(),
-        limited=functools.partial(device.limited_to, job.limit_bytes()),
+        limited=functools.partial(device.limited_to, workload.limit_bytes()),
     )
     peaks = []
     for _ in range(5):
@@ -317,7 +317,7 @@ def test_an_error_that_may_be_memory_counts_only_if_it_is_repeated() -> None:
     assert find_batch_size(Mlp(fails=fail), images(64)).size == 64
 
 
-def test_an_index_limit_is_told_apart_from_memory() -> None:
+def test_an_index_limit_is_distinguished_from_memory() -> None:
     error = RuntimeError("Expected canUse32BitIndexMath(input) to be true")
     found = find_batch_size(Mlp(fails=fails_above(30, error)), images(64))
     assert (found.size, found.limited_by) == (30, "kernel")
@@ -339,7 +339,7 @@ def test_a_lost_device_is_said_though_nothing_on_it_can_be_put_back(
             raise RuntimeError(text)
 
     model.fails = dies
-    with pytest.raises(DeviceLostError, match="Until then 4 had run") as caught:
+    with pytest.raises(DeviceLostError, match="Before, the largest size that ran is 4") as caught:
         find_batch_size(model, images(64))
     assert (caught.value.size, caught.value.tried) == (4, 64)
     assert caught.value.__notes__ == [f"not everything could be put back: {text}"]

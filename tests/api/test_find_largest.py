@@ -209,9 +209,9 @@ def test_one_module_need_not_be_in_a_list() -> None:
     [
         ({"run": 3}, TypeError, "run must be callable with a size, got 3"),
         ({"ceiling": 0}, ValueError, "ceiling must be at least 1, got 0"),
-        ({"state": [3]}, TypeError, "state must hold what run changes: .*; got 3"),
+        ({"state": [3]}, TypeError, "state must hold the objects that run changes: .*; got 3"),
         ({"state": ["model"]}, TypeError, "got 'model'"),
-        ({"state": 3}, TypeError, "state must hold what run changes: .*; got 3"),
+        ({"state": 3}, TypeError, "state must hold the objects that run changes: .*; got 3"),
         ({"state": None}, TypeError, "got None"),
         ({"state": [Slotted(nn.Linear(1, 1))]}, TypeError, "state must hold .*Slotted"),
         ({"state": [OwnDict()]}, TypeError, "got {}"),

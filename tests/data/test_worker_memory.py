@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import find_and_train
 from autobatch.data.worker_memory import worker_memory_warning
-from autobatch.training import trainer
+from autobatch.training import start
 
 ROWS = TensorDataset(torch.randn(64, 256), torch.randint(0, 3, (64,)))  # 1032 bytes each.
 FIRST = ROWS[:8]
@@ -42,7 +42,7 @@ def test_what_loads_nothing_ahead_crowds_nothing(batches: object) -> None:
 
 def test_training_warns_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """USERS 1.5.4."""
-    monkeypatch.setattr(trainer, "host_memory", lambda: (2**30, 1000))
+    monkeypatch.setattr(start, "host_memory", lambda: (2**30, 1000))
     with pytest.warns(UserWarning, match="1 worker of the loader may hold 2 batches") as caught:
         find_and_train(
             nn.Linear(256, 3), loader(1), 16, max_steps=1, memory_limit="1GiB", device="cpu",

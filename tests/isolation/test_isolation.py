@@ -243,14 +243,14 @@ def dies(*_: object) -> None:
 
 
 def test_a_process_that_dies_outside_a_trial_is_an_error_that_says_what_is_known() -> None:
-    with pytest.raises(ProcessDiedError, match="exit status 7, after 8 had run") as caught:
+    with pytest.raises(ProcessDiedError, match="exit status 7, after size 8 ran") as caught:
         run_isolated(functools.partial(dies), observer=print, history=[Trial(size=8, fits=True)])
     assert caught.value.size == 8
 
 
 def test_so_many_deaths_in_a_row_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "_MOST_DEATHS", 1)
-    with pytest.raises(ProcessDiedError, match="exit status 7, before any size had run"):
+    with pytest.raises(ProcessDiedError, match="exit status 7, before any size ran"):
         run_isolated(functools.partial(trying, (1, 2), dies), observer=lambda _: None)
 
 
@@ -345,7 +345,7 @@ def parameters_of(model: nn.Module, *_: object) -> int:
 def test_isolation_is_asked_for_with_true_or_false() -> None:
     with pytest.raises(TypeError, match="isolate must be True or False, got 1"):
         SearchOptions(isolate=1)  # type: ignore[arg-type]  # As a caller without types may.
-    with pytest.raises(ValueError, match="isolate=True cannot put back what run changes"):
+    with pytest.raises(ValueError, match="isolate=True cannot restore what run changes"):
         find_largest(print, ceiling=8, search=ISOLATED)
 
 

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_told_with_the_numbers_and_the_ways_out() -> None:
 def test_what_does_not_fit_for_unknown_reasons_still_names_ways_out() -> None:
     error = DoesNotFitError(3, None)
     assert str(error).startswith("a batch of 3 does not fit here; raise the limit")
-    held = "a batch of 3 does not fit where 97.0 MiB more are held already than allowed"
+    held = "a batch of 3 does not fit because the memory in use exceeds the limit by 97.0 MiB"
     assert str(DoesNotFitError(3, -97 * 2**20)).startswith(held)
     assert (error.breakdown_bytes, error.remedies) == ({}, ())
 

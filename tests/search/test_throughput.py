@@ -168,7 +168,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
     assert all(sum(sizes) == 64 for sizes in asked[0].values()), "whole logical batches"
     assert (result.search.size, result.search.fastest) == (64, 16)
     assert result.plan.micro_batch_sizes == (16,) * 4
-    assert any("16 were preferred to the tolerable 64: 400 exam" in n for n in result.notes)
+    assert any("faster than the tolerable batch of 64: 400 exam" in n for n in result.notes)
     started = [event.plan.tolerable for event in events if isinstance(event, TrainingStarted)]
     assert started == [16]
     assert any(isinstance(event, SizesTimed) for event in events)
@@ -249,6 +249,6 @@ def test_waiting_for_data_is_counted_and_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     result = find_and_train(nn.Linear(4, 3), Slow(), desired=4, progress=False, epochs=2)
     assert result.loading_seconds == 12.0, "the first batch was read for the search"
-    assert any("waited for their data in 100% of the time" in note for note in result.notes)
+    assert any("waited for data in 100% of the time" in note for note in result.notes)
     quick = find_and_train(nn.Linear(4, 3), data(), desired=16, progress=False)
     assert not any("waited" in note for note in quick.notes)

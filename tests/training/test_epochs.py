@@ -24,15 +24,15 @@ def numbers(count: int) -> TensorDataset:
 
 
 def opened(
-    data: Any, desired: int = 4, *, last: int = 2, place: DataPosition | None = None
+    data: Any, desired: int = 4, *, last: int = 2, position: DataPosition | None = None
 ) -> Epochs:
     return Epochs(
         source=open_source(data, batch_size=desired),
         desired=desired,
         drop_last=False,
         last=last,
-        place=place or DataPosition(),
-        note=lambda: {"torch": torch.get_rng_state()},
+        position=position or DataPosition(),
+        random_state=lambda: {"torch": torch.get_rng_state()},
     )
 
 
@@ -48,13 +48,13 @@ def rows_of(batch: BatchTree) -> list[int]:
 def walk(epochs: Epochs, most: int = 99) -> list[list[int]]:
     """Go through the logical batches as training does; each draws a random number."""
     seen: list[list[int]] = []
-    for place, batches in epochs:
+    for position, batches in epochs:
         for batch in batches:
-            seen.append([place.epoch, *rows_of(batch), int(torch.randint(1000, ()))])
-            place.windows += 1
+            seen.append([position.epoch, *rows_of(batch), int(torch.randint(1000, ()))])
+            position.next_batch()
             if len(seen) == most:
                 return seen
-        place.next_epoch()
+        position.next_epoch()
     return seen
 
 
@@ -86,11 +86,11 @@ def test_none_is_opened_before_its_turn() -> None:
     begun.clear()  # Opening the source has looked whether it is one-pass.
     epochs.open()
     assert len(begun) == 1
-    for place, batches in epochs:
-        assert len(begun) == max(1, place.epoch - 1)
+    for position, batches in epochs:
+        assert len(begun) == max(1, position.epoch - 1)
         list(batches)
-        assert len(begun) == place.epoch
-        place.next_epoch()
+        assert len(begun) == position.epoch
+        position.next_epoch()
 
 
 def test_what_was_read_to_search_is_trained_on() -> None:
@@ -110,14 +110,14 @@ def test_it_goes_on_where_it_stopped(stop: int, workers: int) -> None:
     expected = walk(whole)
 
     torch.manual_seed(0)
-    place = DataPosition()
-    epochs = opened(loader(workers), place=place)
+    position = DataPosition()
+    epochs = opened(loader(workers), position=position)
     epochs.open()
     before = walk(epochs, stop)
     stopped: Random = {"torch": torch.get_rng_state()}
 
     torch.manual_seed(99)
-    again = opened(loader(workers), place=DataPosition(**place.state_dict()))  # type: ignore[arg-type]
+    again = opened(loader(workers), position=DataPosition(**position.state_dict()))  # type: ignore[arg-type]
     again.open(stopped, put_back)
     assert before + walk(again) == expected
 
@@ -131,53 +131,53 @@ def test_it_goes_on_at_the_beginning_of_any_epoch(desired: int, batch: int, done
     expected = walk(whole)
 
     torch.manual_seed(0)
-    place = DataPosition()
+    position = DataPosition()
     stopped: Random = {"torch": torch.get_rng_state()}
     if done:
-        epochs = opened(data, desired, last=done, place=place)
+        epochs = opened(data, desired, last=done, position=position)
         epochs.open()
         walk(epochs)
         stopped = {"torch": torch.get_rng_state()}
-    assert place == DataPosition(epoch=done + 1)
+    assert position == DataPosition(epoch=done + 1)
 
     torch.manual_seed(99)
-    again = opened(data, desired, last=done + 1, place=place)
+    again = opened(data, desired, last=done + 1, position=position)
     again.open(stopped, put_back)
     assert walk(again) == [row for row in expected if row[0] == done + 1]
 
 
 def test_an_epoch_that_was_at_its_end_has_no_more_batches() -> None:
     torch.manual_seed(0)
-    place = DataPosition()
-    epochs = opened(loader(), place=place)
+    position = DataPosition()
+    epochs = opened(loader(), position=position)
     epochs.open()
     walk(epochs, 3)
-    again = opened(loader(), place=place)
+    again = opened(loader(), position=position)
     assert again.open({"torch": torch.get_rng_state()}, put_back) is None
 
 
 def test_fewer_batches_than_were_seen_are_refused() -> None:
-    place = DataPosition(windows=3, random={"torch": torch.get_rng_state()})
-    epochs = opened(numbers(8), place=place)
+    position = DataPosition(windows=3, random={"torch": torch.get_rng_state()})
+    epochs = opened(numbers(8), position=position)
     with pytest.raises(CheckpointError, match=r"3 logical batches of epoch 1 .* holds 2"):
         epochs.open({"torch": torch.get_rng_state()}, put_back)
 
 
 def test_where_random_generators_were_is_noted_before_each_epoch() -> None:
     torch.manual_seed(0)
-    place = DataPosition()
+    position = DataPosition()
     before = torch.get_rng_state()
-    epochs = opened(loader(), place=place)
+    epochs = opened(loader(), position=position)
     epochs.open()
-    assert place.random is not None
-    assert torch.equal(cast("Tensor", place.random["torch"]), before)
+    assert position.random is not None
+    assert torch.equal(cast("Tensor", position.random["torch"]), before)
     for _, batches in epochs:
         list(batches)
         before = torch.get_rng_state()
-        place.next_epoch()
+        position.next_epoch()
         break
     next(iter(epochs))[1].__next__()
-    assert torch.equal(cast("Tensor", place.random["torch"]), before)
+    assert torch.equal(cast("Tensor", position.random["torch"]), before)
 
 
 def test_persistent_workers_are_known() -> None:

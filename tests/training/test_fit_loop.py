@@ -27,13 +27,13 @@ def rows(examples: int = 42, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (examples,), generator=generator)
 
 
-def told(events: list[Event]) -> list[str]:
+def names_of(events: list[Event]) -> list[str]:
     """The events of training, by name."""
     kinds = (StepEnded, EpochEnded, Evaluated)
     return [type(event).__name__ for event in events if isinstance(event, kinds)]
 
 
-def test_every_step_s_result_is_told_in_order() -> None:
+def test_on_step_receives_every_result_in_order() -> None:
     steps: list[StepResult] = []
     events: list[Event] = []
     result = find_and_train(
@@ -44,7 +44,7 @@ def test_every_step_s_result_is_told_in_order() -> None:
     assert steps == [event.step for event in events if isinstance(event, StepEnded)]
 
 
-def test_a_step_that_was_left_out_is_told_too() -> None:
+def test_on_step_receives_a_skipped_step_too() -> None:
     steps: list[StepResult] = []
     x, y = rows(32)
     masked = torch.full_like(y, -100)
@@ -66,12 +66,12 @@ def test_an_error_of_on_step_passes_through_untouched() -> None:
     assert caught.value is error
 
 
-def test_an_evaluation_is_told_after_its_epoch() -> None:
+def test_an_evaluation_is_reported_after_its_epoch() -> None:
     events: list[Event] = []
     result = find_and_train(
         small_model(), rows(), 16, epochs=2, eval_data=rows(20), progress=events.append
     )
-    assert told(events) == [*["StepEnded"] * 3, "EpochEnded", "Evaluated"] * 2
+    assert names_of(events) == [*["StepEnded"] * 3, "EpochEnded", "Evaluated"] * 2
     evaluations = [event.evaluation for event in events if isinstance(event, Evaluated)]
     assert evaluations == list(result.evaluations)
     ends = [event for event in events if isinstance(event, EpochEnded)]
@@ -94,7 +94,7 @@ def test_an_epoch_that_max_steps_ended_is_evaluated_and_saved(tmp_path: Path) ->
         progress=events.append,
     )
     assert [evaluation.epoch for evaluation in result.evaluations] == [1, 2]
-    assert told(events)[-3:] == ["StepEnded", "EpochEnded", "Evaluated"]
+    assert names_of(events)[-3:] == ["StepEnded", "EpochEnded", "Evaluated"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-00000003.pt",
         "step-00000004.pt",
@@ -104,7 +104,7 @@ def test_an_epoch_that_max_steps_ended_is_evaluated_and_saved(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("max_steps", "stepped"), [(None, 2), (4, 1), (2, 0)])
-def test_a_schedule_by_epochs_moves_after_whole_epochs(max_steps: int | None, stepped: int) -> None:
+def test_a_schedule_by_epochs_steps_after_whole_epochs(max_steps: int | None, stepped: int) -> None:
     optimizer = torch.optim.SGD((model := small_model()).parameters(), lr=1.0)
     find_and_train(
         model,

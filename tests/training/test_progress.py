@@ -46,7 +46,7 @@ steps = st.lists(
 
 
 @given(steps)
-def test_steps_and_what_was_left_out_are_counted_apart(done: list[StepResult]) -> None:
+def test_steps_and_skipped_batches_are_counted_separately(done: list[StepResult]) -> None:
     progress = Progress()
     for result in done:
         progress.count(result)
@@ -133,8 +133,8 @@ def test_an_evaluation_takes_the_place_of_one_of_the_same_epoch() -> None:
     assert [(e.epoch, e.loss) for e in progress.evaluations] == [(1, 0.5), (2, 0.3), (3, 0.2)]
 
 
-def test_a_place_moves_to_the_beginning_of_the_next_epoch() -> None:
-    place = DataPosition(epoch=2, windows=5, random={"torch": 1})
-    place.next_epoch()
-    assert place == DataPosition(epoch=3)
-    assert DataPosition(**cast("dict[str, int]", place.state_dict())) == place  # type: ignore[arg-type]
+def test_a_position_advances_to_the_beginning_of_the_next_epoch() -> None:
+    position = DataPosition(epoch=2, windows=5, random={"torch": 1})
+    position.next_epoch()
+    assert position == DataPosition(epoch=3)
+    assert DataPosition(**cast("dict[str, int]", position.state_dict())) == position  # type: ignore[arg-type]

@@ -535,7 +535,7 @@ def test_weights_that_a_hook_makes_before_each_forward_are_exact(
     assert_same_parameters(ours, whole)
 
 
-def test_spectral_norm_moves_its_buffers_once_a_micro_batch_and_that_is_noted() -> None:
+def test_spectral_norm_changes_its_buffers_once_a_micro_batch_and_a_note_says_so() -> None:
     model = small_model()
     parametrizations.spectral_norm(model[0])
     accumulator = Accumulator(model, sgd(model), micro_batch=4)
@@ -557,7 +557,7 @@ def test_spectral_norm_moves_its_buffers_once_a_micro_batch_and_that_is_noted() 
 
 
 class Teacher(nn.Module):
-    """A student, and the average of its weights, moved by the forward pass: as MoCo and BYOL do."""
+    """A student, and the mean of its weights, which the forward pass updates, as in MoCo."""
 
     def __init__(self, *, gated: bool) -> None:
         super().__init__()
@@ -579,7 +579,7 @@ class Teacher(nn.Module):
         return difference
 
 
-def test_what_a_forward_pass_moves_is_noted_be_it_no_buffer() -> None:
+def test_a_note_names_what_a_forward_pass_changes_even_if_it_is_no_buffer() -> None:
     model = Teacher(gated=True).double()
     accumulator = Accumulator(model, sgd(model.student), micro_batch=4)
     accumulator.step(pairs()[0])
@@ -601,7 +601,7 @@ def test_a_model_whose_parameters_move_in_evaluation_too_is_refused_in_pieces() 
     assert Accumulator(model, sgd(model.student)).step(pairs()[0]).replays == 0
 
 
-def test_an_embedding_that_is_kept_short_moves_nothing_further() -> None:
+def test_an_embedding_with_max_norm_changes_nothing_else() -> None:
     model = nn.Sequential(nn.Embedding(7, 5, max_norm=0.5), nn.Flatten(), nn.Linear(15, 3))
     accumulator = Accumulator(model, sgd(model), micro_batch=4)
     accumulator.step((torch.randint(0, 7, (10, 3)), torch.randint(0, 3, (10,))))

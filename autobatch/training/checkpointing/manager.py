@@ -1,4 +1,4 @@
-"""The checkpoints of one training: what is in one, written and restored in place."""
+"""Save a training to a checkpoint, and restore a checkpoint in place."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from autobatch.errors import CheckpointError
 from autobatch.training.checkpointing.state_dict import (
     packed,
     packed_random_state,
-    put_random_state,
+    restore_random_state,
     unpack,
 )
 from autobatch.training.checkpointing.store import CheckpointStore
@@ -24,17 +24,17 @@ Fields = Mapping[str, Any]
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointManager:
-    """Saves a training, and restores it.
+    """Saves and restores one training.
 
     Attributes:
-        store: The directory with the files.
+        store: The folder with the files.
         step: Holds the model, the optimizer and the scaler.
         schedule: Holds the learning-rate scheduler.
-        loss_module: The loss, where it is a module.
+        loss_module: The loss if it is a module, otherwise None.
         sources: Objects with random generators of their own: the data and the model.
         desired: Examples in a logical batch, as the user wants it.
-        path: The last checkpoint that was written or restored.
-        restored: Whether a checkpoint was restored.
+        path: The last checkpoint that was written or read; None if there is none.
+        restored: True if a checkpoint was restored.
     """
 
     store: CheckpointStore
@@ -47,10 +47,11 @@ class CheckpointManager:
     restored: bool = field(default=False, init=False)
 
     def latest(self) -> Fields | None:
-        """Return the newest whole checkpoint of this training; None where there is none.
+        """Return the newest undamaged checkpoint; None if the folder holds no checkpoint.
 
         Raises:
-            CheckpointError: If there are some and none can be used, or it is of another training.
+            CheckpointError: No checkpoint of the folder can be used, or the newest one belongs to a
+                training with another desired batch.
         """
         found = self.store.latest()
         if found is None:
@@ -58,28 +59,27 @@ class CheckpointManager:
         self.path, fields = found
         if fields.get("desired") != self.desired:
             raise CheckpointError(
-                f"{self.path} is of a training with a desired batch of {fields.get('desired')}, "
-                f"and {self.desired} is asked for; another batch is another training: choose "
-                "another directory"
+                f"{self.path} belongs to a training with desired={fields.get('desired')}, got "
+                f"desired={self.desired}; pass the same value, or choose another directory"
             )
         return fields
 
     def restore(self, fields: Fields) -> None:
-        """Fill model, loss, optimizer, scheduler and scaler in place, and set random generators.
+        """Restore model, loss, optimizer, scheduler, scaler and random generators in place.
 
         Raises:
-            CheckpointError: If they are not like those that were saved. Then nothing has changed
-                but where random generators are.
+            CheckpointError: One of these differs from the one that was saved. At most the random
+                generators have changed.
         """
-        self.restore_random(fields["random"])  # It refuses other generators: better now than late.
+        self.restore_random(fields["random"])  # First, because it refuses other generators.
         saved = fields["loss_module"] or {}
         self._check_loss(saved)
         scheduler, optimizer = self.schedule.scheduler, self.step.optimizer
         unpack(fields, self.step.model, optimizer, scheduler, self.step.update.scaler)
         if self.loss_module is not None:
             self.loss_module.load_state_dict(saved)
-        if scheduler is not None:  # Torch warns of a schedule that comes before a step, and knows
-            vars(optimizer)["_opt_called"] = True  # only of this process's steps.
+        if scheduler is not None:  # Torch warns if a scheduler steps first, and does not know of
+            vars(optimizer)["_opt_called"] = True  # the optimizer steps before the checkpoint.
         self.restored = True
 
     def _check_loss(self, saved: Mapping[str, object]) -> None:
@@ -95,31 +95,31 @@ class CheckpointManager:
         if was != now:
             raise CheckpointError(
                 f"the loss of {self.path} holds {was or 'nothing'}, and the loss here holds "
-                f"{now or 'nothing'}: build it as it was, or choose another directory"
+                f"{now or 'nothing'}; build the loss as it was, or choose another directory"
             )
 
     def restore_random(self, state: Fields) -> None:
-        """Set all random generators to where they were."""
-        put_random_state(state, self.sources)
+        """Set the state of all random generators."""
+        restore_random_state(state, self.sources)
 
     def random_state(self) -> dict[str, object]:
-        """Return where all random generators are."""
+        """Return the state of all random generators."""
         return packed_random_state(self.sources)
 
     def save(
         self,
         runner: StepRunner,
         progress: Mapping[str, object],
-        place: Mapping[str, object],
+        position: Mapping[str, object],
         metadata: Mapping[str, object],
     ) -> Path:
-        """Write a checkpoint from which the next step follows, and return its path.
+        """Write a checkpoint from which training continues with the next step; return its path.
 
         Args:
-            runner: Counts steps and knows the micro-batch size.
-            progress: What has been done so far: plain values.
-            place: Where in the data training is: plain values.
-            metadata: What else a resumed training reads: plain values.
+            runner: Holds the number of steps and the micro-batch size.
+            progress: The state dict of the progress.
+            position: The state dict of the position in the data.
+            metadata: Other plain values that a resumed training reads.
         """
         step = self.step
         loss_state = None if self.loss_module is None else self.loss_module.state_dict()
@@ -129,7 +129,7 @@ class CheckpointManager:
             "desired": self.desired,
             "runner": runner.state_dict(),
             "progress": dict(progress),
-            "place": dict(place),
+            "place": dict(position),
             "random": self.random_state(),
             "metadata": dict(metadata),
         }

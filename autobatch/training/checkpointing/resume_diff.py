@@ -1,4 +1,4 @@
-"""How a resumed training differs from its arguments, and from the steps before, in words."""
+"""Sentences on how a resumed training differs from its arguments and from its earlier steps."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,56 +29,56 @@ def settings_of(optimizer: Optimizer, scheduler: object) -> Settings:
     """
     varying = _SET_BY_SCHEDULERS if scheduler is not None else frozenset()
     found: dict[str, object] = {}
-    for place, group in enumerate(optimizer.param_groups):
-        beside = f" of parameter group {place}" if len(optimizer.param_groups) > 1 else ""
+    for number, group in enumerate(optimizer.param_groups):
+        beside = f" of parameter group {number}" if len(optimizer.param_groups) > 1 else ""
         for name, value in group.items():
             if name not in varying:
                 found[name.removeprefix("initial_") + beside] = _plain(value)
-    found.update(_of_scheduler(scheduler))
+    found.update(_scheduler_settings(scheduler))
     return {name: value for name, value in found.items() if value is not None}
 
 
-def overruled(given: Settings, now: Settings) -> tuple[str, ...]:
-    """Return a sentence for each setting that the checkpoint's state has replaced.
+def overruled(passed: Settings, now: Settings) -> tuple[str, ...]:
+    """Return a sentence for each setting that the checkpoint has replaced.
 
     Args:
-        given: The settings before the state was loaded.
-        now: The settings after it was loaded.
+        passed: The settings of this call, before the checkpoint was loaded.
+        now: The settings after the checkpoint was loaded.
 
     Example:
         >>> overruled({"lr": 0.5}, {"lr": 0.1})
-        ('lr goes on as 0.1, and not as 0.5',)
+        ('lr continues as 0.1 from the checkpoint, not as 0.5',)
     """
     return tuple(
-        f"{name} goes on as {now[name]}, and not as {value}"
-        for name, value in given.items()
+        f"{name} continues as {now[name]} from the checkpoint, not as {value}"
+        for name, value in passed.items()
         if name in now and now[name] != value
     )
 
 
 def changed(before: Settings, now: Settings) -> tuple[str, ...]:
-    """Return a sentence for each setting that the steps before the checkpoint did not have.
+    """Return a sentence for each setting that was another one before the checkpoint.
 
     Args:
-        before: The settings that the checkpoint records; a missing one is not compared.
-        now: The settings of this training.
+        before: The settings that the checkpoint records. A missing one is not compared.
+        now: The settings of this call.
     """
     return tuple(
-        f"{name} was {before[name]} until there, and is {value} since"
+        f"{name} was {before[name]} before the checkpoint, and is {value} now"
         for name, value in now.items()
         if name in before and before[name] != value
     )
 
 
-def _of_scheduler(scheduler: object, place: str = "") -> Iterator[tuple[str, object]]:
+def _scheduler_settings(scheduler: object, nested_in: str = "") -> Iterator[tuple[str, object]]:
     if not type(scheduler).__module__.startswith("torch.optim."):
         return
-    whose = f"{type(scheduler).__name__}{place}'s"
+    whose = f"{type(scheduler).__name__}{nested_in}'s"
     for name, value in vars(scheduler).items():
         if name not in _PROGRESS:
             yield f"{whose} {name}", _plain(value)
-    for number, inside in enumerate(getattr(scheduler, "_schedulers", ())):
-        yield from _of_scheduler(inside, f"{place} {number}")
+    for number, nested in enumerate(getattr(scheduler, "_schedulers", ())):
+        yield from _scheduler_settings(nested, f"{nested_in} {number}")
 
 
 def _plain(value: object) -> object:

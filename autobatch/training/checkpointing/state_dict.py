@@ -1,4 +1,4 @@
-"""The state of a training as values that can be saved, and restored."""
+"""The state of a training as values that a file can hold."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ class Stateful(Protocol):
 def packed(
     model: nn.Module, optimizer: Optimizer, scheduler: Stateful | None, scaler: Stateful | None
 ) -> StateDict:
-    """Return all state that a step depends on. It shares the objects' memory: save it at once."""
+    """Return the state that a step depends on, in the objects' own memory: save it at once."""
     return {
         "model": model.state_dict(),
         "buffers": _other_buffers(model),
@@ -52,20 +52,20 @@ def unpack(
     scheduler: Stateful | None,
     scaler: Stateful | None,
 ) -> None:
-    """Restore what ``packed`` returned, bit for bit; parameters and buffers stay the same objects.
+    """Restore what ``packed`` returned, bit for bit, into the same parameter and buffer objects.
 
-    Warns of buffers outside of the ``state_dict`` whose shape has changed: their values stay.
+    A buffer outside of the ``state_dict`` keeps its values if its shape has changed, with a
+    warning.
 
     Args:
-        fields: As loaded. The optimizer may keep its tensors: do not use it again.
+        fields: The loaded state. Do not use it again: the optimizer may keep its tensors.
         model: Built as the model that was saved.
         optimizer: Over the same parameters in the same order.
-        scheduler: Of the same kind; None where there was none.
-        scaler: Of the same kind; None where there was none.
+        scheduler: Of the same class as the one that was saved, or None.
+        scaler: Of the same class as the one that was saved, or None.
 
     Raises:
-        CheckpointError: If one of the objects differs from the one that was saved. Nothing has
-            changed then.
+        CheckpointError: An object differs from the one that was saved. Nothing was changed.
     """
     was = cast("dict[str, str]", _part(fields, "description"))
     _check_same(was, _description(model, optimizer, scheduler, scaler))
@@ -76,7 +76,7 @@ def unpack(
             buffer.copy_(values)
         _load_optimizer(optimizer, _part(fields, "optimizer"))
     for name, part in (("scheduler", scheduler), ("scaler", scaler)):
-        if part is not None:  # A copy: some of torch's schedulers remove what they read.
+        if part is not None:  # A copy: some schedulers of torch remove what they read.
             part.load_state_dict(copy.deepcopy(_part(fields, name)))
 
 
@@ -93,47 +93,49 @@ def packed_random_state(sources: Sequence[object]) -> StateDict:
     }
 
 
-def put_random_state(fields: Mapping[str, object], sources: Sequence[object]) -> None:
-    """Restore what ``packed_random_state`` returned; a GPU that is not here is skipped.
+def restore_random_state(fields: Mapping[str, object], sources: Sequence[object]) -> None:
+    """Restore what ``packed_random_state`` returned; a GPU that is not present is skipped.
 
     Raises:
-        CheckpointError: If the sources hold other generators now. Nothing has changed then.
+        CheckpointError: The sources hold other generators now. Nothing was changed.
     """
     own = [found for source in sources for found in generators_in(source)]
     was, now = cast("list[str]", fields["kinds"]), [_kind_of(generator) for generator in own]
     if was != now:
         raise CheckpointError(
-            "the data or the model held other random generators when this checkpoint was saved: "
-            f"{', '.join(was) or 'none'}; here: {', '.join(now) or 'none'}; build them as they "
-            "were, or choose another directory"
+            "the random generators of the data and the model were "
+            f"{', '.join(was) or 'none'} in the checkpoint, and are {', '.join(now) or 'none'} "
+            "here; build data and model as they were, or choose another directory"
         )
     torch.set_rng_state(cast("Tensor", fields["torch"]))
-    for kind, backend in BACKENDS.items():  # Older checkpoints have CUDA's alone.
+    for kind, backend in BACKENDS.items():  # Older checkpoints hold only CUDA's.
         backend.set_rng_states(cast("list[Tensor]", fields.get(kind, [])))
     np.random.set_state(cast("dict[str, object]", fields["numpy"]))
     random.setstate(cast("tuple[object, ...]", fields["python"]))
     for generator, state in zip(own, cast("list[object]", fields["states"]), strict=True):
-        _put(generator, state)
+        _set_state(generator, state)
 
 
 def _part(fields: Mapping[str, object], name: str) -> StateDict:
     part = fields.get(name)
     if not isinstance(part, dict):
-        raise CheckpointError(f"this checkpoint holds no {name}; it is not one of a training")
+        raise CheckpointError(
+            f"the checkpoint holds no {name}, so it is no checkpoint of a training"
+        )
     return part
 
 
 def _description(
     model: nn.Module, optimizer: Optimizer, scheduler: Stateful | None, scaler: Stateful | None
 ) -> dict[str, str]:
-    """Facts that must be equal for a state to fit, by name."""
-    lines = {f"model: {name}": _looks(name, value) for name, value in model.state_dict().items()}
+    """Return the properties that must be equal before a state is restored, by name."""
+    lines = {f"model: {name}": _look_of(name, value) for name, value in model.state_dict().items()}
     lines["optimizer"] = type(optimizer).__name__
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for place, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(optimizer.param_groups):
         for number, parameter in enumerate(group["params"]):
             name = names.get(id(parameter), "not of the model")
-            lines[f"optimizer: group {place}, {number}"] = f"{name} {_looks(name, parameter)}"
+            lines[f"optimizer: group {index}, {number}"] = f"{name} {_look_of(name, parameter)}"
     lines["scheduler"] = _kinds(scheduler)
     lines["scaler"] = _kinds(scaler)
     if scaler is not None and not scaler.state_dict():
@@ -141,8 +143,8 @@ def _description(
     return lines
 
 
-def _looks(name: str, value: object) -> str:
-    if name.endswith("_extra_state"):  # It is what get_extra_state returns, and may grow.
+def _look_of(name: str, value: object) -> str:
+    if name.endswith("_extra_state"):  # The return value of get_extra_state, which may grow.
         return "extra state"
     if not isinstance(value, Tensor):
         return type(value).__name__
@@ -150,7 +152,7 @@ def _looks(name: str, value: object) -> str:
 
 
 def _kinds(part: object) -> str:
-    """The class of a part, and the classes inside it: ``SequentialLR(LinearLR, StepLR)``."""
+    """Return the class and the classes inside it, as in ``SequentialLR(LinearLR, StepLR)``."""
     if part is None:
         return "none"
     inside = ", ".join(map(_kinds, getattr(part, "_schedulers", ())))
@@ -168,7 +170,7 @@ def _check_same(was: dict[str, str], now: dict[str, str]) -> None:
         return
     more = len(differences) - _SHOWN
     raise CheckpointError(
-        "this checkpoint is of another training: "
+        "the checkpoint belongs to another training: "
         + "; ".join(differences[:_SHOWN])
         + (f"; and {more} more" if more > 0 else "")
         + "; build everything as it was, or choose another directory"
@@ -183,14 +185,14 @@ def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fillable(saved: dict[str, Tensor], model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a buffer and its values; equal ones are skipped, since they may be expanded."""
+    """Return each buffer that differs, with its saved values; an equal one may be expanded."""
     present = _other_buffers(model)
     both = [name for name in saved if name in present]
-    same = [name for name in both if _looks(name, saved[name]) == _looks(name, present[name])]
+    same = [name for name in both if _look_of(name, saved[name]) == _look_of(name, present[name])]
     if odd := sorted((saved.keys() | present.keys()) - set(same)):
         warnings.warn(
-            f"the buffers {', '.join(odd)} are outside of the model's state_dict, and had another "
-            "shape or were missing when the checkpoint was saved; their present values stay",
+            f"the buffers {', '.join(odd)} are not in the model's state_dict, and had another "
+            "shape or were missing when the checkpoint was saved; they keep their present values",
             stacklevel=3,
         )
     pairs = [(present[name], saved[name]) for name in same]
@@ -198,13 +200,13 @@ def _fillable(saved: dict[str, Tensor], model: nn.Module) -> list[tuple[Tensor, 
 
 
 def _load_optimizer(optimizer: Optimizer, saved: StateDict) -> None:
-    of_groups = [
+    tensor_settings = [
         {name: value for name, value in group.items() if isinstance(value, Tensor)}
         for group in optimizer.param_groups
     ]
     optimizer.load_state_dict(saved)
-    for group, tensors in zip(optimizer.param_groups, of_groups, strict=True):
-        for name, tensor in tensors.items():  # A rate in a tensor stays the same tensor.
+    for group, tensors in zip(optimizer.param_groups, tensor_settings, strict=True):
+        for name, tensor in tensors.items():  # A learning rate in a tensor stays the same tensor.
             if isinstance(group.get(name), Tensor):
                 group[name] = tensor.copy_(group[name])
     groups = cast("list[dict[str, list[int]]]", saved["param_groups"])
@@ -217,9 +219,9 @@ def _load_optimizer(optimizer: Optimizer, saved: StateDict) -> None:
 
 
 def _exact(loaded: object, saved: object) -> object:
-    """The state that ``Optimizer.load_state_dict`` has made, with the dtypes that were saved.
+    """Return the state that ``Optimizer.load_state_dict`` made, with the dtypes that were saved.
 
-    It casts floating tensors to the parameter's dtype, and turns text into letters.
+    That method casts floating tensors to the parameter's dtype, and turns text into letters.
     """
     if isinstance(saved, str | bytes):
         return saved
@@ -255,7 +257,7 @@ def _state_of(generator: object) -> object:
     return generator.getstate()
 
 
-def _put(generator: object, state: object) -> None:
+def _set_state(generator: object, state: object) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(cast("Tensor", state))
     elif isinstance(generator, np.random.Generator):
@@ -267,7 +269,7 @@ def _put(generator: object, state: object) -> None:
 
 
 def _without_arrays(value: object) -> object:
-    """The value with lists in place of NumPy's arrays, which ``weights_only`` refuses."""
+    """Return the value with lists for NumPy's arrays, which ``weights_only`` refuses."""
     if isinstance(value, dict):
         return {key: _without_arrays(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value

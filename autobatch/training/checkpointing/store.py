@@ -1,8 +1,8 @@
-"""Checkpoints of a training in a directory: each is whole, or is not there.
+"""The checkpoint files of a training in a folder; a damaged file is never read.
 
-A file is what ``torch.save`` writes, with a comment at its end (zip files may carry one): a mark,
-the version of the format and the sha256 of all bytes before it. So ``torch.load`` of anybody reads
-it, and a file that was cut short or has one wrong bit is found out before any of it is believed.
+A file is what ``torch.save`` writes, with a comment at its end, as zip files may have one: a mark,
+the version of the format, and the sha256 of all bytes before it. Anybody's ``torch.load`` reads the
+file, and autobatch refuses a file that was cut short or has one wrong bit.
 """
 
 import copy
@@ -30,16 +30,20 @@ _CHUNK_BYTES: Final = 1 << 20
 _MARK: Final = b"autobatch checkpoint "
 _VERSION: Final = b"2"
 _SEAL_BYTES: Final = 2 + len(_MARK + _VERSION + b" sha256 ") + 64
-# A learning rate may be NumPy's: beyond these ``weights_only`` allows all that torch itself keeps.
+# A learning rate may be a NumPy number; ``weights_only`` allows torch's own types anyway.
 _NUMPY_SCALARS: Final = (
-    cast("type", np.float64(0).__reduce__()[0]),  # Its home has moved between NumPy's versions.
+    cast("type", np.float64(0).__reduce__()[0]),  # Its module differs between NumPy's versions.
     np.dtype,
     *(type(np.dtype(code)) for code in "?bhilqBHILQefdFD"),
 )
 
 
 class CheckpointStore:
-    """The two newest checkpoints of one training, in a directory of their own."""
+    """The two newest checkpoints of one training, in a folder of their own.
+
+    Args:
+        directory: The folder. ``save`` creates it if it is missing.
+    """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
@@ -47,26 +51,26 @@ class CheckpointStore:
         check_folder(self.directory, "checkpoints")
 
     def save(self, fields: Mapping[str, object], *, step: int) -> Path:
-        """Write a checkpoint and return its path; of the older ones keep the newest.
+        """Write a checkpoint, remove all older ones except the newest, and return the path.
 
-        Whatever fails, the files that were there before are still there, and no half-written one.
+        If anything fails, the earlier files are kept, and no half-written file is left.
 
         Args:
             fields: Tensors, numbers, text, and dicts, lists, tuples and sets of these.
-            step: Optimizer steps taken so far.
+            step: The number of optimizer steps so far.
 
         Raises:
-            CheckpointError: If the fields hold what could not be loaded again, or if a checkpoint
-                of a later step is here that was not refused by ``latest``.
-            OSError: If the file cannot be written.
+            CheckpointError: A value of ``fields`` could not be loaded again, or the folder holds a
+                checkpoint of a later step that ``latest`` has not refused.
+            OSError: The file cannot be written.
         """
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
         later = [path for path in self._own() if _step_of(path) > step]
         if later:
             raise CheckpointError(
-                f"{later[-1]} is of a later step than {step}, which is to be saved; train on from "
-                "it, or choose another directory"
+                f"{later[-1]} is of a later step than step {step}, which is to be saved; continue "
+                "from that checkpoint, or choose another directory"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step-{step:08d}.pt"
@@ -82,12 +86,12 @@ class CheckpointStore:
         return path
 
     def latest(self) -> tuple[Path, dict[str, object]] | None:
-        """Return the newest checkpoint that is whole, on the CPU; None where there is none at all.
+        """Return the newest undamaged checkpoint, on the CPU; None if the folder holds none.
 
-        Warns of each newer one that is not.
+        Warns of each newer file that is damaged.
 
         Raises:
-            CheckpointError: If there are some, and none is whole.
+            CheckpointError: The folder holds checkpoints, and all of them are damaged.
         """
         refused: dict[Path, str] = {}
         for path in reversed(self._files()):
@@ -103,20 +107,20 @@ class CheckpointStore:
         if refused:
             each = "; ".join(f"{path.name}: {reason}" for path, reason in refused.items())
             raise CheckpointError(
-                f"no checkpoint in {self.directory} can be used ({each}); remove what is there to "
+                f"no checkpoint in {self.directory} can be used ({each}); remove these files to "
                 "train from the beginning, or choose another directory"
             )
         return None
 
     def _files(self) -> list[Path]:
-        """All that have a checkpoint's name, the newest last."""
+        """Return all files with the name of a checkpoint, the newest last."""
         if not self.directory.is_dir():
             return []
         named = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
         return sorted(named, key=_step_of)
 
     def _own(self) -> list[Path]:
-        """Those with the mark, and not refused: what another program wrote is never removed."""
+        """Return the files with the mark that were not refused; other files are never removed."""
         return [path for path in self._files() if path not in self._refused and _is_marked(path)]
 
 
@@ -125,7 +129,7 @@ def _step_of(path: Path) -> int:
 
 
 def _on_host(value: object) -> object:
-    """The same in host memory; a tensor that is part of a larger memory gets one of its own."""
+    """Return a value in host memory; a tensor that is part of a larger storage is copied."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu()
         own_bytes = tensor.numel() * tensor.element_size()
@@ -133,7 +137,7 @@ def _on_host(value: object) -> object:
             return tensor.clone()
         return tensor
     if isinstance(value, dict):
-        twin = copy.copy(value)  # Of its own class, with its attributes: a state_dict has some.
+        twin = copy.copy(value)  # The same class and attributes, which a state_dict has.
         for key, item in value.items():  # No update: a Counter would add.
             twin[key] = _on_host(item)
         return twin
@@ -144,18 +148,18 @@ def _on_host(value: object) -> object:
 
 
 def _write(path: Path, fields: dict[str, object]) -> None:
-    """Write a whole file, down to the disk."""
+    """Write a complete file to the disk."""
     with path.open("w+b") as file:
         try:
             torch.save(fields, file)
             file.flush()
-            _load(path, mmap=True)  # Never to find out only when it is needed. Reads no tensor.
+            _load(path, mmap=True)  # Fail now if the file cannot be loaded. Reads no tensor.
         except (pickle.PickleError, AttributeError, TypeError) as error:
             raise CheckpointError(
-                f"this training holds what a checkpoint cannot: {_reason(error)}"
+                f"this training holds a value that a checkpoint cannot hold: {_reason(error)}"
             ) from error
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # Torch's own words for a full disk.
+            if isinstance(error.__context__, OSError):  # Torch's error for a full disk.
                 raise error.__context__ from None
             raise
         end = file.seek(-2, os.SEEK_END)  # A zip file ends with the length of its comment.
@@ -172,13 +176,16 @@ def _read(path: Path) -> dict[str, object]:
         file.seek(end)
         found = file.read()
         if _MARK not in found:
-            raise CheckpointError("autobatch's mark is not at its end: cut short, or not its own")
+            raise CheckpointError(
+                "autobatch's mark is not at its end: the file was cut short, or another program "
+                "wrote it"
+            )
         if found != _seal(file, end):
             version = found.partition(_MARK)[2].partition(b" ")[0]
-            what = "its bytes are not those that were written"
+            what = "its bytes differ from those that were written"
             if version != _VERSION:
                 known, other = _VERSION.decode(), version.decode(errors="replace")
-                what = f"its format is {other}, and this autobatch reads {known}"
+                what = f"its format is {other}, and this version of autobatch reads {known}"
             raise CheckpointError(what)
         file.seek(0)
         try:
@@ -194,7 +201,7 @@ def _load(file: Path | BinaryIO, *, mmap: bool = False) -> dict[str, object]:
 
 
 def _reason(error: Exception) -> str:
-    """The line that matters: torch puts it among many about security."""
+    """Return the line that names the cause; torch adds many lines on security."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unpickler = [line for line in lines if "WeightsUnpickler error: " in line]
     short = (unpickler or lines or [type(error).__name__])[0]
@@ -202,7 +209,7 @@ def _reason(error: Exception) -> str:
 
 
 def _seal(file: BinaryIO, end: int) -> bytes:
-    """Return what ends a file whose other bytes, ``end`` of them, are already there."""
+    """Return the comment that ends a file, from its first ``end`` bytes."""
     digest = hashlib.sha256()
     file.seek(0)
     while chunk := file.read(min(_CHUNK_BYTES, end - file.tell())):
@@ -218,7 +225,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the new name last as well, where a directory can be opened."""
+    """Write the new name to the disk too, if the system can open a folder."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)

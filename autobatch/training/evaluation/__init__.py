@@ -1,1 +1,1 @@
-"""Loss and metrics over data that is not trained on."""
+"""Loss and metrics over data that the model does not train on."""

@@ -1,4 +1,4 @@
-"""Loss and metrics over data that is not trained on, at the size that inference tolerates."""
+"""The evaluation after an epoch, at the batch size that fits without gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +21,7 @@ from autobatch.state.rng import random_state
 from autobatch.training.engine.grad_cache import joined
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.evaluation.inference import Inference
-from autobatch.training.evaluation.metrics import Metric, _accuracy, _Number, _Totals, read_mean
+from autobatch.training.evaluation.metrics import Metric, SumAndTerms, Totals, accuracy, read_mean
 from autobatch.training.losses.loss import Terms
 from autobatch.training.losses.objective import (
     Encode,
@@ -35,25 +35,24 @@ from autobatch.training.model_state.evaluation_mode import undisturbed
 
 Made = TypeVar("Made")
 
-
-FindSize = Callable[["Inference", Sequence[int]], int]
+FindSize = Callable[[Inference, Sequence[int]], int]
 
 
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
-    """Evaluates after each epoch. Training goes on as if it had not.
+    """Evaluates after each epoch, and leaves the training as it was.
 
     Attributes:
-        gradient: What training computes gradients with: the same model and precision.
+        gradient: Holds the model, the device and the precision of the training.
         objective: The loss that is evaluated.
         source: The data.
-        desired: The most examples in one forward pass; where the loss needs the full batch, the
+        desired: The most examples in one forward pass. If the loss needs the full batch, the
             examples in one batch.
-        metrics: By name: ``(outputs, targets)`` to a mean over examples or ``(sum, terms)``. None
-            is the accuracy, where outputs are scores of classes and targets their indices.
-        find: Returns the largest of some sizes that ``Inference`` really ran at.
+        metrics: Functions by name: ``(outputs, targets)`` to a mean over examples or ``(sum,
+            terms)``. None measures the accuracy if outputs are scores of classes.
+        find: Returns the largest of several sizes that an ``Inference`` ran at.
         limited: Returns the context in which memory may be used.
-        size: The size that was found; None before the first evaluation.
+        size: The batch size that was found, in examples; None before the first evaluation.
     """
 
     gradient: GradientPass
@@ -66,20 +65,23 @@ class Evaluator:
     size: int | None = field(default=None, init=False)
 
     def __call__(self, epoch: int) -> Evaluation:
-        """Return loss and metrics over all of the data.
+        """Return the loss and the metrics over all of the data.
+
+        Args:
+            epoch: The number of the epoch that has ended, counted from 1.
 
         Raises:
-            ValueError: If the data holds no example.
-            DoesNotFitError: If not even one example fits.
+            ValueError: The data holds no example.
+            DoesNotFitError: Not even one example fits.
         """
-        totals = _Totals()
+        totals = Totals()
         examples = 0
         with self._undisturbed():
             for batch in logical_batches(self.source.epoch(), self.desired):
                 examples += size_of(batch)
                 self._add(batch, totals)
         if not examples:
-            raise ValueError("eval_data: data is empty: it holds no example")
+            raise ValueError("eval_data is empty: it holds no example")
         return Evaluation(
             epoch=epoch,
             loss=totals.loss.value,
@@ -88,38 +90,40 @@ class Evaluator:
         )
 
     def try_out(self) -> None:
-        """Evaluate two examples, so that what is wrong is said before anything is trained.
+        """Evaluate two examples, so that an error shows before anything is trained.
 
-        Errors of the loss and of the metrics pass through.
+        An error of the loss or of a metric is raised as it is, with a note.
 
         Raises:
-            ValueError: If the data holds no example.
+            ValueError: The data holds no example.
         """
         try:
             with self._undisturbed():
                 sample = largest_piece(read_sample(self.source))
-                self._add(take(sample, range(min(2, size_of(sample)))), _Totals())
+                self._add(take(sample, range(min(2, size_of(sample)))), Totals())
         except DoesNotFitError:
-            pass  # The search says it better.
+            pass  # The search raises this with a breakdown of the memory.
         except Exception as error:
-            error.add_note("seen in two examples of eval_data; nothing has been trained")
+            error.add_note(
+                "raised by the first two examples of eval_data; nothing has been trained"
+            )
             raise
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Evaluation mode inside; modes, buffers, attributes and RNG as they were afterwards.
+        """Set evaluation mode inside the block; restore model and random generators after it.
 
-        Inside, nothing is made in ``inference_mode``: what a function keeps for later, positions
-        say, would be fit for no backward pass in this process, and no gradient could be taken of.
+        The block does not use ``inference_mode``: a tensor that a model caches there, for example
+        positions, could not be used in a later backward pass.
         """
-        put_random_back = random_state([self.source.owner])
+        restore_random = random_state([self.source.owner])
         try:
             with undisturbed(self.gradient.model):
                 yield
         finally:
-            put_random_back()
+            restore_random()
 
-    def _add(self, batch: BatchTree, totals: "_Totals") -> None:
+    def _add(self, batch: BatchTree, totals: Totals) -> None:
         """Add one logical batch to the totals."""
         gradient = replace(self.gradient, objective=self.objective)
         gradient.prepare(batch, cut=True)
@@ -135,7 +139,7 @@ class Evaluator:
             yield from self._fitting(part, run)
 
     def _fitting(self, part: BatchTree, run: Callable[[BatchTree], Made]) -> list[Made]:
-        """What ``run`` makes of a part, or of its halves if memory runs out."""
+        """Return what ``run`` returns for a part, or for its halves if memory runs out."""
         try:
             with self.limited(), torch.no_grad():
                 return [run(part)]
@@ -143,22 +147,24 @@ class Evaluator:
             if verdict_of(error) not in MEMORY_VERDICTS:
                 raise
             message = str(error)
-        # Only here has the error let go of what was made.
+        # Only outside of the except block are the tensors of the failed pass released.
         if size_of(part) == 1:
             raise DoesNotFitError(1, None, message=message)
         self.gradient.device.release_cached()
         half = size_of(part) // 2
-        if self.size is not None and size_of(part) >= self.size:  # A short one says nothing.
+        if (
+            self.size is not None and size_of(part) >= self.size
+        ):  # A shorter part says nothing about the size.
             self.size = half
         halves = cut_to(part, half)[0]
         return [made for half in halves for made in self._fitting(half, run)]
 
     def measured(
         self, outputs: BatchTree, targets: BatchTree, examples: int
-    ) -> "dict[str, _Number]":
-        """Return sum and terms of each metric."""
+    ) -> dict[str, SumAndTerms]:
+        """Return the sum and the terms of each metric."""
         if self.metrics is None:
-            return _accuracy(outputs, targets, self.objective.ignored_class)
+            return accuracy(outputs, targets, self.objective.ignored_class)
         return {
             name: read_mean(metric(outputs, targets), examples, name)
             for name, metric in self.metrics.items()
@@ -169,12 +175,12 @@ class _EvaluationPasses(Passes):
     """Runs one logical batch without gradients, and adds its loss and metrics to the totals.
 
     Args:
-        evaluator: Knows the size that fits.
+        evaluator: Holds the size that fits.
         batch: The logical batch, on the host.
-        totals: Of the whole evaluation.
+        totals: The loss and the metrics of the whole evaluation.
     """
 
-    def __init__(self, evaluator: Evaluator, batch: BatchTree, totals: "_Totals") -> None:
+    def __init__(self, evaluator: Evaluator, batch: BatchTree, totals: Totals) -> None:
         self._evaluator = evaluator
         self._batch = batch
         self._totals = totals
@@ -185,14 +191,14 @@ class _EvaluationPasses(Passes):
         self._pairs.append((outputs, targets))
 
     def one_by_one(self, loss: MicroBatchLoss) -> None:
-        """Add what each part gives."""
+        """Add the loss and the metrics of each part."""
         for numbers in self._evaluator.in_parts(
             self._batch, lambda part: self._numbers(part, loss)
         ):
             self._totals.add(*numbers)
 
     def outputs_first(self, encode: Encode, loss: FullBatchLoss) -> None:
-        """Compute all outputs, and add the loss of all, weighted by the examples."""
+        """Compute all outputs, and add their common loss, weighted by the number of examples."""
         evaluator, examples = self._evaluator, size_of(self._batch)
         forward = evaluator.gradient.precision.forward
 
@@ -210,19 +216,19 @@ class _EvaluationPasses(Passes):
 
     def _numbers(
         self, part: BatchTree, loss: MicroBatchLoss
-    ) -> "tuple[_Number, dict[str, _Number]]":
+    ) -> tuple[SumAndTerms, dict[str, SumAndTerms]]:
         evaluator = self._evaluator
         self._pairs.clear()
         with evaluator.gradient.precision.forward():
             loss_sum, terms = loss(self._on_device(part))
-        metrics: dict[str, _Number] = {}
+        metrics: dict[str, SumAndTerms] = {}
         for outputs, targets in self._pairs:
             metrics |= evaluator.measured(outputs, targets, size_of(part))
         self._pairs.clear()
         return (in_widest(loss_sum), self._terms(part, terms)), metrics
 
     def _terms(self, part: BatchTree, terms: Terms) -> float | None:
-        """What the summed loss is divided by; None where nothing divides it."""
+        """Return what the summed loss is divided by; None for a sum that is not divided."""
         objective = self._evaluator.objective
         if not objective.divides:
             return None

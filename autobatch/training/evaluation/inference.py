@@ -1,4 +1,4 @@
-"""The forward pass of an evaluation, ready to be tried at any size."""
+"""A forward pass at any batch size, for the trials of a search."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,19 +12,19 @@ from autobatch.training.losses.forward import outputs_of
 
 
 class Inference:
-    """What an evaluation runs, ready to be tried at any size.
+    """Runs forward passes on repeated examples, for the trials of a search.
 
     Args:
-        run: Runs on a batch.
-        sample: Real examples; they are repeated to any size.
+        run: Runs on one batch.
+        sample: Real examples, which are repeated to any size.
     """
 
     def __init__(self, run: Callable[[BatchTree], object], sample: BatchTree) -> None:
         self._run = run
         self._sample = sample
 
-    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # It is one phase.
-        """Return one pass over the largest of ``sizes`` examples, not yet run."""
+    def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002  # It has one phase.
+        """Return a function that runs one pass over the largest of ``sizes``."""
         batch = repeated(self._sample, max(sizes))
 
         def run() -> None:
@@ -33,12 +33,12 @@ class Inference:
 
         return run
 
-    def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's.
-        """Return ``""``: what an evaluation makes is not checked."""
+    def verify(self, size: int, peak_bytes: int) -> str:  # noqa: ARG002  # The protocol's arguments.
+        """Return ``""``: the results of an evaluation are not checked."""
         return ""
 
     def clear(self) -> None:
-        """Do nothing: no gradient is left."""
+        """Do nothing: there are no gradients."""
 
 
 def inference(
@@ -46,11 +46,11 @@ def inference(
     forward: Callable[[nn.Module, BatchTree], object] | None,
     sample: BatchTree,
 ) -> Inference:
-    """Return the forward pass alone, in the mode that the model is in then.
+    """Return the forward pass alone. It runs in the mode that the model is in at that time.
 
     Args:
-        gradient: What training would compute gradients with.
-        forward: The user's; None is the standard one.
+        gradient: Holds the model, the device and the precision.
+        forward: The user's forward function; None for the standard one.
         sample: Real examples, with or without targets.
     """
     call = outputs_of if forward is None else forward

@@ -1,4 +1,4 @@
-"""Metrics over an evaluation, each a sum and its terms."""
+"""The means of an evaluation: the loss and the metrics, each a sum over a number of terms."""
 
 import math
 import numbers
@@ -17,11 +17,13 @@ Metric = Callable[..., object]
 
 ACCURACY: Final = "accuracy"
 
-_Number = tuple[Tensor, float | None]  # A sum and its terms; None where nothing is divided.
+SumAndTerms = tuple[Tensor, float | None]  # The terms are None for a sum that is not divided.
 
 
 @dataclass(slots=True)
 class _Mean:
+    """A sum that is divided by its number of terms at the end; a sum alone if terms are None."""
+
     total: Tensor | None = None
     terms: float | None = 0.0
 
@@ -39,17 +41,32 @@ class _Mean:
 
 
 @dataclass(slots=True)
-class _Totals:
+class Totals:
+    """The loss and the metrics of all batches so far.
+
+    Attributes:
+        loss: The summed loss and its terms.
+        metrics: The sum and the terms of each metric, by name.
+    """
+
     loss: _Mean = field(default_factory=_Mean)
     metrics: dict[str, _Mean] = field(default_factory=dict)
 
-    def add(self, loss: _Number, metrics: Mapping[str, _Number]) -> None:
+    def add(self, loss: SumAndTerms, metrics: Mapping[str, SumAndTerms]) -> None:
+        """Add the numbers of one batch."""
         self.loss.add(*loss)
         for name, number in metrics.items():
             self.metrics.setdefault(name, _Mean()).add(*number)
 
 
-def _accuracy(outputs: BatchTree, targets: BatchTree, ignored: int) -> dict[str, _Number]:
+def accuracy(outputs: BatchTree, targets: BatchTree, ignored: int) -> dict[str, SumAndTerms]:
+    """Return the accuracy by its name; nothing if outputs are not scores of classes.
+
+    Args:
+        outputs: Scores of shape ``(example, class, ...)``.
+        targets: Class indices of shape ``(example, ...)``.
+        ignored: The class index that is not counted.
+    """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return {}
     if targets.is_floating_point() or not outputs.is_floating_point() or outputs.ndim < 2:
@@ -62,10 +79,15 @@ def _accuracy(outputs: BatchTree, targets: BatchTree, ignored: int) -> dict[str,
 
 
 def read_mean(value: object, examples: int, name: str) -> tuple[Tensor, float]:
-    """Return sum and terms of a metric that gives a mean over examples, or ``(sum, terms)``.
+    """Return the sum and the number of terms of a metric's value.
+
+    Args:
+        value: A mean over examples, or ``(sum, terms)``.
+        examples: The number of examples that the value is about.
+        name: The name of the metric, for an error.
 
     Raises:
-        TypeError, ValueError: If it gives neither.
+        TypeError, ValueError: The value is neither; the message shows the value.
     """
     if isinstance(value, tuple):
         total, terms = value if len(value) == 2 else (None, None)

@@ -40,7 +40,7 @@ from autobatch.training.checkpointing.state_dict import (
     Stateful,
     packed,
     packed_random_state,
-    put_random_state,
+    restore_random_state,
     unpack,
 )
 from autobatch.training.checkpointing.store import CheckpointStore
@@ -204,7 +204,7 @@ class Training:
         unpack(fields, self.model, self.optimizer, self.scheduler, self.scaler)
         random_state = fields["random"]
         assert isinstance(random_state, dict)
-        put_random_state(random_state, [self])
+        restore_random_state(random_state, [self])
 
     def prints(self) -> dict[str, object]:
         """Every bit of it, but an optimizer's defaults: loading adds some, for groups to come."""
@@ -395,7 +395,7 @@ def test_torch_alone_would_not_see_a_wrong_bit(tmp_path: Path) -> None:
 
 
 def test_bytes_after_the_end_are_refused(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="not those that were written"):
+    with pytest.warns(UserWarning, match="differ from those that were written"):
         assert latest_step(damaged(tmp_path, whole(tmp_path) + b"\0")) == 1
 
 
@@ -410,7 +410,7 @@ def test_a_file_of_another_program_is_refused_and_never_removed(tmp_path: Path) 
 
 def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
     content = whole(tmp_path).replace(b"autobatch checkpoint 2", b"autobatch checkpoint 7")
-    with pytest.warns(UserWarning, match=r"its format is 7, and this autobatch reads 2"):
+    with pytest.warns(UserWarning, match=r"its format is 7, and this version of autobatch reads 2"):
         assert latest_step(damaged(tmp_path, content)) == 1
 
 
@@ -455,7 +455,7 @@ def test_a_refused_file_of_a_later_step_is_not_in_the_way(tmp_path: Path) -> Non
 
 def test_a_training_never_writes_below_another_that_got_further(tmp_path: Path) -> None:
     stored(tmp_path, 5, 6)
-    with pytest.raises(CheckpointError, match=r"6\.pt is of a later step than 2"):
+    with pytest.raises(CheckpointError, match=r"6\.pt is of a later step than step 2"):
         stored(tmp_path, 2)
     assert contents(tmp_path) == ["step-00000005.pt", "step-00000006.pt"]
 
@@ -814,7 +814,7 @@ def test_a_buffer_that_is_not_saved_and_has_another_shape_is_named(tmp_path: Pat
     CheckpointStore(tmp_path).save(saved.fields(), step=1)
     found = CheckpointStore(tmp_path).latest()
     assert found is not None
-    with pytest.warns(UserWarning, match="the buffers moving are outside"):
+    with pytest.warns(UserWarning, match="the buffers moving are not in the model"):
         present.put(found[1])
     assert present.model.moving.tolist() == [3.0] * 7
 
@@ -919,7 +919,7 @@ def test_every_generator_draws_on_as_if_nothing_had_been(
     random.seed(1), torch.manual_seed(1), np.random.seed(1)
     others: list[object] = [GENERATORS[name][0](seed + 1) for name in names]
     assert (draw_globals(), draw(others)) != expected[:2], "the control"
-    put_random_state(fields, [others, Holder(others[:1])])
+    restore_random_state(fields, [others, Holder(others[:1])])
     assert (draw_globals(), draw(others), draw_globals(), draw(others)) == expected
 
 
@@ -935,8 +935,8 @@ def test_another_kind_of_generator_is_refused_before_anything_changes(was: str, 
     present = create(5)
     torch.manual_seed(5)
     before = fingerprint()
-    with pytest.raises(CheckpointError, match="held other random generators"):
-        put_random_state(fields, [[present]])
+    with pytest.raises(CheckpointError, match="the random generators of the data"):
+        restore_random_state(fields, [[present]])
     assert fingerprint() == before
     assert draw(present) == draw(create(5))
 
@@ -944,8 +944,8 @@ def test_another_kind_of_generator_is_refused_before_anything_changes(was: str, 
 def test_another_number_of_generators_is_refused() -> None:
     one, two = [random.Random(0)], [random.Random(0), random.Random(1)]
     for was, now in ((one, two), (two, one), (one, []), ([], one)):
-        with pytest.raises(CheckpointError, match="other random generators"):
-            put_random_state(packed_random_state([was]), [now])
+        with pytest.raises(CheckpointError, match="the random generators of the data"):
+            restore_random_state(packed_random_state([was]), [now])
 
 
 def test_only_the_gpus_that_are_here_get_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -958,7 +958,7 @@ def test_only_the_gpus_that_are_here_get_their_state(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_rng_state_all", put.extend)
-    put_random_state(fields, [])
+    restore_random_state(fields, [])
     assert put == states[:2]
 
 
@@ -976,10 +976,10 @@ def test_generators_of_other_accelerators_are_kept_as_well(monkeypatch: pytest.M
     monkeypatch.setattr("torch.xpu.set_rng_state_all", put.extend)
     monkeypatch.setattr("torch.mps.set_rng_state", put.append)
     fields = packed_random_state([])
-    put_random_state(fields, [])
+    restore_random_state(fields, [])
     assert put == [*on_xpu, on_mps]
     older = {name: part for name, part in fields.items() if name not in ("xpu", "mps")}
-    put_random_state(older, [])
+    restore_random_state(older, [])
     assert put == [*on_xpu, on_mps]
 
 

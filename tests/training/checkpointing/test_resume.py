@@ -481,7 +481,7 @@ def test_data_that_does_not_fill_a_batch_goes_on_not_filling_it(tmp_path: Path) 
     run(longer(small, max_steps=1), tmp_path)
     again = resumed(small, tmp_path)
     assert_same(again, whole)
-    assert any("fewer than the 64 desired" in note for note in again.result.notes)
+    assert any("fewer than desired=64" in note for note in again.result.notes)
 
 
 def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
@@ -489,12 +489,12 @@ def test_it_says_from_where_it_goes_on(tmp_path: Path) -> None:
     events: list[Event] = []
     seed_everything(99)
     result = run({**tensors(), "progress": events.append}, tmp_path).result
-    [told] = [event for event in events if isinstance(event, Resumed)]
-    assert (told.steps, told.epoch) == (4, 2)
-    assert Path(told.checkpoint).name == "step-00000004.pt"
+    [resumed] = [event for event in events if isinstance(event, Resumed)]
+    assert (resumed.steps, resumed.epoch) == (4, 2)
+    assert Path(resumed.checkpoint).name == "step-00000004.pt"
     [started] = [event for event in events if isinstance(event, TrainingStarted)]
     assert started.steps == 2
-    assert any("went on from a checkpoint" in note and "step 4" in note for note in result.notes)
+    assert any("continued from a checkpoint" in note and "step 4" in note for note in result.notes)
 
 
 def plain_sgd(lr: float = 0.1, **settings: Any) -> OptimizerFactory:
@@ -514,7 +514,7 @@ def in_turn(first: int) -> SchedulerFactory:
 
 
 def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> list[str]:
-    """What a training is told that goes on with other arguments than it began with."""
+    """Return the notes of a training that continues with other arguments than it began with."""
 
     def trained(epochs: int, **changes: Any) -> TrainingResult:
         torch.manual_seed(0)
@@ -526,9 +526,11 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
 
     trained(1, **before)
     events: list[Event] = []
-    told = trained(2, **now, progress=events.append).notes
+    notes = trained(2, **now, progress=events.append).notes
     [resumed] = [event for event in events if isinstance(event, Resumed)]
-    assert set(resumed.differences) <= set(told), "told at the beginning, and not at the end"
+    assert set(resumed.differences) <= set(notes), (
+        "reported at the beginning, and not in the result"
+    )
     return list(resumed.differences)
 
 
@@ -536,13 +538,17 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
     ("before", "now", "noted"),
     [
         ({}, {}, []),
-        ({}, {"optimizer": plain_sgd(0.5)}, ["lr goes on as 0.1, and not as 0.5"]),
+        (
+            {},
+            {"optimizer": plain_sgd(0.5)},
+            ["lr continues as 0.1 from the checkpoint, not as 0.5"],
+        ),
         (
             {"optimizer": plain_sgd(momentum=0.9)},
             {"optimizer": plain_sgd(momentum=0.8, weight_decay=0.5)},
             [
-                "momentum goes on as 0.9, and not as 0.8",
-                "weight_decay goes on as 0, and not as 0.5",
+                "momentum continues as 0.9 from the checkpoint, not as 0.8",
+                "weight_decay continues as 0 from the checkpoint, not as 0.5",
             ],
         ),
         ({"scheduler": cosine(8)}, {"scheduler": cosine(8)}, []),
@@ -550,34 +556,41 @@ def to_be_noted(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> 
             {"scheduler": cosine(8)},
             {"scheduler": cosine(40, 0.01), "optimizer": plain_sgd(0.5)},
             [
-                "lr goes on as 0.1, and not as 0.5",
-                "CosineAnnealingLR's T_max goes on as 8, and not as 40",
-                "CosineAnnealingLR's eta_min goes on as 0.0, and not as 0.01",
+                "lr continues as 0.1 from the checkpoint, not as 0.5",
+                "CosineAnnealingLR's T_max continues as 8 from the checkpoint, not as 40",
+                "CosineAnnealingLR's eta_min continues as 0.0 from the checkpoint, not as 0.01",
             ],
         ),
         ({"scheduler": in_turn(3)}, {"scheduler": in_turn(3)}, []),
         (
             {"scheduler": in_turn(3)},
             {"scheduler": in_turn(4)},
-            ["LinearLR 0's total_iters goes on as 3, and not as 4"],
+            ["LinearLR 0's total_iters continues as 3 from the checkpoint, not as 4"],
         ),
-        ({}, {"precision": "bf16"}, ["precision was fp32 until there, and is bf16 since"]),
-        ({}, {"clip_grad_norm": 1.0}, ["clip_grad_norm was None until there, and is 1.0 since"]),
+        ({}, {"precision": "bf16"}, ["precision was fp32 before the checkpoint, and is bf16 now"]),
+        (
+            {},
+            {"clip_grad_norm": 1.0},
+            ["clip_grad_norm was None before the checkpoint, and is 1.0 now"],
+        ),
         (
             {},
             {"data": (torch.randn(40, 5), torch.zeros(40, dtype=torch.long))},
-            [f"the number of examples in data was {len(rows()[0])} until there, and is 40 since"],
+            [
+                f"the number of examples in data was {len(rows()[0])} before the checkpoint, and "
+                "is 40 now"
+            ],
         ),
     ],
 )
-def test_what_goes_on_otherwise_than_it_is_asked_is_noted(
+def test_a_note_names_each_setting_that_differs_from_the_call(
     before: dict[str, Any], now: dict[str, Any], noted: list[str], tmp_path: Path
 ) -> None:
     """A checkpoint's optimizer and scheduler win, as with their own load_state_dict, and say so."""
     assert to_be_noted(before, now, tmp_path) == noted
 
 
-def test_a_learning_rate_that_a_schedule_has_moved_is_no_difference(tmp_path: Path) -> None:
+def test_a_learning_rate_that_a_schedule_has_changed_is_no_difference(tmp_path: Path) -> None:
     one_cycle: SchedulerFactory = lambda o: OneCycleLR(o, max_lr=0.2, total_steps=50)  # noqa: E731
     same = {"scheduler": one_cycle, "optimizer": plain_sgd(momentum=0.9)}
     assert to_be_noted(same, same, tmp_path) == []
@@ -658,7 +671,7 @@ def test_an_error_in_on_step_passes_through_and_leaves_the_last_checkpoint(tmp_p
 # What is in the directory is not to be trusted.
 
 
-def test_a_torn_file_costs_what_came_since_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_file_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
     stopped(adam, tmp_path, 5, signal.SIGINT)
     newest = max(tmp_path.glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -697,8 +710,13 @@ def other_generators() -> Call:
     [
         (tensors, foreign, tensors, "no checkpoint in .* can be used"),
         (tensors, no_change, another_model, "2.weight"),
-        (tensors, no_change, functools.partial(longer, tensors, desired=8), "desired batch of 16"),
-        (tensors, no_change, other_generators, "other random generators"),
+        (
+            tensors,
+            no_change,
+            functools.partial(longer, tensors, desired=8),
+            "training with desired=16, got desired=8",
+        ),
+        (tensors, no_change, other_generators, "the random generators of"),
         (tensors, no_change, KINDS["a schedule by steps"], "scheduler is none"),
         (whole_batch, no_change, another_loss, "the loss of .* holds"),
     ],

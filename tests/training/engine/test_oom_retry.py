@@ -548,11 +548,13 @@ def test_a_window_that_runs_out_again_and_again_says_what_it_was_and_what_memory
     assert [failure["micro_batch"] for failure in error.failures] == [10, 5, 3]
     assert all(failure["free"] > 0 for failure in error.failures)
     lines = str(error).splitlines()
-    assert lines[0].startswith("memory ran out 3 times in one window of (float64[10, 5], int64[10]")
+    assert lines[0].startswith(
+        "memory ran out 3 times in one logical batch of (float64[10, 5], int64[10]"
+    )
     assert "Tried to allocate 2.00 GiB" in lines[0]
     assert [line.split()[1] for line in lines[2:5]] == ["10", "5", "3"]
     assert all("allocated" in line and "free" in line for line in lines[2:5])
-    assert lines[5].startswith("Nothing has moved.")
+    assert lines[5].startswith("No step was taken, and nothing changed.")
 
 
 @pytest.mark.parametrize("again", [1, 2])

@@ -599,7 +599,7 @@ def broken(*_: Tensor) -> Tensor:
 
 
 def best(*_: Tensor) -> Tensor:
-    raise AssertionError("no metric is asked")
+    raise AssertionError("no metric is computed")
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -625,7 +625,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         LookupError,
         "my metric",
     ),
-    "metrics of nothing": ({"metrics": {"best": best}}, ValueError, "pass that as well"),
+    "metrics of nothing": ({"metrics": {"best": best}}, ValueError, "pass eval_data as well"),
     "metrics of a batch_loss": (
         {
             "eval_data": rows(8),
@@ -633,7 +633,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "batch_loss": lambda m, b: per_token(m(b[0]), b[1]),
         },
         ValueError,
-        "batch_loss keeps to itself",
+        "batch_loss returns neither",
     ),
     "on_step": ({"on_step": "print"}, TypeError, "on_step must be callable"),
 }
