@@ -27,18 +27,19 @@ from autobatch.training.losses.objective import (
     MicroBatchLoss,
     Passes,
 )
+from autobatch.training.losses.tolerance import Tolerance
 from autobatch.training.model_state.evaluation_mode import undisturbed
 
 MAX_INDEXED_ELEMENTS: Final = 2**31  # Elements that 32 bits can index.
 
 _FEW: Final = 2  # Rows that are compared; BatchNorm may refuse a single example.
-_FINE: Final = 1e-2  # Of the largest value: another size may take another kernel, TF32 among them.
-_COARSE: Final = 1e-1  # In 16 bits. A wrong index makes rows wrong by their whole size.
+# Of the largest value: another size may take another kernel, TF32 among them. A wrong index makes
+# rows wrong by their whole size.
+ROW_TOLERANCE: Final = Tolerance(float64=1e-2, float32=1e-2, float16=1e-1, bfloat16=1e-1)
 # Rows are wrong only if they change by more than this many times what two more examples change in
 # them. A model that mixes examples a little passes the tolerance slowly, as a mean over more
 # examples does: 1.6 times is the most in 300 attention layers.
 _MIXING_FACTOR: Final = 5
-_SIXTEEN_BIT: Final = (torch.float16, torch.bfloat16)
 
 
 class KernelIndexCheck:
@@ -150,12 +151,11 @@ class KernelIndexCheck:
         return [tensor for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
 
     def _tolerance(self, expected: Tensor) -> float:
-        """How far the same rows may differ between two sizes."""
-        coarse = self._gradient.precision.name != "fp32" or any(
-            tensor.dtype in _SIXTEEN_BIT
-            for tensor in (expected, *self._gradient.model.parameters())
-        )
-        return (_COARSE if coarse else _FINE) * _largest(expected)
+        """Return how far the same rows may differ between two sizes."""
+        dtypes = {p.dtype for p in self._gradient.model.parameters() if p.is_floating_point()}
+        if self._gradient.precision.name != "fp32":
+            dtypes.add(torch.bfloat16)
+        return ROW_TOLERANCE.of(expected.dtype, *dtypes) * _largest(expected)
 
 
 def elements_at(size: int, few: list[int], twice: list[int]) -> int:
