@@ -18,32 +18,32 @@ class Recorded(nn.Module):
         self.errors = errors or {}
 
     def forward(self, rows: Tensor) -> float:
-        MODES.append(self.training)
+        modes_seen.append(self.training)
         if self.training in self.errors:
             raise self.errors[self.training]
         return float(rows.sum())
 
 
-MODES: list[bool] = []
+modes_seen: list[bool] = []
 
 
 @pytest.fixture(autouse=True)
 def _forget_modes() -> None:
-    MODES.clear()
+    modes_seen.clear()
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_each_example_runs_alone_and_both_run_twice(training: bool) -> None:
     model = Recorded().train(not training)
     assert probe_pair(model, model, PAIR, training=training) == (1, 2, 3, 3)
-    assert MODES == [training, training, training, training]
+    assert modes_seen == [training] * 4
     assert model.training is not training
 
 
 def test_a_model_that_fails_in_evaluation_mode_runs_in_training_mode() -> None:
     model = Recorded({False: KeyError("no losses")})
     assert probe_pair_in_either_mode(model, model, PAIR) == (1, 2, 3, 3)
-    assert MODES == [False] + [True] * 4
+    assert modes_seen == [False] + [True] * 4
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_memory_errors_and_inexact_steps_pass_at_once(error: Exception) -> None:
     model = Recorded({False: error})
     with pytest.raises(type(error)):
         probe_pair_in_either_mode(model, model, PAIR)
-    assert MODES == [False]
+    assert modes_seen == [False]
 
 
 def test_an_error_in_both_modes_has_a_note() -> None:
