@@ -29,5 +29,5 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is not asked whether it mixes examples: for tests that count its calls."""
-    monkeypatch.setattr(BatchIndependenceCheck, "ask", lambda *_: None)
+    """No check whether the model mixes examples runs: for tests that count the model's calls."""
+    monkeypatch.setattr(BatchIndependenceCheck, "check", lambda *_: None)

@@ -1,4 +1,4 @@
-"""What a kernel gets wrong without a word is found, and nothing else is taken for it."""
+"""Wrong rows of a kernel that raises nothing are found, and right rows are not refused."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,8 +15,7 @@ from autobatch import SearchResult, Verdict, WholeBatch, check, find_batch_size
 from autobatch.data.tree import BatchTree
 from autobatch.devices.cpu import CpuDevice
 from autobatch.errors import DeviceLostError
-from autobatch.training import kernel_check as large
-from autobatch.training import trial_step as rehearsal
+from autobatch.training import kernel_check, trial_step
 from autobatch.training.engine.gradient_pass import GradientPass
 from autobatch.training.engine.train_step import TrainStep
 from autobatch.training.evaluation.inference import Inference
@@ -24,33 +23,33 @@ from autobatch.training.kernel_check import KernelIndexCheck, elements_at
 from autobatch.training.options import StepOptions
 from autobatch.training.trial_step import TrialStep
 
-INDEXED = 4096  # In the place of 2^31.
+LIMIT = 4096  # Elements; it stands for 2^31.
 WIDTH = 64
-TRAINED: list[int] = []  # Sizes, in order; a model's own list would be put back.
+TRAINED: list[int] = []  # Sizes, in order. The check would restore an attribute of the model.
 EVALUATED: list[int] = []
-RIGHT = INDEXED // WIDTH  # The last size at which no tensor has more elements.
+RIGHT = LIMIT // WIDTH  # The last size at which no tensor has more elements.
 
 
 class Broken(nn.Module):
-    """A linear layer whose kernel leaves what it cannot index, in training and otherwise."""
+    """A linear layer whose kernel does not compute the elements that it cannot index."""
 
-    def __init__(self, left: float = math.nan, wraps: bool = False, indexed: int = INDEXED) -> None:
+    def __init__(self, left: float = math.nan, wraps: bool = False, limit: int = LIMIT) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(8, WIDTH)
-        self.left, self.wraps, self.indexed = left, wraps, indexed
+        self.left, self.wraps, self.limit = left, wraps, limit
 
     def forward(self, rows: Tensor) -> Tensor:
         (TRAINED if self.training else EVALUATED).append(len(rows))
         found: Tensor = self.layer(rows)
         flat = found.flatten()
-        beyond = flat[self.indexed :].detach()
+        beyond = flat[self.limit :].detach()
         if self.wraps:
             left = flat[: len(beyond)].detach().clone()
         else:
             left = torch.full_like(beyond, self.left)
-        wrong = torch.cat([flat[: self.indexed], left])
-        # A nan would be refused by the step itself: what is left is seen by no loss in training.
+        wrong = torch.cat([flat[: self.limit], left])
+        # The step itself would refuse a nan, so that training sees the right elements.
         return (flat if self.training else wrong).view_as(found)
 
 
@@ -62,19 +61,19 @@ def data(examples: int = 7) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _forget_what_ran() -> None:
+def _forget_sizes() -> None:
     TRAINED.clear()
     EVALUATED.clear()
 
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let 4096 elements be what 2^31 are."""
+    """Let 4096 elements stand for 2^31."""
 
     def small(gradient: GradientPass, sample: BatchTree) -> KernelIndexCheck:
-        return KernelIndexCheck(gradient, sample, INDEXED)
+        return KernelIndexCheck(gradient, sample, LIMIT)
 
-    monkeypatch.setattr(rehearsal, "KernelIndexCheck", small)
+    monkeypatch.setattr(trial_step, "KernelIndexCheck", small)
 
 
 def find(model: nn.Module, **options: object) -> SearchResult:
@@ -96,7 +95,7 @@ def test_the_largest_size_whose_rows_are_right_is_found(left: float) -> None:
 
 
 @pytest.mark.usefixtures("_small")
-def test_a_row_that_was_taken_from_a_wrong_place_is_seen() -> None:
+def test_a_row_that_was_read_from_a_wrong_position_is_seen() -> None:
     assert find(Broken(wraps=True)).size == RIGHT
 
 
@@ -105,7 +104,7 @@ def test_without_the_check_a_wrong_size_is_returned() -> None:
 
 
 @pytest.mark.usefixtures("_small")
-def test_only_sizes_that_pass_are_run_again() -> None:
+def test_only_sizes_that_pass_the_limit_run_again() -> None:
     find(Broken())
     tried = {size for size in TRAINED if size > RIGHT}
     assert EVALUATED[:2] == [2, 4], "operations are counted once"
@@ -113,13 +112,13 @@ def test_only_sizes_that_pass_are_run_again() -> None:
     assert set(EVALUATED[4::3]) == tried
 
 
-def test_below_2_to_31_bytes_the_model_is_not_run_once_more() -> None:
+def test_below_2_to_31_bytes_the_model_does_not_run_again() -> None:
     find(Broken())
     assert EVALUATED == []
 
 
 class Ordinary(nn.Module):
-    """Dropout and BatchNorm, wide enough to pass."""
+    """Any layers between two linear ones, wide enough to pass the limit."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -158,24 +157,56 @@ class FailsWhereLarge(nn.Module):
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "layers",
+    "layer",
     [
-        [nn.Dropout(0.5), nn.BatchNorm1d(WIDTH)],
-        [nn.BatchNorm1d(WIDTH, track_running_stats=False)],
-        [FunctionalDropout()],
-        [Centred()],
-        [FailsInEvaluation()],
-        [FailsWhereLarge()],
-        [nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True)],
+        lambda: nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(WIDTH)),
+        lambda: nn.BatchNorm1d(WIDTH, track_running_stats=False),
+        FunctionalDropout,
+        Centred,
+        FailsInEvaluation,
+        FailsWhereLarge,
     ],
-    ids=lambda layers: type(layers[0]).__name__,
+    ids=["dropout", "batch statistics", "functional dropout", "centred", "fails", "no memory"],
 )
-def test_what_is_not_wrong_is_not_refused(layers: list[nn.Module], precision: str) -> None:
-    model = Ordinary(*layers)
+def test_right_rows_are_not_refused(layer: Callable[[], nn.Module], precision: str) -> None:
+    model = Ordinary(layer())
     before = fingerprint(model)
     found = find(model, precision=precision)
     assert (found.size, found.limited_by) == (500, "data")
     assert fingerprint(model) == before
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("bf16", 0), ("bf16", 9)])
+def test_attention_between_examples_is_not_refused(precision: str, seed: int) -> None:
+    """A layer that gets two dimensions takes all examples for one sequence: it mixes them.
+
+    In bf16, with seed 9, 4 examples differ by less than the tolerance from 2, and 8 by more.
+    """
+    torch.manual_seed(seed)
+    model = Ordinary(nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True))
+    before = fingerprint(model)
+    found = find(model, precision=precision)
+    assert (found.size, found.limited_by) == (500, "data")
+    assert fingerprint(model) == before
+
+
+class Mixing(nn.Module):
+    """Adds a fraction of the examples' mean to each of them."""
+
+    def __init__(self, fraction: float) -> None:
+        super().__init__()
+        self.fraction = fraction
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows + self.fraction * rows.mean(0)
+
+
+@pytest.mark.parametrize("fraction", [1e-3, 1e-2, 2.5e-2, 1e-1, 1.0])
+def test_no_degree_of_mixing_is_refused(fraction: float) -> None:
+    """With a fortieth, 4 examples differ by less than the tolerance from 2, and 450 by more."""
+    kernel_problem = KernelIndexCheck(step(Ordinary(Mixing(fraction))).gradient, data(450), LIMIT)
+    assert kernel_problem(450, 10 * LIMIT) == ""
 
 
 @pytest.mark.usefixtures("_small")
@@ -191,7 +222,7 @@ def test_an_error_that_loses_the_context_is_not_hidden() -> None:
 
 
 class Returning(nn.Module):
-    """Broken, and returns what it is told to."""
+    """A broken model that returns what a function makes of its scores and labels."""
 
     def __init__(self, returned: Callable[[Tensor, Tensor | None], object]) -> None:
         super().__init__()
@@ -207,7 +238,7 @@ def _with_loss(scores: Tensor, labels: Tensor | None) -> object:
 
 
 @pytest.mark.usefixtures("_small")
-def test_outputs_are_compared_whatever_makes_the_loss() -> None:
+def test_outputs_are_compared_for_every_kind_of_loss() -> None:
     x, y = data(100)
     assert find(Broken(), forward=lambda model, batch: (model(batch[0]), batch[1])).size == RIGHT
     assert find(Broken(), loss=WholeBatch(F.cross_entropy)).size == RIGHT
@@ -225,7 +256,7 @@ def test_outputs_are_compared_whatever_makes_the_loss() -> None:
 
 
 @pytest.mark.usefixtures("_small")
-def test_a_sum_shows_no_rows_and_is_not_checked() -> None:
+def test_a_batch_loss_has_no_rows_and_is_not_checked() -> None:
     def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
 
@@ -249,13 +280,13 @@ def step(model: nn.Module) -> TrainStep:
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
 def test_the_sample_may_be_of_any_length(examples: int) -> None:
     model = Broken(0.0)
-    complains = KernelIndexCheck(step(model).gradient, data(examples), INDEXED)
-    assert complains(RIGHT, 10 * INDEXED) == ""
-    assert "wrong rows" in complains(RIGHT + 1, 10 * INDEXED)
-    assert "off by up to" in complains(RIGHT + 1, 10 * INDEXED)
+    kernel_problem = KernelIndexCheck(step(model).gradient, data(examples), LIMIT)
+    assert kernel_problem(RIGHT, 10 * LIMIT) == ""
+    assert "wrong rows" in kernel_problem(RIGHT + 1, 10 * LIMIT)
+    assert "off by up to" in kernel_problem(RIGHT + 1, 10 * LIMIT)
 
 
-def test_the_kernels_are_those_of_training() -> None:
+def test_the_check_takes_the_kernels_of_training() -> None:
     seen: set[tuple[bool, bool]] = set()
 
     class Looking(Broken):
@@ -267,16 +298,16 @@ def test_the_kernels_are_those_of_training() -> None:
     model = Looking()
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    complains = KernelIndexCheck(
-        half.train_step(model, optimizer, CpuDevice()).gradient, data(), INDEXED
+    kernel_problem = KernelIndexCheck(
+        half.train_step(model, optimizer, CpuDevice()).gradient, data(), LIMIT
     )
-    assert "wrong rows" in complains(500, 10 * INDEXED)
+    assert "wrong rows" in kernel_problem(500, 10 * LIMIT)
     assert seen == {(False, True)}
 
 
 @pytest.mark.usefixtures("_small")
-def test_the_check_keeps_to_the_limit() -> None:
-    """And where memory ends in it, the size stands: it holds no graph, so the trial held more."""
+def test_the_check_respects_the_memory_limit() -> None:
+    """A size stands if memory runs out in the check, which holds no graph: its trial held more."""
 
     class Greedy(Broken):
         def forward(self, rows: Tensor) -> Tensor:
@@ -286,29 +317,28 @@ def test_the_check_keeps_to_the_limit() -> None:
     assert find(Greedy(), memory_limit=2**26 - 1).size == 500
 
 
-def test_where_nothing_smaller_is_there_to_compare_with_nothing_is_run() -> None:
-    complains = KernelIndexCheck(step(Broken(0.0, indexed=1)).gradient, data(), 1)
-    assert [complains(size, 10 * INDEXED) for size in (1, 2, 4)] == [""] * 3
+def test_without_a_smaller_size_to_compare_with_nothing_runs() -> None:
+    kernel_problem = KernelIndexCheck(step(Broken(0.0, limit=1)).gradient, data(), 1)
+    assert [kernel_problem(size, 10 * LIMIT) for size in (1, 2, 4)] == [""] * 3
     assert EVALUATED == []
 
 
-def test_modes_buffers_gradients_and_random_numbers_are_put_back() -> None:
+def test_modes_buffers_gradients_and_random_numbers_are_restored() -> None:
     model = Ordinary(nn.BatchNorm1d(WIDTH), nn.Dropout(0.5))
     model.train()
     model.layers[1].eval()
     before, drawn = fingerprint(model), torch.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(True)
-    assert KernelIndexCheck(step(model).gradient, data(), INDEXED)(500, 10 * INDEXED) == ""
+    assert KernelIndexCheck(step(model).gradient, data(), LIMIT)(500, 10 * LIMIT) == ""
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_two_to_the_31_is_what_32_bits_index() -> None:
-    """And it is what a search uses: a rehearsal's own check is not told another number."""
-    assert large.INDEXED == 2**31
-    rehearsed = TrialStep(step(Broken()), data())
-    assert rehearsed.verify(500, 2**31) == ""
+def test_a_search_uses_the_limit_of_2_to_31() -> None:
+    assert kernel_check.MAX_INDEXED_ELEMENTS == 2**31
+    trial = TrialStep(step(Broken()), data())
+    assert trial.verify(500, 2**31) == ""
     assert Inference(lambda _: None, data()).verify(500, 2**40) == ""
 
 

@@ -32,7 +32,6 @@ ALLOWED_IN = {
     "prediction.activation_checkpointing": {"forward": "the wrapped forward is the feature"},
     "prediction.fake_cuda": {"_autobatch_nan_check": "a fake tensor carries its own mark"},
     "prediction.tracing_process": {"persistent_id": "the documented hook of a pickler"},
-    "prediction.tracing_worker": {"__notes__": "notes of an error that crosses processes"},
     "training.engine.step_runner": {"skipped": "restored from the state dict of the runner"},
 }
 LOSSES = ("batch_independence", "batch_loss", "model_loss", "supervised")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autobatch.data.tree import BatchTree
 from autobatch.devices.factory import in_widest
-from autobatch.training.losses.callable import _scalar, read_pair
+from autobatch.training.losses.callable import read_pair, require_scalar
 
 Metric = Callable[..., object]
 
@@ -100,4 +100,4 @@ def read_mean(value: object, examples: int, name: str) -> tuple[Tensor, float]:
         if isinstance(value, numbers.Real)
         else value
     )
-    return in_widest(_scalar(f"the metric {name!r}", mean)) * examples, float(examples)
+    return in_widest(require_scalar(f"the metric {name!r}", mean)) * examples, float(examples)

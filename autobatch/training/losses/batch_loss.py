@@ -1,8 +1,8 @@
-"""The objective that a function of the user computes: ``(model, batch) -> (sum, terms)``."""
+"""A loss that runs the model itself: a function ``(model, batch) -> (sum, terms)``."""
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from autobatch.data.micro_batches import largest_piece, pieces_of
 from autobatch.data.tree import BatchTree, describe, part, size_of
 from autobatch.devices.base import HOST
-from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
 from autobatch.errors import InexactStepError
 from autobatch.training.losses.callable import read_pair
 from autobatch.training.losses.forward import Forward
@@ -20,27 +19,41 @@ from autobatch.training.losses.loss import Terms
 from autobatch.training.losses.objective import MicroBatch, Move, Objective, Passes, Record
 from autobatch.training.losses.pair_probe import (
     DoublingSchedule,
-    alone_and_together,
     first_and_last,
+    probe_pair_in_either_mode,
 )
-from autobatch.training.model_state.evaluation_mode import undisturbed
+from autobatch.training.losses.tolerance import Tolerance
 
 BatchLossFunction = Callable[[nn.Module, Any], object]  # The batch has the user's own structure.
 CountTerms = Callable[[Any], object]
 
-_TOLERANCE: Final = 1e-3  # Of float32 sums; a mean, or a loss that couples, is off by far more.
-_COARSE: Final = 5e-2  # Of 16 bits.
-_EXACT: Final = 1e-9  # Of counts in float64.
-_ROUNDED: Final = 1e-6  # Of counts in float32.
+# Of sums over examples. A mean, or a loss that compares examples, is off by far more.
+SUM_TOLERANCE: Final = Tolerance(float64=1e-3, float32=1e-3, float16=5e-2, bfloat16=5e-2)
+_EXACT: Final = 1e-9  # Of term counts in float64 and integers.
+_ROUNDED: Final = 1e-6  # Of term counts in float32.
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLoss:
-    """A loss ``(model, batch) -> (sum, terms)``, for a training step that no ``forward`` describes.
+    """Train with a function ``(model, batch) -> (sum, terms)`` that runs the model itself.
 
-    The function runs the model itself, on a micro-batch at a time. The loss of a logical batch is
-    the sum over its micro-batches of what the function returns first, divided by the sum of what it
-    returns second: examples, valid tokens, boxes::
+    ``BatchLoss`` is for training steps that ``forward=`` cannot describe: a model that returns
+    several losses, an adversarial step, a gradient penalty. The function is called on one
+    micro-batch at a time. The loss of a logical batch is the sum of all first values, divided by
+    the sum of all second values (examples, valid tokens, boxes).
+
+    Args:
+        function: Returns the loss summed over the micro-batch, a tensor without dimensions, and the
+            number of terms in that sum, a number or a tensor without dimensions.
+        terms: ``batch -> number`` counts the same terms from a batch on the host, without the
+            model. Then every backward pass divides by the terms of the logical batch, and a batch
+            without terms runs no forward pass. With None, the function's own numbers count, and the
+            gradient is rescaled after the last micro-batch.
+
+    Raises:
+        TypeError: ``function`` or ``terms`` is not callable.
+
+    Example::
 
         def squared(model, batch):
             inputs, targets = batch
@@ -49,17 +62,6 @@ class BatchLoss:
         data = (torch.randn(32, 4), torch.randn(32, 1))
         loss = BatchLoss(squared, terms=lambda batch: len(batch[1]))
         find_and_train(nn.Linear(4, 1), data, 16, loss=loss)
-
-    Args:
-        function: Returns the loss summed over the micro-batch, a tensor without dimensions, and the
-            number of terms in that sum, a number or a tensor without dimensions.
-        terms: ``batch -> number`` returns the same number of terms from a batch on the host,
-            without the model. Then the sum of a logical batch is divided by its terms from the
-            first micro-batch on; a batch without terms runs no forward pass. None takes the
-            function's own numbers, and rescales the gradient at the end.
-
-    Raises:
-        TypeError: ``function`` or ``terms`` cannot be called.
     """
 
     function: BatchLossFunction
@@ -75,7 +77,7 @@ class BatchLoss:
 
     @property
     def module(self) -> None:
-        """None: the loss has no parameters that the function does not find itself."""
+        """None: the function finds all parameters of the loss itself."""
 
     def objective(self, forward: Forward | None) -> "BatchLossObjective":
         """Return what training minimizes.
@@ -111,9 +113,9 @@ class BatchLoss:
 
 @dataclass(slots=True, kw_only=True)
 class BatchLossObjective(Objective):
-    """The objective of a ``BatchLoss``, whose sums and terms are checked on two examples.
+    """The objective of a ``BatchLoss``, which checks that sums and terms add up over examples.
 
-    The check runs the function on two examples alone and together, in the logical batches 1, 2, 4,
+    The check runs the function on two examples, alone and together, in the logical batches 1, 2, 4,
     8 and so on that are cut.
 
     Attributes:
@@ -125,11 +127,11 @@ class BatchLossObjective(Objective):
 
     @property
     def shows_outputs(self) -> bool:
-        """False: the function keeps outputs and targets to itself."""
+        """False: the function does not return outputs and targets."""
         return False
 
     def for_evaluation(self) -> "BatchLossObjective":
-        """Return an objective with the same function, which is checked anew."""
+        """Return an objective with the same function, whose checks start again."""
         return BatchLossObjective(batch_loss=self.batch_loss)
 
     def state_dict(self) -> dict[str, object]:
@@ -152,8 +154,8 @@ class BatchLossObjective(Objective):
         and batch statistics. Everything is restored.
 
         Raises:
-            InexactStepError: If the sums or the terms do not add up, or ``terms=`` counts otherwise
-                than the function.
+            InexactStepError: If the sums or the terms do not add up, or ``terms=`` and the function
+                count different terms.
         """
         if not cut or self.batch_loss.count_terms(batch) == 0:  # No step follows without terms.
             return
@@ -162,24 +164,26 @@ class BatchLossObjective(Objective):
         if pair is None:
             return
         self._check_halves(largest_piece(batch))
-        one, other, both, again = self._probed(model, pair, move)
-        tolerance = max(_tolerance(parameter) for parameter in model.parameters())
+        runs = probe_pair_in_either_mode(
+            model, lambda batch: self._numbers(model, batch, move), pair
+        )
+        tolerance = SUM_TOLERANCE.of(*(parameter.dtype for parameter in model.parameters()))
         for name, first, second, whole, repeated in zip(
-            ("sum", "number of terms"), one, other, both, again, strict=True
+            ("sum", "number of terms"), *runs, strict=True
         ):
             if not _add_up(whole, 0.0, repeated, _ROUNDED):
-                continue  # A function that draws random numbers, as diffusion does, proves nothing.
+                continue  # The function draws random numbers, as diffusion does.
             if not _add_up(first, second, whole, tolerance):
                 raise InexactStepError(
                     f"the {name} that batch_loss returns does not add up over examples: it is "
-                    f"{first:.9g} and {second:.9g} for two of them alone, and {whole:.9g} for both "
-                    "together. Return the sum, not the mean, and the number of terms that its mean "
-                    "is over; for a loss that compares examples pass loss=WholeBatch(...)"
+                    f"{first:.9g} and {second:.9g} for two examples alone, and {whole:.9g} for "
+                    "both together. Return the sum, not the mean, and the number of terms in the "
+                    "sum; for a loss that compares examples, pass loss=WholeBatch(...)"
                 )
         self._schedule.passed += 1
 
     def denominator(self, batch: BatchTree) -> float:
-        """Return what ``terms=`` counts; without it the examples, which are rescaled at the end."""
+        """Return the terms that ``terms=`` counts; without ``terms=``, the number of examples."""
         counted = self.batch_loss.count_terms(batch)
         return size_of(batch) if counted is None else counted
 
@@ -196,17 +200,18 @@ class BatchLossObjective(Objective):
         """Yield what was verified of the function."""
         if cut:
             yield (
-                "batch_loss is a function of yours: its sums and terms were seen to add up for two "
-                "examples in the logical batches 1, 2, 4, 8 and so on that were cut, unless it "
-                "draws random numbers"
+                "autobatch does not know what your batch_loss computes. Its sums and terms added "
+                "up for two examples in the logical batches 1, 2, 4, 8 and so on that were cut; a "
+                "function that draws random numbers cannot be checked"
             )
 
     def _loss_of(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, Terms]:
-        """The function's sum, and its terms where ``terms=`` does not count them before.
+        """Return the function's sum, and its terms if ``terms=`` has not counted them.
 
         Raises:
-            InexactStepError: If ``terms=`` counts otherwise than the function. A count that lies on
-                another device than the CPU is not waited for here, but compared in ``prepare``.
+            InexactStepError: If ``terms=`` and the function count different terms. A count on
+                another device than the CPU is compared in ``prepare`` only, because reading it here
+                would wait for the device.
         """
         loss_sum, terms = self._pair(model, micro_batch.batch)
         counted = self.batch_loss.count_terms(micro_batch.host)
@@ -217,17 +222,17 @@ class BatchLossObjective(Objective):
         return loss_sum, None
 
     def _pair(self, model: nn.Module, batch: BatchTree) -> tuple[Tensor, Tensor | float]:
-        """The sum and the terms that the user's function returns."""
+        """Return the sum and the terms that the user's function returns."""
         result = self.batch_loss.function(model, batch)
         if not isinstance(result, tuple):
             raise TypeError(
-                f"batch_loss must return (sum, terms), got {describe(result)}; the sum over the "
-                "micro-batch, and the number of terms that its mean would be over"
+                f"batch_loss must return (sum, terms), got {describe(result)}: the loss summed "
+                "over the micro-batch, and the number of terms in that sum"
             )
         return read_pair(result)
 
     def _check_halves(self, piece: BatchTree) -> None:
-        """Refuse ``terms=`` that does not add up over the halves of a batch."""
+        """Refuse ``terms=`` whose counts of two halves do not add up to that of the batch."""
         half, size = size_of(piece) // 2, size_of(piece)
         whole = self.batch_loss.count_terms(piece)
         halves = [
@@ -237,57 +242,33 @@ class BatchLossObjective(Objective):
         if whole is not None and not _add_up(one, other, whole, _EXACT):
             raise InexactStepError(
                 f"terms= does not add up over examples: it counts {one:.9g} and {other:.9g} in the "
-                f"halves of a batch, and {whole:.9g} in all of it. Return the number of terms of "
-                "the batch that it is called with"
+                f"halves of a batch, and {whole:.9g} in the whole batch. Return the number of "
+                "terms in the batch that is passed"
             )
 
-    def _probed(
-        self, model: nn.Module, pair: BatchTree, move: Move
-    ) -> Sequence[tuple[float, float]]:
-        """Sum and terms of the first example, the second, both, and both again."""
-        parts = alone_and_together(pair)
-
-        def probe(*, training: bool) -> Sequence[tuple[float, float]]:
-            # The function may call torch.autograd.grad itself.
-            with undisturbed(model, training=training), torch.enable_grad():
-                return [self._numbers(model, nest, move) for nest in parts]
-
-        try:
-            return probe(training=False)
-        except Exception as error:
-            if isinstance(error, InexactStepError) or verdict_of(error) in MEMORY_VERDICTS:
-                raise
-        try:  # A detector returns its losses in training mode alone.
-            return probe(training=True)
-        except Exception as error:
-            error.add_note("batch_loss was called for two examples, alone and together: a check")
-            raise
-
-    def _numbers(self, model: nn.Module, nest: BatchTree, move: Move) -> tuple[float, float]:
-        loss_sum, terms = self._pair(model, move(nest))
-        counted = self.batch_loss.count_terms(nest)
+    def _numbers(self, model: nn.Module, batch: BatchTree, move: Move) -> tuple[float, float]:
+        """Return the sum and the terms of a few examples as plain numbers."""
+        with torch.enable_grad():  # The function may call torch.autograd.grad.
+            loss_sum, terms = self._pair(model, move(batch))
+        counted = self.batch_loss.count_terms(batch)
         if counted is not None:
             _refuse_difference(terms, counted)
         return float(loss_sum.detach()), float(terms)
 
 
 def _refuse_difference(terms: Tensor | float, counted: float) -> None:
-    """Refuse a function that returns other terms than ``terms=`` counts, rounding apart."""
+    """Refuse a function that counts other terms than ``terms=`` does; rounding is allowed."""
     is_rounded = isinstance(terms, Tensor) and terms.is_floating_point() and terms.itemsize < 8
     if not math.isclose(float(terms), counted, rel_tol=_ROUNDED if is_rounded else _EXACT):
         raise InexactStepError(
             f"the function of BatchLoss returns {float(terms):.9g} terms for a batch in which "
             f"terms= counts {counted:.9g}, so that the gradient would be divided by the wrong "
-            "number. Make both count the same terms, or leave out terms="
+            "number. Make both count the same terms, or do not pass terms="
         )
 
 
-def _tolerance(parameter: Tensor) -> float:
-    return _COARSE if parameter.dtype.itemsize <= 2 else _TOLERANCE
-
-
 def _add_up(one: float, other: float, both: float, tolerance: float) -> bool:
-    """Whether two numbers add up to a third; True where one of the three is not finite."""
+    """Whether two numbers add up to a third; True if one of the three is not finite."""
     if not all(map(math.isfinite, (one, other, both))):
         return True
     scale = max(abs(one), abs(other), abs(both))

@@ -1,8 +1,4 @@
-"""What the user calls a loss, resolved: torch's own, or any callable taken at its word.
-
-Torch's own are recognised by identity: the targets give their terms. Every other callable is a
-mean over examples or ``(sum, terms)`` by what it returns, which ``loss_check`` then tests.
-"""
+"""A loss that is any callable: what it returns tells whether it is a mean or ``(sum, terms)``."""
 
 import functools
 import numbers
@@ -18,53 +14,58 @@ from autobatch.training.losses.loss import Loss, widened
 
 @dataclass(slots=True)
 class CallableLoss(Loss):
-    """Any callable: a mean over examples or ``(sum, terms)``, for as long as the check agrees."""
+    """Any callable that returns a mean over examples or ``(sum, terms)``.
+
+    Attributes:
+        function: Takes outputs and targets.
+    """
 
     function: Callable[..., object]
     _kind: Literal["a mean", "(sum, terms)"] | None = field(default=None, init=False)
 
     @property
     def checked(self) -> bool:
-        """Whether its word has to be tested: yes."""
+        """True: the loss is user code whose additivity must be verified."""
         return True
 
     @property
     def divides(self) -> bool:
-        """Whether there is a denominator: yes."""
+        """True: the sum is divided by examples or terms."""
         return True
 
     @property
     def is_mean(self) -> bool:
-        """Whether it has returned a mean, whose terms nobody counts."""
+        """True if the function has returned a mean, whose terms nothing counts."""
         return self._kind == "a mean"
 
     def denominator(self, targets: BatchTree, examples: int) -> float:  # noqa: ARG002  # The protocol's.
-        """Return the example count, which is not the last word on ``(sum, terms)``."""
+        """Return the number of examples; with ``(sum, terms)``, the gradient is rescaled later."""
         return float(examples)
 
     def terms(self, targets: BatchTree, examples: int) -> Tensor | float:  # noqa: ARG002
-        """Return the example count."""
+        """Return the number of examples."""
         return float(examples)
 
     def summed(
         self, outputs: BatchTree, targets: BatchTree, examples: int
     ) -> tuple[Tensor, Tensor | float | None]:
-        """Return a mean times the examples and None, or the sum and its terms.
+        """Return the mean times the examples and None, or the sum and its terms.
 
         Raises:
-            TypeError: If it returns no tensor, or now a mean and then ``(sum, terms)``.
-            ValueError: If what it returns is not scalar.
+            TypeError: If the function returns no tensor, or a mean in one call and ``(sum, terms)``
+                in another.
+            ValueError: If a returned tensor has dimensions.
         """
         result = self.function(outputs, targets)
         if isinstance(result, tuple):
             self._remember("(sum, terms)")
             return read_pair(result)
         self._remember("a mean")
-        return widened(_scalar("the loss", result)) * examples, None
+        return widened(require_scalar("the loss", result)) * examples, None
 
     @property
     def module(self) -> nn.Module | None:
-        """The module that the function is, or is a method or partial of."""
+        """The module that the function is, or of which it is a method or partial."""
         function: object = self.function
         while isinstance(function, functools.partial):
             function = function.func
@@ -80,20 +81,35 @@ class CallableLoss(Loss):
 
 
 def read_pair(pair: tuple[object, ...], of: str = "the loss") -> tuple[Tensor, Tensor | float]:
-    """Return ``(sum, terms)`` as a loss may give it: scalars, terms without graph.
+    """Return the sum and the terms of a pair; terms that are a tensor lose their graph.
+
+    Args:
+        pair: What a loss or a metric returned.
+        of: What returned it, for messages.
 
     Raises:
-        TypeError, ValueError: If it is no such pair.
+        TypeError: If the tuple has another length or holds no such numbers.
+        ValueError: If a tensor has dimensions.
     """
     if len(pair) != 2:
         raise TypeError(f"{of} must return a mean or (sum, terms), got {describe(pair)}")
-    summed, terms = _scalar("the sum", pair[0]), pair[1]
+    summed, terms = require_scalar("the sum", pair[0]), pair[1]
     if isinstance(terms, numbers.Real):
         return summed, float(terms)
-    return summed, _scalar("the terms", terms).detach()
+    return summed, require_scalar("the terms", terms).detach()
 
 
-def _scalar(name: str, value: object) -> Tensor:
+def require_scalar(name: str, value: object) -> Tensor:
+    """Return a value that is a tensor without dimensions.
+
+    Args:
+        name: What the value is, for messages.
+        value: What user code returned.
+
+    Raises:
+        TypeError: If the value is no tensor.
+        ValueError: If the tensor has dimensions.
+    """
     way_out = "return a mean over examples or (sum, terms), as tensors without dimensions"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(value)}; {way_out}")

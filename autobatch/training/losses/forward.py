@@ -1,4 +1,4 @@
-"""How a batch enters the model, and what the output is compared with."""
+"""From a batch to the model's outputs and the targets that they are compared with."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -8,34 +8,36 @@ from torch import Tensor, nn
 from autobatch.data.tree import BatchTree, cut, describe, size_of
 from autobatch.errors import InexactStepError
 
-Forward = Callable[
-    [nn.Module, Any], tuple[BatchTree, BatchTree]
-]  # The batch is the user's structure.
+# The user's own batch goes in; outputs and targets come out.
+Forward = Callable[[nn.Module, Any], tuple[BatchTree, BatchTree]]
 
-_TARGET_KEYS: Final = ("labels", "target")
+TARGET_KEYS: Final = ("labels", "target")
+"""The keys under which a mapping may hold its targets."""
 
 
 def targets_of(batch: BatchTree) -> BatchTree:
-    """Return what the outputs for ``batch`` are compared with.
+    """Return the targets of a batch.
 
-    That is the last of a tuple or list of two or more, and the key ``labels`` or ``target`` of a
-    mapping.
+    The targets are the last item of a tuple or list of two or more, or the value of the key
+    ``labels`` or ``target`` of a mapping.
 
     Raises:
-        TypeError: If the batch is of another kind.
+        TypeError: If the batch has another structure.
     """
-    return _taken_apart(batch)[1]
+    return _split_batch(batch)[1]
 
 
 def standard_forward(model: nn.Module, batch: BatchTree) -> tuple[BatchTree, BatchTree]:
-    """Return the outputs for ``batch``, and its targets.
+    """Return the model's outputs for a batch, and the targets of the batch.
 
-    ``(x, y)`` calls ``model(x)``, more items ``model(*batch[:-1])``, a mapping
-    ``model(**batch)`` without its target.
+    The inputs are all items but the last, ``model(*batch[:-1])``, or all keys of a mapping but the
+    targets', ``model(**inputs)``.
     """
-    if type(batch) is tuple and len(batch) == 2:  # The commonest, and done for every micro-batch.
+    if (
+        type(batch) is tuple and len(batch) == 2
+    ):  # The most common batch, on the path of each micro-batch.
         return model(batch[0]), batch[1]
-    inputs, targets = _taken_apart(batch)
+    inputs, targets = _split_batch(batch)
     if isinstance(inputs, dict):
         return model(**inputs), targets
     assert isinstance(inputs, tuple)
@@ -45,24 +47,24 @@ def standard_forward(model: nn.Module, batch: BatchTree) -> tuple[BatchTree, Bat
 def run_forward(
     forward: Forward | None, model: nn.Module, batch: BatchTree
 ) -> tuple[BatchTree, BatchTree]:
-    """Return outputs and targets by the user's ``forward``, or by the standard one if it is None.
+    """Return outputs and targets from the user's ``forward``, or the standard one if it is None.
 
     Raises:
-        TypeError: If the user's returns something else.
+        TypeError: If the user's function returns no pair.
     """
     if forward is None:
         return standard_forward(model, batch)
-    made: object = forward(model, batch)
-    if not isinstance(made, tuple | list) or len(made) != 2:
-        raise TypeError(f"forward must return (outputs, targets), got {describe(made)}")
-    return made[0], made[1]
+    result: object = forward(model, batch)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(f"forward must return (outputs, targets), got {describe(result)}")
+    return result[0], result[1]
 
 
 def outputs_of(model: nn.Module, batch: BatchTree) -> BatchTree:
-    """Return the outputs for a batch that may lack targets: then all of it is inputs."""
+    """Return the model's outputs for a batch; without targets, the whole batch is inputs."""
     if isinstance(batch, Tensor):
         return model(batch)
-    if isinstance(batch, Mapping) and not any(key in batch for key in _TARGET_KEYS):
+    if isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS):
         return model(**batch)
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return model(*batch)
@@ -70,44 +72,45 @@ def outputs_of(model: nn.Module, batch: BatchTree) -> BatchTree:
 
 
 def own_rows(
-    forward: Forward | None, model: nn.Module, micro_batch: BatchTree, borrowed: int
+    forward: Forward | None, model: nn.Module, micro_batch: BatchTree, context: int
 ) -> tuple[BatchTree, BatchTree]:
-    """Return outputs and targets by the user's ``forward`` or the standard one.
+    """Return outputs and targets of a micro-batch without the rows of its context examples.
 
     Args:
-        forward: None for the standard one.
+        forward: The user's function, or None for the standard one.
         model: Run once.
         micro_batch: On the device.
-        borrowed: Examples at its beginning that are a neighbour's: their rows are left out. Only a
-            single example borrows.
+        context: Examples at the beginning that belong to another micro-batch. Only a micro-batch
+            with a single example of its own has any.
 
     Raises:
-        InexactStepError: If nothing tells which rows those are.
+        InexactStepError: If the number of rows does not show which rows belong to these examples.
     """
     outputs, targets = run_forward(forward, model, micro_batch)
-    if not borrowed:
+    if not context:
         return outputs, targets
     rows = size_of((outputs, targets))
-    if rows != borrowed + 1:
+    if rows != context + 1:
         raise InexactStepError(
-            f"a single example borrowed {borrowed} from its neighbour, for BatchNorm can do "
-            f"nothing with one, and forward= returned {rows} rows for them: nothing tells whose "
-            "they are; choose sizes that leave no example alone, drop_last=True, or "
+            "BatchNorm cannot normalize a single example, so the last example of a batch ran "
+            f"together with {context} of the previous micro-batch. forward= returned {rows} rows "
+            f"for these {context + 1} examples, so autobatch cannot tell which rows belong to the "
+            "last example; choose sizes that leave no single example, drop_last=True, or "
             'batch_norm="frozen"'
         )
-    return cut(outputs, (borrowed, 1))[1], cut(targets, (borrowed, 1))[1]
+    return cut(outputs, (context, 1))[1], cut(targets, (context, 1))[1]
 
 
-def _taken_apart(batch: BatchTree) -> tuple[BatchTree, BatchTree]:
-    """Inputs (a tuple of arguments or a dict of keyword arguments) and targets."""
-    if isinstance(batch, tuple | list) and len(batch) >= 2:  # First: the commonest.
+def _split_batch(batch: BatchTree) -> tuple[BatchTree, BatchTree]:
+    """Return inputs (a tuple of arguments or a dict of keyword arguments) and targets."""
+    if isinstance(batch, tuple | list) and len(batch) >= 2:  # The most common first.
         return tuple(batch[:-1]), batch[-1]
     if isinstance(batch, Mapping):
-        present = [key for key in _TARGET_KEYS if key in batch]
+        present = [key for key in TARGET_KEYS if key in batch]
         if len(present) == 1:
             return {k: v for k, v in batch.items() if k != present[0]}, batch[present[0]]
-    what = f"a {type(batch).__name__}" if isinstance(batch, Tensor) else describe(batch)
+    kind = f"a {type(batch).__name__}" if isinstance(batch, Tensor) else describe(batch)
     raise TypeError(
-        f"a batch must be (inputs, ..., target) or a mapping with one of {_TARGET_KEYS}, "
-        f"got {what}; pass forward=(model, batch) -> (outputs, targets) for any other"
+        f"a batch must be (inputs, ..., target) or a mapping with one of {TARGET_KEYS}, "
+        f"got {kind}; pass forward=(model, batch) -> (outputs, targets) for any other"
     )

@@ -1,4 +1,4 @@
-"""The objective where no loss is given: the model's own, or the one that the targets suggest."""
+"""The objective without a given loss: the model's own loss, or one that fits the targets."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ from autobatch.training.model_state.evaluation_mode import undisturbed
 
 @dataclass(slots=True, kw_only=True)
 class InferredObjective(Objective):
-    """Finds out once whether the model returns a loss of its own.
+    """Finds out once whether the model returns its own loss, and minimizes that loss or another.
 
     Attributes:
-        otherwise: What is made smaller if it does not.
+        otherwise: The objective if the model returns no loss.
     """
 
     otherwise: SupervisedObjective
@@ -33,22 +33,22 @@ class InferredObjective(Objective):
 
     @property
     def takes_context(self) -> bool:
-        """True where the model returns no loss of its own."""
+        """True if the model returns no loss and the other objective takes context examples."""
         return self._own is None and self.otherwise.takes_context
 
     @property
     def only_reads_targets(self) -> bool:
-        """True where the model returns no loss of its own."""
+        """True if the model returns no loss and the other objective only reads targets."""
         return self._own is None and self.otherwise.only_reads_targets
 
     def for_evaluation(self) -> "InferredObjective":
-        """Return another objective that knows the same."""
+        """Return a copy that finds out more without changing this objective."""
         other = InferredObjective(otherwise=self.otherwise.for_evaluation())
         other.load_state_dict(self.state_dict())
         return other
 
     def state_dict(self) -> dict[str, object]:
-        """Return what is known of the model's own loss, if it has one."""
+        """Return what was found out about the model's own loss."""
         return {"own": None if self._own is None else self._own.state_dict(), "known": self._known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -59,14 +59,14 @@ class InferredObjective(Objective):
             self._own.load_state_dict(state["own"])
 
     def prepare(self, model: nn.Module, batch: BatchTree, move: Move, *, cut: bool) -> None:
-        """Try the model once, with one example, and find out what its mean counts."""
+        """Find out once if the model returns a loss, and what the mean of that loss counts."""
         if not self._known:
             self._own = _own_loss(model, batch, move)
             self._known = True
         if self._own is None:
             self.otherwise.prepare(model, batch, move, cut=cut)
         elif cut:
-            self._own.settle(model, batch, move)
+            self._own.prepare(model, batch, move)
 
     def denominator(self, batch: BatchTree) -> float:
         """Return the terms of a logical batch."""
@@ -75,7 +75,7 @@ class InferredObjective(Objective):
         return self.otherwise.denominator(batch)
 
     def run(self, passes: Passes, model: nn.Module, record: Record | None = None) -> None:
-        """Run each micro-batch by itself: the model's own loss, or that of its outputs."""
+        """Run each micro-batch by itself, with the model's own loss or a loss of its outputs."""
         if self._own is None:
             self.otherwise.run(passes, model, record)
             return
@@ -90,36 +90,36 @@ class InferredObjective(Objective):
         passes.one_by_one(loss_of)
 
     def notes(self, *, cut: bool) -> Iterator[str]:
-        """Yield what was inferred from floating targets."""
+        """Yield the notes of the other objective if the model returns no loss."""
         if self._own is None:
             yield from self.otherwise.notes(cut=cut)
 
 
 def _own_loss(model: nn.Module, batch: BatchTree, move: Move) -> ModelLoss | None:
-    """The loss that the model, called with the whole mapping, returns; None if it returns none."""
+    """Return the model's own loss, if the model returns one for a whole mapping; otherwise None."""
     first = pieces_of(batch)[0]
-    if not isinstance(first, Mapping) or not _takes(model, first):
+    if not isinstance(first, Mapping) or not _accepts(model, first):
         return None
 
-    def returns_one(*, training: bool) -> bool:
+    def returns_loss(*, training: bool) -> bool:
         with undisturbed(model, training=training):
             return model_loss_of(call_with_labels(model, move(part(first, 0, 1)))) is not None
 
     try:
-        if returns_one(training=False):
+        if returns_loss(training=False):
             return ModelLoss()
-    except TypeError:  # It hands all keywords on to one that does not take labels.
+    except TypeError:  # The model passes its keywords on to a function without labels.
         return None
     try:
-        return ModelLoss(training=True) if returns_one(training=True) else None
-    except Exception as error:  # It takes labels, and cannot be trained with them.
+        return ModelLoss(training=True) if returns_loss(training=True) else None
+    except Exception as error:  # The model takes labels and cannot be trained with them.
         if verdict_of(error) is Verdict.OUT_OF_MEMORY:
             raise
         return None
 
 
-def _takes(model: nn.Module, batch: Mapping[str, BatchTree]) -> bool:
-    """Whether the model can be called with these keywords; what it makes of them is not asked."""
+def _accepts(model: nn.Module, batch: Mapping[str, BatchTree]) -> bool:
+    """Whether the signature of the model's forward accepts these keywords."""
     try:
         inspect.signature(model.forward).bind(**batch)
     except TypeError:

@@ -1,4 +1,4 @@
-"""A loss as the law needs it: a sum for each micro-batch, and what the sums are divided by."""
+"""A loss for gradient accumulation: a sum for each micro-batch, and one denominator."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -10,34 +10,46 @@ from autobatch.data.tree import BatchTree
 
 
 class Loss(Protocol):
-    """A loss as the law needs it: a sum, and what it is divided by."""
+    """A loss that gives a sum for each micro-batch, and the denominator of the logical batch."""
 
     @property
     def checked(self) -> bool:
-        """Whether the loss was not recognised, so that its word has to be tested."""
+        """True if the loss is user code whose additivity must be verified."""
 
     @property
     def divides(self) -> bool:
-        """Whether there is a denominator: False for ``reduction="sum"``."""
+        """True if the sum is divided by something; False for ``reduction="sum"``."""
 
     def denominator(self, targets: BatchTree, examples: int) -> float:
         """Return what the summed loss of a logical batch is divided by; 0 if no term is valid.
 
         Args:
-            targets: Those of the whole logical batch.
+            targets: The targets of the whole logical batch.
             examples: Examples in the logical batch.
         """
 
     def terms(self, targets: BatchTree, examples: int) -> Tensor | float:
-        """Return the same for a micro-batch, where its targets are: nothing waits for a device."""
+        """Return the same for a micro-batch, as a tensor where its targets are.
+
+        Nothing waits for the device.
+
+        Args:
+            targets: The targets of the micro-batch.
+            examples: Examples in the micro-batch.
+        """
 
     def summed(
         self, outputs: BatchTree, targets: BatchTree, examples: int
     ) -> tuple[Tensor, Tensor | float | None]:
         """Return the summed loss of one micro-batch, and its terms where only the loss knows them.
 
-        Terms come from a ``(sum, terms)`` callable alone: its sums are divided by the example
-        count, and every ``.grad`` is rescaled by examples / terms at the end.
+        Only a callable ``(sum, terms)`` gives terms. Its sums are divided by the number of
+        examples, and every ``.grad`` is rescaled by examples / terms after the last micro-batch.
+
+        Args:
+            outputs: The model's outputs for the micro-batch.
+            targets: The targets of the micro-batch.
+            examples: Examples in the micro-batch.
         """
 
     @property
@@ -47,7 +59,7 @@ class Loss(Protocol):
 
     @property
     def module(self) -> nn.Module | None:
-        """The module that the loss is, or is a method or partial of."""
+        """The module that the loss is, or of which it is a method or partial."""
         return None
 
     @property
@@ -61,8 +73,8 @@ class Loss(Protocol):
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return it in float32 where it was float16: a sum there overflows above 65504."""
+    """Return a float16 tensor in float32, where its sum cannot overflow; others as they are."""
     return tensor.float() if tensor.dtype is torch.float16 else tensor
 
 
-Terms = Tensor | float | None
+Terms = Tensor | float | None  # None where the denominator was counted from the targets.

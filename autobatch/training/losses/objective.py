@@ -18,9 +18,9 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         batch: Examples on the device.
-        host: The same examples where they came from, so that counting them waits for nothing.
+        host: The same examples on the host, where a count does not wait for the device.
         context: How many examples at the beginning belong to another micro-batch. A layer that
-            normalizes by the batch needs them; the loss leaves them out.
+            normalizes by the batch needs them; the loss does not include them.
     """
 
     batch: BatchTree
@@ -57,13 +57,13 @@ class Passes(Protocol):
 
 
 class Verifier(Protocol):
-    """Holds user code to the accumulation identity, from what one logical batch produces."""
+    """Verifies that user code is additive, on the outputs and targets of one logical batch."""
 
     def record(self, outputs: BatchTree, targets: BatchTree) -> None:
         """Take the outputs and targets of one micro-batch."""
 
     def finish(self) -> None:
-        """Judge what was recorded, after the last backward pass.
+        """Verify the loss on what was recorded, after the last backward pass.
 
         Raises:
             InexactStepError: If a split changes the loss.
@@ -75,8 +75,8 @@ class CutBatch:
     """A logical batch that is about to run in several micro-batches.
 
     Attributes:
-        number: How many logical batches were cut so far, with this one: counted from 1.
-        micro_batches: How many it is cut into.
+        number: Counts the logical batches that were cut, from 1.
+        micro_batches: The number of micro-batches.
         ragged: Whether examples differ in shape, so that the batch holds several tensors for one.
         move: Returns a copy of a batch on the device.
     """
@@ -106,7 +106,7 @@ class Objective(Protocol):
 
     @property
     def takes_context(self) -> bool:
-        """True if a single example may run beside one of its neighbors, for BatchNorm's sake."""
+        """True if a single example may run together with others, because BatchNorm needs more."""
         return False
 
     @property
@@ -121,7 +121,7 @@ class Objective(Protocol):
 
     @property
     def ignored_class(self) -> int:
-        """The class index that the loss leaves out of its mean, and accuracy with it."""
+        """The class index that neither the mean of the loss nor accuracy counts."""
         return -100
 
     @property
@@ -130,7 +130,7 @@ class Objective(Protocol):
         return None
 
     def for_evaluation(self) -> "Objective":
-        """Return an objective with the same knowledge, whose changes do not reach this one."""
+        """Return an objective for evaluation, which does not change the state of this one."""
         return self
 
     def state_dict(self) -> dict[str, object]:
@@ -142,11 +142,11 @@ class Objective(Protocol):
         return
 
     def prepare(self, model: nn.Module, batch: BatchTree, move: Move, *, cut: bool) -> None:  # noqa: ARG002
-        """Find out what has to be known before the first backward pass over a logical batch.
+        """Check the model and the loss before the first backward pass over a logical batch.
 
         Args:
             model: On the device.
-            batch: The logical batch, on the host or wherever it is.
+            batch: The logical batch, on the host or on the device.
             move: Returns a copy of a batch on the device.
             cut: Whether the batch will run in several micro-batches.
 
@@ -172,17 +172,17 @@ class Objective(Protocol):
         """
 
     def verifier(self, cut: CutBatch) -> Verifier | None:  # noqa: ARG002  # Nothing to verify.
-        """Return what verifies the loss in this logical batch, or None if nothing is due."""
+        """Return a check of the loss in this logical batch, or None if no check is due."""
         return None
 
     def check_finite(self, finite: Sequence[bool]) -> None:  # noqa: ARG002  # All of one kind.
-        """Refuse losses which are not finite for a reason that more examples would hide.
+        """Refuse a loss that is finite for the whole batch, but not for some micro-batches.
 
         Args:
             finite: For each micro-batch, whether its loss is finite.
 
         Raises:
-            InexactStepError: If that is so.
+            InexactStepError: If the loss is of this kind.
         """
         return
 

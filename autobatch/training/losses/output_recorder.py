@@ -1,4 +1,4 @@
-"""A window's outputs, a bounded part of them, kept for the loss check."""
+"""Record a bounded part of the outputs of a logical batch, to verify the loss on them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +16,22 @@ from autobatch.training.losses.loss import Loss
 from autobatch.training.losses.objective import Move, Record, Verifier
 from autobatch.training.losses.split_check import check_splits
 
-CHECKED_BYTES: Final = 4 * 2**20  # The loss check keeps at most so many bytes of a window,
-LARGEST_ROW_BYTES: Final = 2**29  # and one example of the first two micro-batches if not larger.
+CHECKED_BYTES: Final = 4 * 2**20
+"""The most bytes of a logical batch that a check records, if two examples are not larger."""
+
+LARGEST_ROW_BYTES: Final = 2**29
+"""The largest example of which the first two micro-batches record one all the same."""
 
 
 @dataclass(slots=True)
 class SplitCheck(Verifier):
-    """Gathers outputs and targets, and holds the loss to the law.
+    """Records outputs and targets of a logical batch, and verifies that the loss is additive.
 
     Attributes:
-        loss: That was not recognised.
-        move: Brings them back to the device.
-        micro_batches: How many the window has.
-        verified: Called when the loss was shown to be exact in parts.
+        loss: A loss that autobatch does not know.
+        move: Returns a copy of a batch on the device.
+        micro_batches: The number of micro-batches of the logical batch.
+        verified: Called if splits give the loss of the whole.
     """
 
     loss: Loss
@@ -39,30 +42,30 @@ class SplitCheck(Verifier):
     targets: list[BatchTree] = field(default_factory=list)
 
     def record(self, outputs: BatchTree, targets: BatchTree) -> None:
-        """Keep the first rows of one micro-batch on the host, and off the device's meter."""
+        """Keep the first rows of one micro-batch on the host."""
         examples = _common_length(outputs, targets)
         row_bytes = sum(t.nbytes for t in (*tensors(outputs), *tensors(targets))) / examples
         rows = int(CHECKED_BYTES / self.micro_batches / max(row_bytes, 1))
         if len(self.outputs) < 2 and row_bytes <= LARGEST_ROW_BYTES:
             rows = max(rows, 1)
         if rows:
-            with _disable_current_modes():  # Cut as one: there may be no targets.
+            with _disable_current_modes():  # Cut together: there may be no targets.
                 kept = _on_host(part((outputs, targets), 0, min(rows, examples)))
             assert isinstance(kept, tuple), "a part of a pair is a pair"
             self.outputs.append(kept[0])
             self.targets.append(kept[1])
 
     def finish(self) -> None:
-        """Judge the loss, when the activations are gone: no search has rehearsed this.
+        """Verify the loss. No activations are in memory then, since no trial includes this check.
 
         Raises:
             InexactStepError: If splitting changes the loss.
         """
-        if self._agrees():
+        if self._is_verified():
             self.verified()
 
-    def _agrees(self) -> bool:
-        """True if the loss was shown to be exact in parts, False if it could not be judged."""
+    def _is_verified(self) -> bool:
+        """Whether splits give the loss of the whole; False if the outputs allow no answer."""
         if len(self.outputs) < 2:
             return False
         try:
@@ -71,16 +74,17 @@ class SplitCheck(Verifier):
         except (torch.OutOfMemoryError, MemoryError):
             return False
         try:
-            # Ragged pieces of text stay apart: the law is asked of the largest one.
+            # Rows of several shapes stay in several pieces, of which the largest is checked.
             together = put_together(list(zip(outputs, targets, strict=True)))
         except ValueError:
-            return check_splits(self.loss, outputs, targets)  # Which says what is wrong.
+            return check_splits(self.loss, outputs, targets)  # The check raises the error.
         pieces = pieces_of(together)
         if len(pieces) > 1 and self.loss.is_mean:
             raise InexactStepError(
-                f"the rows that this loss takes the mean of differ in shape between batches, as "
-                f"{' and '.join(map(describe, pieces[:2]))}: it may be over examples or over what "
-                "they hold, such as tokens, and nothing tells which; return (sum, terms)"
+                f"the rows that this loss averages differ in shape between batches, as "
+                f"{' and '.join(map(describe, pieces[:2]))}: the mean may be over examples or over "
+                "their elements, such as tokens, and autobatch cannot tell which; return (sum, "
+                "terms)"
             )
         pair = max(pieces, key=size_of)
         assert isinstance(pair, tuple), "outputs and targets were put together as pairs"
@@ -88,26 +92,26 @@ class SplitCheck(Verifier):
 
 
 class TargetShapeCheck:
-    """Holds what ``forward=`` compares to one width, for each width of what it is given.
+    """Refuses targets from ``forward=`` that differ in shape for inputs of the same shape.
 
-    A model that pads its outputs to the longest of a micro-batch (``pad_packed_sequence``) pads
-    them to the longest of all where nothing is cut: a mean over their elements is another one then.
+    A model that pads its outputs to the longest example (``pad_packed_sequence``) pads them
+    differently in a micro-batch and in the undivided batch. A mean over the elements then differs.
     """
 
     def __init__(self) -> None:
         self._seen: dict[tuple[torch.Size, ...], torch.Size] = {}
 
     def of(self, host: BatchTree, record: Record | None) -> Record:
-        """Return what looks at one micro-batch's targets, and then passes them to ``record``."""
+        """Return a function that checks a micro-batch's targets and then calls ``record``."""
 
-        def looked(outputs: BatchTree, targets: BatchTree) -> None:
-            self._look(host, targets)
+        def checked(outputs: BatchTree, targets: BatchTree) -> None:
+            self._check(host, targets)
             if record is not None:
                 record(outputs, targets)
 
-        return looked
+        return checked
 
-    def _look(self, host: BatchTree, targets: BatchTree) -> None:
+    def _check(self, host: BatchTree, targets: BatchTree) -> None:
         # Integers are classes, of which some are ignored.
         if not isinstance(targets, Tensor) or not targets.is_floating_point():
             return
@@ -118,22 +122,22 @@ class TargetShapeCheck:
             raise InexactStepError(
                 "the targets that forward= returns differ in shape between micro-batches, "
                 f"{list(before)} and {list(width)} an example, and the loss is a mean over their "
-                "elements: undivided, all would have the widest; return one shape, or pass a loss "
-                "that returns (sum, terms) of what is valid"
+                "elements: in the undivided batch all would have the widest shape; return one "
+                "shape, or pass a loss that returns (sum, terms) of the valid elements"
             )
 
 
 def refuse_partly_finite(finite: Sequence[bool]) -> None:
-    """Refuse an unknown loss that is a number for some micro-batches only.
+    """Refuse a loss that autobatch does not know and that is finite for some micro-batches only.
 
     Raises:
-        InexactStepError: With how many.
+        InexactStepError: If so; a mean over valid terms would be finite for the whole batch.
     """
     if any(finite) and not all(finite):
         raise InexactStepError(
             f"the loss is not finite for {len(finite) - sum(finite)} of {len(finite)} "
-            "micro-batches, as a mean over valid terms is where a micro-batch has none; return "
-            "(sum, terms)"
+            "micro-batches. A mean over valid terms is not finite where a micro-batch has no valid "
+            "term; return (sum, terms)"
         )
 
 

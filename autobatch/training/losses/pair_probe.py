@@ -1,11 +1,19 @@
-"""When a check is due, and the two examples that a check compares alone and together."""
+"""Compare what a model gives for two examples, each alone and both together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from autobatch.data.micro_batches import largest_piece
-from autobatch.data.tree import BatchTree, part, size_of, take
+from autobatch.data.tree import BatchTree, size_of, take
+from autobatch.devices.oom import verdict_of
+from autobatch.errors import InexactStepError
+from autobatch.results.verdict import Verdict
+from autobatch.training.model_state.evaluation_mode import undisturbed
+
+Value = TypeVar("Value")
 
 
 @dataclass(slots=True)
@@ -22,7 +30,7 @@ class DoublingSchedule:
 
     @property
     def is_due(self) -> bool:
-        """True if the batch that was seen last has to be checked."""
+        """True if the latest batch has to be checked."""
         return self.seen >= 1 << self.passed
 
     def state_dict(self) -> dict[str, object]:
@@ -45,9 +53,56 @@ def first_and_last(batch: BatchTree) -> BatchTree | None:
     return take(piece, [0, examples - 1]) if examples > 1 else None
 
 
-def alone_and_together(pair: BatchTree) -> tuple[BatchTree, BatchTree, BatchTree, BatchTree]:
-    """Return the first of two examples, the second, both, and both once more.
+def alone_and_together(pair: BatchTree) -> tuple[BatchTree, BatchTree, BatchTree]:
+    """Return the first of two examples, the second, and both."""
+    return take(pair, [0]), take(pair, [1]), pair
 
-    The two last ones tell code that draws random numbers from code that mixes examples.
+
+def probe_pair(
+    model: nn.Module,
+    value_of: Callable[[BatchTree], Value],
+    pair: BatchTree,
+    *,
+    training: bool = False,
+) -> tuple[Value, Value, Value, Value]:
+    """Return the values of the first of two examples, the second, both, and both once more.
+
+    The last two values are equal unless ``value_of`` draws random numbers. The model runs in
+    evaluation mode without gradients; afterwards everything is as before.
+
+    Args:
+        model: In any mode.
+        value_of: Runs the model on a batch.
+        pair: A batch of two examples.
+        training: Run in training mode, without dropout and batch statistics.
     """
-    return part(pair, 0, 1), part(pair, 1, 2), pair, pair
+    with undisturbed(model, training=training):
+        first, second, both = map(value_of, alone_and_together(pair))
+        return first, second, both, value_of(pair)
+
+
+def probe_pair_in_either_mode(
+    model: nn.Module, value_of: Callable[[BatchTree], Value], pair: BatchTree
+) -> tuple[Value, Value, Value, Value]:
+    """Do the same in evaluation mode, or in training mode if the model fails in evaluation mode.
+
+    A detector, for example, returns its losses in training mode only.
+
+    Raises:
+        Exception: If memory runs out, the step is not exact, or the model fails in both modes.
+    """
+    try:
+        return probe_pair(model, value_of, pair)
+    except Exception as error:
+        if must_propagate(error):
+            raise
+    try:
+        return probe_pair(model, value_of, pair, training=True)
+    except Exception as error:
+        error.add_note("a check ran the model on two examples, alone and together")
+        raise
+
+
+def must_propagate(error: Exception) -> bool:
+    """Return True for an error that a check may not swallow: no memory, or an inexact step."""
+    return isinstance(error, InexactStepError) or verdict_of(error) is Verdict.OUT_OF_MEMORY

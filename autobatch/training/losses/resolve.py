@@ -1,4 +1,4 @@
-"""From the user's loss to an objective: the one place that knows every kind of loss."""
+"""From the user's loss to an objective: the only module that knows every kind of loss."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -51,26 +51,28 @@ def resolve_objective(loss: LossLike | None, forward: Forward | None) -> Objecti
     """
     if isinstance(loss, LossKind) and not isinstance(loss, type):
         return loss.objective(forward)
-    compared = SupervisedObjective(loss=resolve_loss(loss), forward=forward)
-    return InferredObjective(otherwise=compared) if loss is None and forward is None else compared
+    supervised = SupervisedObjective(loss=resolve_loss(loss), forward=forward)
+    if loss is None and forward is None:
+        return InferredObjective(otherwise=supervised)
+    return supervised
 
 
 def loss_module(loss: LossLike | None) -> nn.Module | None:
-    """Return the module that moves, and is restored, together with the model; None without one."""
+    """Return the module whose parameters belong to a loss; None if there is none."""
     if isinstance(loss, nn.Module):
         return loss
     return loss.module if isinstance(loss, LossKind) and not isinstance(loss, type) else None
 
 
 def resolve_loss(loss: object) -> Loss:
-    """Return how ``loss`` sums and divides; None is inferred from the targets of each batch.
+    """Return the ``Loss`` of what the user passed; None is inferred from the targets of each batch.
 
-    The settings and buffers of a module are read at every use, those of a partial here.
+    The settings and buffers of a module are read at every use, the settings of a partial here.
 
     Raises:
-        TypeError: If it is no callable, or one that can never be exact: ``reduction="none"``,
-            ``size_average`` or ``reduce`` given, a partial that binds outputs or targets.
-        ValueError: If its reduction is none of torch's.
+        TypeError: If ``loss`` is not callable or can never be exact: ``reduction="none"``,
+            ``size_average`` or ``reduce``, a partial that binds outputs or targets.
+        ValueError: If torch does not know the reduction.
     """
     if loss is None:
         return InferredLoss()

@@ -1,4 +1,4 @@
-"""The objective that compares a model's outputs with targets, by a loss that can be summed."""
+"""The objective that compares a model's outputs with targets by a loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,28 +29,28 @@ from autobatch.training.losses.pair_probe import DoublingSchedule
 
 @dataclass(slots=True, kw_only=True)
 class SupervisedObjective(Objective):
-    """Outputs of the model, compared with targets by a loss.
+    """Minimizes a loss of the model's outputs and targets.
 
     Attributes:
-        loss: Resolved: torch's own, an inferred one, or any callable.
+        loss: A loss of torch, an inferred loss, or any callable.
         forward: The user's ``(model, batch) -> (outputs, targets)``, or None for the standard one.
-        mixing: Checks that the model treats each example by itself; None skips the check.
+        independence: Checks that the model treats each example by itself; None skips the check.
     """
 
     loss: Loss
     forward: Forward | None
-    mixing: BatchIndependenceCheck | None = field(default_factory=BatchIndependenceCheck)
+    independence: BatchIndependenceCheck | None = field(default_factory=BatchIndependenceCheck)
     _schedule: DoublingSchedule = field(default_factory=DoublingSchedule, init=False)
     _ragged_verified: bool = field(default=False, init=False)
 
     @property
     def takes_context(self) -> bool:
-        """True: rows of context can be left out of outputs and targets."""
+        """True: the rows of context examples can be removed from outputs and targets."""
         return True
 
     @property
     def only_reads_targets(self) -> bool:
-        """True if one of torch's losses compares what the standard forward returns."""
+        """True if a loss of torch receives the batch's own targets."""
         return self.forward is None and not self.loss.checked
 
     @property
@@ -65,7 +65,7 @@ class SupervisedObjective(Objective):
 
     def for_evaluation(self) -> "SupervisedObjective":
         """Return an objective with the same loss that does not check the model."""
-        return SupervisedObjective(loss=self.loss, forward=self.forward, mixing=None)
+        return SupervisedObjective(loss=self.loss, forward=self.forward, independence=None)
 
     def state_dict(self) -> dict[str, object]:
         """Return how often the loss was verified."""
@@ -78,12 +78,14 @@ class SupervisedObjective(Objective):
 
     def prepare(self, model: nn.Module, batch: BatchTree, move: Move, *, cut: bool) -> None:
         """Check that the model treats each example by itself, if the batch is cut."""
-        if not cut or self.mixing is None:
+        if not cut or self.independence is None:
             return
-        self.mixing.ask(model, lambda nest: run_forward(self.forward, model, move(nest))[0], batch)
+        self.independence.check(
+            model, lambda pair: run_forward(self.forward, model, move(pair))[0], batch
+        )
 
     def denominator(self, batch: BatchTree) -> float:
-        """Return what the loss divides by; the examples where a ``forward`` makes the targets."""
+        """Return the terms of the targets; with ``forward``, the number of examples."""
         if not self.loss.divides:
             return 1
         if self.forward is not None:
@@ -93,7 +95,7 @@ class SupervisedObjective(Objective):
 
     def run(self, passes: Passes, model: nn.Module, record: Record | None = None) -> None:
         """Run each micro-batch by itself."""
-        # A mean of torch's over the elements that a forward= returns has to have one width.
+        # A mean of torch over elements that forward= returns needs elements of one shape.
         if self.forward is not None and not self.loss.checked and self.loss.divides:
             widths = TargetShapeCheck()
             passes.one_by_one(lambda mb: self._loss_of(model, mb, widths.of(mb.host, record)))
@@ -103,8 +105,8 @@ class SupervisedObjective(Objective):
     def verifier(self, cut: CutBatch) -> SplitCheck | None:
         """Return a check of a loss that was not recognized, in batches 1, 2, 4, 8 and so on.
 
-        A mean over tokens looks like one over examples as long as all have the same number. For
-        this reason the first ragged batch is checked as well.
+        A mean over tokens equals a mean over examples as long as all examples have the same number
+        of tokens. For this reason the first ragged batch is checked as well.
         """
         if not self.loss.checked:
             return None
@@ -119,12 +121,12 @@ class SupervisedObjective(Objective):
         return SplitCheck(self.loss, cut.move, cut.micro_batches, verified)
 
     def check_finite(self, finite: Sequence[bool]) -> None:
-        """Refuse a loss that was not recognized and is finite for some micro-batches only."""
+        """Refuse an unknown loss that is finite for some micro-batches only."""
         if self.loss.checked:
             refuse_partly_finite(finite)
 
     def notes(self, *, cut: bool) -> Iterator[str]:
-        """Yield what was inferred, and what of an unknown loss was verified."""
+        """Yield what was inferred, and how a loss that autobatch does not know was verified."""
         yield from self.loss.notes()
         if not self.loss.checked or not cut:
             return
@@ -143,10 +145,10 @@ class SupervisedObjective(Objective):
     def _loss_of(
         self, model: nn.Module, micro_batch: MicroBatch, record: Record | None
     ) -> tuple[Tensor, Terms]:
-        """The summed loss of the outputs, and the terms where only the loss can count them."""
+        """Return the summed loss, and its terms where only the loss can count them."""
         batch, host, context = micro_batch
         outputs, targets = own_rows(self.forward, model, batch, context)
-        # A loss of torch's counts nothing: the logical batch's targets have been counted.
+        # A loss of torch needs no count here: the logical batch's targets have been counted.
         examples = 0 if self.only_reads_targets else size_of(host) - context
         if self.forward is not None and self.loss.checked:
             examples = _rows(outputs, targets, examples)
@@ -159,10 +161,9 @@ class SupervisedObjective(Objective):
 
 
 def _rows(outputs: BatchTree, targets: BatchTree, examples: int) -> int:
-    """How many rows a mean over what a ``forward`` returns is over.
+    """Return the number of rows that a ``forward`` returns; the examples if nothing has rows.
 
-    Rows need not be examples: ``outputs[mask]`` has one for each valid token. Where nothing has
-    rows, the examples are counted.
+    Rows need not be examples: ``outputs[mask]`` has one row for each valid token.
     """
     try:
         return size_of((outputs, targets))

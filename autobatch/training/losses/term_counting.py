@@ -1,4 +1,4 @@
-"""Ways to count the terms of a model's own mean."""
+"""Ways to count the terms of a mean that a model returns as its own loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from torch import Tensor
 from autobatch.data.micro_batches import pieces_of
 from autobatch.data.tree import BatchTree, size_of
 from autobatch.devices.factory import in_widest
+from autobatch.training.losses.forward import TARGET_KEYS
 
-_LABELS: Final = ("labels", "target")
-
-_HIDDEN: Final = -100  # The label that torch and transformers leave out of a mean.
+IGNORED_LABEL: Final = -100
+"""The label that torch and transformers leave out of a mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class TermCounter:
     """One way to count the terms of a mean.
 
     Attributes:
-        name: For people.
+        name: What is counted, for messages.
         of_labels: Takes labels ``(examples, ...)``, returns the terms of each example.
     """
 
@@ -30,7 +30,7 @@ class TermCounter:
 
     def terms(self, batch: BatchTree) -> Tensor:
         """Return the terms of each example of a batch, ``(examples,)``, in float64."""
-        found = [(_labels(piece), size_of(piece)) for piece in pieces_of(batch)]
+        found = [(labels_of(piece), size_of(piece)) for piece in pieces_of(batch)]
         return torch.cat(
             [self.of_labels(torch.empty(n) if rows is None else rows) for rows, n in found]
         )
@@ -38,25 +38,25 @@ class TermCounter:
 
 def candidates(batch: BatchTree) -> tuple[TermCounter, ...]:
     """Return what the model's mean over a batch may count, the likeliest first."""
-    labels = _labels(pieces_of(batch)[0])
+    labels = labels_of(pieces_of(batch)[0])
     if labels is None:
-        return (_EXAMPLES,)
+        return (EXAMPLES,)
     if labels.is_floating_point():
-        return (_ELEMENTS,)
-    return (_VALID, _SHIFTED, _EXAMPLES) if labels.ndim > 1 else (_VALID, _EXAMPLES)
+        return (ELEMENTS,)
+    return (VALID_LABELS, SHIFTED_LABELS, EXAMPLES) if labels.ndim > 1 else (VALID_LABELS, EXAMPLES)
 
 
-def _same_weights(possible: Sequence[TermCounter], batch: BatchTree) -> bool:
-    """Whether every way to count gives each example the same share of the whole."""
-    if len(possible) == 1:
+def give_same_weights(counters: Sequence[TermCounter], batch: BatchTree) -> bool:
+    """Return True if every counter gives each example the same weight in the mean."""
+    if len(counters) == 1:
         return True
-    counts = torch.stack([counting.terms(batch) for counting in possible])
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return bool((shares - shares[0]).abs().max() <= 1e-12)
+    counts = torch.stack([counter.terms(batch) for counter in counters])
+    weights = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return bool((weights - weights[0]).abs().max() <= 1e-12)
 
 
-def _uneven(batch: BatchTree) -> set[str]:
-    """The names under which examples differ in how many of their integers are zero."""
+def names_with_uneven_zeros(batch: BatchTree) -> set[str]:
+    """Return the names of the integer tensors in which examples have different numbers of zeros."""
     return {
         str(name)
         for piece in pieces_of(batch)
@@ -67,37 +67,46 @@ def _uneven(batch: BatchTree) -> set[str]:
     }
 
 
-def _labels_key(batch: Mapping[str, BatchTree]) -> str | None:
-    """Where the batch has labels, one row an example."""
-    found = ((key, batch.get(key)) for key in _LABELS)
+def labels_key(batch: Mapping[str, BatchTree]) -> str | None:
+    """Return the key under which a batch has labels, one row an example; None without labels."""
+    found = ((key, batch.get(key)) for key in TARGET_KEYS)
     return next((key for key, value in found if isinstance(value, Tensor) and value.ndim), None)
 
 
-def _labels(batch: BatchTree) -> Tensor | None:
-    key = _labels_key(batch) if isinstance(batch, Mapping) else None
+def labels_of(batch: BatchTree) -> Tensor | None:
+    """Return the labels of a batch, one row an example; None without labels."""
+    key = labels_key(batch) if isinstance(batch, Mapping) else None
     labels = batch[key] if isinstance(batch, Mapping) and key is not None else None
     return labels if isinstance(labels, Tensor) else None
 
 
-def _is_valid(labels: Tensor) -> Tensor:
-    return labels.long() != _HIDDEN  # A byte of 156 would count as -100.
+def is_valid(labels: Tensor) -> Tensor:
+    """Return which labels are terms of a mean over valid labels, as a tensor of the same shape."""
+    return labels.long() != IGNORED_LABEL  # As a byte, -100 would be equal to 156.
 
 
-def _count(marks: Tensor) -> Tensor:
-    """What is marked in each row; one that has no more dimensions is its only mark."""
+def count_marked(marks: Tensor) -> Tensor:
+    """Return the number of marks in each row, ``(examples,)``; marks may have one dimension."""
     return in_widest(marks.reshape(len(marks), -1).sum(1))
 
 
-_VALID: Final = TermCounter("valid labels", lambda labels: _count(_is_valid(labels)))
+VALID_LABELS: Final = TermCounter("valid labels", lambda labels: count_marked(is_valid(labels)))
+"""Counts the labels that are not ignored."""
 
-_SHIFTED: Final = TermCounter(
-    "shifted valid labels", lambda labels: _count(_is_valid(labels)[..., 1:])
+SHIFTED_LABELS: Final = TermCounter(
+    "shifted valid labels", lambda labels: count_marked(is_valid(labels)[..., 1:])
 )
+"""Counts valid labels without the first, as a causal language model does."""
 
-_EXAMPLES: Final = TermCounter("examples", lambda labels: in_widest(labels.new_ones(len(labels))))
+EXAMPLES: Final = TermCounter("examples", lambda labels: in_widest(labels.new_ones(len(labels))))
+"""Counts 1 for each example."""
 
-_ELEMENTS: Final = TermCounter(
-    "elements", lambda labels: _count(torch.ones_like(labels, dtype=torch.bool))
+ELEMENTS: Final = TermCounter(
+    "elements", lambda labels: count_marked(torch.ones_like(labels, dtype=torch.bool))
 )
+"""Counts the numbers in floating labels."""
 
-_ALL: Final = (_VALID, _SHIFTED, _EXAMPLES, _ELEMENTS)
+COUNTERS: Final = {
+    counter.name: counter for counter in (VALID_LABELS, SHIFTED_LABELS, EXAMPLES, ELEMENTS)
+}
+"""All counters by name."""

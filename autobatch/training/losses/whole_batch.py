@@ -1,9 +1,9 @@
-"""Losses that compare examples with one another, exact in pieces: two forward passes.
+"""Losses that compare examples with one another, exact in micro-batches by gradient caching.
 
-The outputs of all micro-batches are made without a graph and joined, the loss of the whole gives
-their gradient, and a second forward pass of each micro-batch, with the random numbers and the
-buffers of the first, takes that gradient back to the parameters (Gao et al., 2021, "Scaling deep
-contrastive learning batch size under memory limited setup").
+The first forward pass computes the outputs of all micro-batches without a graph. The loss of the
+joined outputs gives their gradient. A second forward pass of each micro-batch, with the random
+numbers and the buffers of the first, propagates that gradient to the parameters (Gao et al., 2021,
+"Scaling deep contrastive learning batch size under memory limited setup").
 """
 
 from collections.abc import Callable
@@ -19,20 +19,29 @@ LossOfAll = Callable[..., object]
 
 
 class WholeBatch:
-    """A loss ``(outputs, targets) -> scalar`` that is given the whole logical batch at once.
+    """Train with a loss ``(outputs, targets) -> scalar`` of the whole logical batch.
 
-    Exact for any loss of outputs: contrastive, batch-hard, correlation. It costs a second forward
-    pass, and memory for the outputs of all examples, wherever the batch is cut. The outputs hold
-    one row an example, embeddings say, not a matrix that compares them: that is the loss's part. A
-    tensor without dimensions, such as a temperature, may go with them::
-
-        find_and_train(model, pairs, desired=4096, loss=WholeBatch(info_nce))
+    ``WholeBatch`` makes any loss that compares examples exact in micro-batches: contrastive,
+    batch-hard triplet, correlation. A batch that is cut costs a second forward pass, and memory for
+    the outputs of all examples.
 
     Args:
-        loss: Its value is what is minimised; nothing is divided. A module may have parameters.
+        loss: Takes the outputs and targets of the whole logical batch and returns the value to
+            minimize, a tensor without dimensions; nothing divides it. Outputs have one row an
+            example, for example embeddings ``(examples, features)``; the loss itself compares the
+            rows. A scalar output, such as a temperature, is allowed too. A module may have
+            parameters, which are trained.
 
     Raises:
-        TypeError: If it is not callable.
+        TypeError: ``loss`` is not callable.
+
+    Example::
+
+        def info_nce(outputs, targets):
+            image, text = (F.normalize(rows) for rows in outputs)
+            return F.cross_entropy(image @ text.T / 0.07, torch.arange(len(image)))
+
+        find_and_train(model, pairs, desired=4096, loss=WholeBatch(info_nce))
     """
 
     def __init__(self, loss: LossOfAll) -> None:
@@ -44,7 +53,7 @@ class WholeBatch:
 
     @property
     def module(self) -> nn.Module | None:
-        """The loss, where it is a module."""
+        """The loss if it is a module, otherwise None."""
         return self.loss if isinstance(self.loss, nn.Module) else None
 
     def objective(self, forward: Forward | None) -> "WholeBatchObjective":
@@ -52,10 +61,10 @@ class WholeBatch:
         return WholeBatchObjective(loss=self, forward=forward)
 
     def __call__(self, outputs: BatchTree, targets: BatchTree) -> Tensor:
-        """Return the loss of the whole.
+        """Return the loss of the whole logical batch.
 
         Raises:
-            TypeError: If it is no tensor without dimensions.
+            TypeError: If the loss is no tensor without dimensions.
         """
         value = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim:
@@ -65,11 +74,11 @@ class WholeBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeBatchObjective(Objective):
-    """The objective of a ``WholeBatch``; ``accumulate_cached`` takes its gradient.
+    """The objective of a ``WholeBatch``; the engine computes its gradient by gradient caching.
 
     Attributes:
-        loss: Of all outputs and targets.
-        forward: The user's, or None for the standard one.
+        loss: The loss of all outputs and targets.
+        forward: The user's ``(model, batch) -> (outputs, targets)``, or None for the standard one.
     """
 
     loss: WholeBatch
@@ -82,11 +91,11 @@ class WholeBatchObjective(Objective):
 
     @property
     def takes_context(self) -> bool:
-        """True: rows of context can be left out of outputs and targets."""
+        """True: the rows of context examples can be removed from outputs and targets."""
         return True
 
-    def denominator(self, batch: BatchTree) -> float:  # noqa: ARG002  # The protocol's.
-        """Return 1: the loss is what it is."""
+    def denominator(self, batch: BatchTree) -> float:  # noqa: ARG002  # The protocol has it.
+        """Return 1: nothing divides the loss."""
         return 1
 
     def run(

@@ -1,4 +1,4 @@
-"""A model whose examples see one another cannot be cut, and is not."""
+"""A model whose examples depend on one another is refused when its batch is cut."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ BATCH = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.ar
 
 
 class Mixing(nn.Module):
-    """A linear layer, and what is done to its outputs."""
+    """A linear layer and a function of its outputs."""
 
     def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -47,10 +47,10 @@ def test_a_model_that_mixes_examples_is_refused_when_its_batch_is_cut(
     with pytest.raises(InexactStepError, match="the model mixes examples"):
         Accumulator(model, sgd(model), loss, micro_batch=4).step(BATCH)
     assert fingerprint(model) == before
-    Accumulator(model, sgd(model), loss).step(BATCH)  # Whole, it is what it is.
+    Accumulator(model, sgd(model), loss).step(BATCH)  # A whole batch is exact.
 
 
-def test_it_is_refused_before_find_and_train_has_moved_anything() -> None:
+def test_find_and_train_refuses_it_before_anything_has_changed() -> None:
     model = Mixing(standardised)
     before = fingerprint(model)
     with pytest.raises(InexactStepError, match="WholeBatch"):
@@ -63,7 +63,7 @@ class Noisy(nn.Module):
         return x + torch.randn_like(x)  # In evaluation mode too, as a VAE does.
 
 
-class Shy(nn.Module):
+class NeedsTwo(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert len(x) > 1, "squeezes its batch away"
         return x
@@ -78,11 +78,11 @@ class Shy(nn.Module):
         nn.BatchNorm1d(5, track_running_stats=False),
         nn.LayerNorm(5),
         Noisy(),
-        Shy(),
+        NeedsTwo(),
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_other_models_are_cut_and_nothing_of_the_question_is_left(layer: nn.Module) -> None:
+def test_other_models_are_cut_and_the_check_leaves_no_trace(layer: nn.Module) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(layer, nn.Linear(5, 3))
     calls: list[bool] = []
@@ -95,7 +95,7 @@ def test_other_models_are_cut_and_nothing_of_the_question_is_left(layer: nn.Modu
     assert model.training
 
 
-def test_a_model_is_asked_once_if_it_answers() -> None:
+def test_a_model_is_checked_once_if_the_check_has_an_answer() -> None:
     model = small_model().float()
     calls: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))

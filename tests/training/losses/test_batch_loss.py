@@ -1,4 +1,4 @@
-"""A function of the user's own, (model, batch) -> (sum, terms)."""
+"""A loss that runs the model itself: a function (model, batch) -> (sum, terms)."""
 
 import pickle
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def test_a_sum_and_its_terms_give_the_undivided_step(micro_batch: int) -> None:
     assert_same_parameters(ours, whole)
 
 
-def test_through_find_and_train_with_a_note_that_it_is_the_user_s_word() -> None:
+def test_find_and_train_takes_the_undivided_step_and_notes_the_check() -> None:
     ours, whole = small_model(), small_model()
     result = find_and_train(
         ours,
@@ -70,7 +70,9 @@ def contrastive(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("wrong", [mean, constant_terms, contrastive])
-def test_what_does_not_add_up_is_refused_when_the_batch_is_cut(wrong: BatchLossFunction) -> None:
+def test_a_sum_that_does_not_add_up_is_refused_when_the_batch_is_cut(
+    wrong: BatchLossFunction,
+) -> None:
     model = small_model()
     before = fingerprint(model)
     accumulator = Accumulator(model, sgd(model), batch_loss=wrong, micro_batch=4)
@@ -80,12 +82,12 @@ def test_what_does_not_add_up_is_refused_when_the_batch_is_cut(wrong: BatchLossF
 
 
 @pytest.mark.parametrize("wrong", [mean, constant_terms, contrastive])
-def test_a_batch_that_fits_whole_may_be_coupled(wrong: BatchLossFunction) -> None:
+def test_a_batch_that_fits_whole_may_compare_examples(wrong: BatchLossFunction) -> None:
     model = small_model()
     Accumulator(model, sgd(model), batch_loss=wrong).step(rows())
 
 
-def test_random_numbers_in_it_are_no_reason_to_refuse_it() -> None:
+def test_a_function_that_draws_random_numbers_is_not_refused() -> None:
     def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         x, _ = batch
         noise = torch.randn_like(x)
@@ -136,7 +138,7 @@ def test_the_check_leaves_no_trace() -> None:
     assert_exact(one.state_dict(), other.state_dict())
 
 
-def test_two_ways_to_say_the_loss_are_refused() -> None:
+def test_two_ways_to_pass_the_loss_are_refused() -> None:
     model = small_model()
     with pytest.raises(TypeError, match="batch_loss takes the place of loss and forward"):
         Accumulator(model, sgd(model), nn.CrossEntropyLoss(), batch_loss=summed)
@@ -145,7 +147,7 @@ def test_two_ways_to_say_the_loss_are_refused() -> None:
 
 
 class Detector(nn.Module):
-    """As torchvision's: losses in training mode, and in evaluation mode what was detected."""
+    """Returns losses in training mode and detections in evaluation mode, as torchvision's do."""
 
     def __init__(self, *, broken: bool = False) -> None:
         super().__init__()
@@ -171,7 +173,7 @@ def boxes(examples: int = 11) -> Batch:
     return x, y.clamp(min=0)
 
 
-def test_a_model_that_returns_losses_in_training_alone_is_asked_there() -> None:
+def test_a_model_that_returns_losses_in_training_mode_only_is_checked_there() -> None:
     ours, whole = Detector(), Detector()
     step = Accumulator(ours, sgd(ours), batch_loss=of_detector, micro_batch=4).step(boxes())
     assert ours.training
@@ -182,7 +184,7 @@ def test_a_model_that_returns_losses_in_training_alone_is_asked_there() -> None:
     assert_same_parameters(ours, whole)
 
 
-def test_there_too_what_does_not_add_up_is_refused() -> None:
+def test_in_training_mode_too_a_mean_is_refused() -> None:
     def mean_of_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         return of_detector(model, batch)[0] / len(batch[0]), len(batch[0])
 
@@ -193,7 +195,7 @@ def test_there_too_what_does_not_add_up_is_refused() -> None:
     assert fingerprint(model) == before
 
 
-def test_what_fails_in_both_modes_says_that_it_was_a_check() -> None:
+def test_an_error_in_both_modes_notes_that_a_check_ran() -> None:
     model = Detector(broken=True)
     with pytest.raises(ArithmeticError, match="no gradient flows") as caught:
         Accumulator(model, sgd(model), batch_loss=of_detector, micro_batch=4).step(boxes())
@@ -230,7 +232,7 @@ def test_both_forms_together_are_refused() -> None:
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("micro_batch", [11, 4, 1])
-def test_terms_that_are_known_beforehand_give_the_undivided_step(
+def test_terms_that_are_counted_beforehand_give_the_undivided_step(
     micro_batch: int, tensor: bool
 ) -> None:
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, object]:
@@ -247,7 +249,7 @@ def test_terms_that_are_known_beforehand_give_the_undivided_step(
 
 
 def test_a_mean_of_means_is_another_step() -> None:
-    """The control: 1e-12 tells the exact step from the usual mistake."""
+    """Control: a tolerance of 1e-12 separates the exact step from the usual mistake."""
     ours, whole = small_model(), small_model()
     parts = [tuple(part) for part in zip(*(item.split(4) for item in rows()), strict=True)]
     torch.stack([F.cross_entropy(ours(x), y) for x, y in parts]).mean().backward()
@@ -257,8 +259,8 @@ def test_a_mean_of_means_is_another_step() -> None:
         assert_same_parameters(ours, whole)
 
 
-def test_known_terms_divide_the_first_backward_pass() -> None:
-    """Without them every gradient is rescaled at the end."""
+def test_counted_terms_divide_the_first_backward_pass() -> None:
+    """Without ``terms=`` the gradient is rescaled at the end."""
     seen: list[float] = []
 
     def watched(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -303,7 +305,7 @@ def test_terms_that_differ_from_those_of_the_function_are_refused(
     assert fingerprint(model) == before
 
 
-def test_they_are_refused_in_a_batch_that_fits_whole_and_in_late_ones_too() -> None:
+def test_wrong_terms_are_refused_in_a_whole_batch_and_in_a_later_batch() -> None:
     model = small_model()
     wrong = BatchLoss(summed, terms=lambda batch: len(batch[1]))
     with pytest.raises(InexactStepError, match=r"returns 7 terms .* terms= counts 11"):
@@ -316,7 +318,7 @@ def test_they_are_refused_in_a_batch_that_fits_whole_and_in_late_ones_too() -> N
     right[0] = False
     before = fingerprint(model)
     with pytest.raises(InexactStepError):
-        accumulator.step(rows())  # The third logical batch: no check of two examples runs there.
+        accumulator.step(rows())  # No check of two examples runs in the third logical batch.
     assert fingerprint(model) == before
 
 
@@ -324,14 +326,14 @@ def test_they_are_refused_in_a_batch_that_fits_whole_and_in_late_ones_too() -> N
     ("count", "error"),
     [("7", TypeError), (None, TypeError), (-1, ValueError), (float("nan"), ValueError)],
 )
-def test_terms_that_are_no_count_are_refused(count: object, error: type[Exception]) -> None:
+def test_terms_that_are_no_number_are_refused(count: object, error: type[Exception]) -> None:
     model = small_model()
     loss = BatchLoss(summed, terms=lambda _: count)
     with pytest.raises(error, match="terms must return a number"):
         Accumulator(model, sgd(model), loss, micro_batch=4).step(rows())
 
 
-def test_known_terms_train_with_a_search_an_evaluation_and_no_wait() -> None:
+def test_counted_terms_work_with_a_search_an_evaluation_and_no_nan_check() -> None:
     ours, whole = small_model(), small_model()
     result = find_and_train(
         ours,

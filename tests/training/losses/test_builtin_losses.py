@@ -1,3 +1,5 @@
+"""Torch's own losses give the undivided loss and gradient from any split."""
+
 import functools
 import inspect
 import warnings
@@ -82,7 +84,7 @@ class Case:
     """A loss, and a problem for it.
 
     Attributes:
-        ignored: A class index that is no valid target, or None.
+        ignored: The class index that the loss ignores, or None.
     """
 
     loss: TorchLoss
@@ -90,7 +92,7 @@ class Case:
     ignored: int | None = None
 
     def draw(self, seed: int, sizes: Sequence[int], hidden: int = 0) -> tuple[Tensor, Tensor]:
-        """Outputs and targets; every third ignored, and all those of the part ``hidden``."""
+        """Outputs and targets; a third is ignored, and the whole part ``hidden``."""
         generator = Generator().manual_seed(seed)
         output, target = self.problem(sum(sizes), generator)
         if self.ignored is not None:
@@ -100,7 +102,7 @@ class Case:
         return output.requires_grad_(), target
 
     def show(self, target: Tensor, index: int) -> None:
-        """Make one element of the targets a valid one."""
+        """Make one element of the targets valid."""
         assert self.ignored is not None
         target.view(-1)[index] = (self.ignored + 1) % 5
 
@@ -159,7 +161,7 @@ by_case = pytest.mark.parametrize("name", CASES)
 
 
 def in_parts(loss: Loss, output: Tensor, target: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Value and gradient by the law, as a window takes them: what the loss knows is asked once."""
+    """Value and gradient as training accumulates them, with one denominator."""
     denominator = loss.denominator(target, len(target))
     value = torch.zeros((), dtype=torch.float64)
     for part, its in zip(output.split(list(sizes)), target.split(list(sizes)), strict=True):
@@ -178,16 +180,16 @@ def undivided(loss: TorchLoss, output: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def mean_of_means(
-    loss: TorchLoss, output: Tensor, target: Tensor, shares: dict[int, float]
+    loss: TorchLoss, output: Tensor, target: Tensor, weights: dict[int, float]
 ) -> list[Tensor]:
-    """Value and gradient by the usual mistake: parts by size, each with its share."""
+    """Value and gradient by the usual mistake: a weighted mean of the parts' means."""
     value = torch.zeros((), dtype=torch.float64)
     gradients = []
-    parts = zip(output.split(list(shares)), target.split(list(shares)), strict=True)
-    for share, (part, its) in zip(shares.values(), parts, strict=True):
+    parts = zip(output.split(list(weights)), target.split(list(weights)), strict=True)
+    for weight, (part, its) in zip(weights.values(), parts, strict=True):
         own_value, own_gradient = undivided(loss, part.detach().requires_grad_(), its)
-        value += share * own_value
-        gradients.append(share * own_gradient)
+        value += weight * own_value
+        gradients.append(weight * own_gradient)
     return [value, torch.cat(gradients)]
 
 
@@ -216,13 +218,13 @@ def test_any_split_gives_the_undivided_loss_and_gradient(
 def test_the_mean_of_means_is_another_loss_and_gradient(name: str) -> None:
     case, sizes = CASES[name], (4, 2, 1)
     output, target = case.draw(3, sizes, hidden=-1)
-    shares = dict.fromkeys(sizes, 1 / 3)
+    weights = dict.fromkeys(sizes, 1 / 3)
     if case.ignored is not None:
-        case.show(target, -1)  # A part without a valid target has nan for its mean.
-        shares = {size: size / 7 for size in sizes}  # Weights by examples do not help either.
+        case.show(target, -1)  # The mean of a part without a valid target is nan.
+        weights = {size: size / 7 for size in sizes}  # Weights by examples are wrong as well.
     expected = undivided(case.loss, output, target)
     for wrong, right in zip(
-        mean_of_means(case.loss, output, target, shares), expected, strict=True
+        mean_of_means(case.loss, output, target, weights), expected, strict=True
     ):
         with pytest.raises(AssertionError, match="not close"):
             torch.testing.assert_close(wrong, right, rtol=1e-3, atol=1e-6)
@@ -268,7 +270,7 @@ def test_the_byte_156_is_not_minus_100() -> None:
 WEIGHTED: list[Callable[..., Tensor]] = [
     functional
     for functional in (F.mse_loss, F.l1_loss, F.huber_loss)
-    if "weight" in inspect.signature(functional).parameters  # It differs between versions of torch.
+    if "weight" in inspect.signature(functional).parameters  # Versions of torch differ here.
 ]
 
 
@@ -279,7 +281,7 @@ def test_a_weight_for_each_element_serves_every_example(
 ) -> None:
     output, target = CASES["l1"].draw(0, [7])
     loss = functools.partial(functional, weight=V[None], reduction=reduction)
-    # Torch itself wants the weights repeated by hand, for the whole batch.
+    # Torch itself needs the weights repeated for the whole batch.
     repeated = functools.partial(functional, weight=V.expand(7, 3), reduction=reduction)
     assert_equal(
         in_parts(resolve_loss(loss), output, target, [4, 2, 1]), undivided(repeated, output, target)
@@ -323,7 +325,7 @@ def test_targets_without_examples_are_refused(target: Tensor) -> None:
 
 
 @pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss()])
-def test_a_number_for_a_target_is_told_as_one_of_a_list_of_examples(loss: nn.Module | None) -> None:
+def test_a_number_as_target_is_explained_as_a_list_of_examples(loss: nn.Module | None) -> None:
     with pytest.raises(TypeError, match=r"got int; pass .*DataLoader\(data, batch_size"):
         resolve_loss(loss).denominator(1, 4)
 
@@ -375,7 +377,7 @@ def test_no_loss_is_inferred_from_other_targets(targets: BatchTree, described: s
         ("mse", "a callable .* got 'mse'"),
     ],
 )
-def test_what_can_never_be_exact_is_refused_at_once(
+def test_a_loss_that_can_never_be_exact_is_refused_at_once(
     loss: Callable[..., object], message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):
@@ -401,17 +403,17 @@ def test_a_reduction_that_torch_does_not_have_is_refused(loss: TorchLoss) -> Non
         (lambda outputs, targets: (outputs - targets).mean(), True),
     ],
 )
-def test_only_a_sum_is_not_divided(loss: TorchLoss | None, divides: bool) -> None:
+def test_only_a_summed_loss_has_no_denominator(loss: TorchLoss | None, divides: bool) -> None:
     assert resolve_loss(loss).divides is divides
 
 
-def test_a_reduction_given_the_old_way_is_a_reduction() -> None:
+def test_a_deprecated_reduction_argument_still_counts() -> None:
     with pytest.warns(UserWarning, match="deprecated"):
         loss = nn.MSELoss(size_average=False)
     assert resolve_loss(loss).denominator(torch.ones(4), 4) == 1
 
 
-def test_the_outer_of_nested_partials_wins() -> None:
+def test_the_outer_partial_overrides_the_inner_one() -> None:
     inner = functools.partial(F.cross_entropy, ignore_index=3, reduction="sum")
     inner.note = "an attribute keeps functools from flattening"  # type: ignore[attr-defined]  # Any object may.
     outer = functools.partial(inner, reduction="mean", label_smoothing=0.1)
@@ -453,7 +455,7 @@ def patched() -> nn.Module:
     "loss",
     [
         MyCrossEntropy(),
-        MyCrossEntropy(reduction="none"),  # What it returns may still be reduced.
+        MyCrossEntropy(reduction="none"),  # A subclass may still reduce.
         hooked(),
         hooked_before(),
         patched(),
@@ -463,11 +465,11 @@ def patched() -> nn.Module:
         lambda outputs, targets: F.mse_loss(outputs, targets),
     ],
 )
-def test_what_is_not_torchs_own_is_not_recognised(loss: Callable[..., object]) -> None:
+def test_a_loss_that_is_not_torchs_own_must_be_verified(loss: Callable[..., object]) -> None:
     assert resolve_loss(loss).checked
 
 
-def test_a_modules_buffers_and_settings_are_read_when_used() -> None:
+def test_buffers_and_settings_of_a_module_are_read_at_each_use() -> None:
     module = nn.CrossEntropyLoss(W.float())
     loss = resolve_loss(module)
     module.double()
@@ -535,7 +537,7 @@ def test_any_sum_and_terms_are_split_exactly(
     )
 
 
-def test_terms_hold_no_graph() -> None:
+def test_terms_have_no_graph() -> None:
     output = torch.ones(4, requires_grad=True)
     _, terms = resolve_loss(lambda o, _: (o.sum(), o.sum())).summed(output, None, 4)
     assert isinstance(terms, Tensor)
@@ -557,14 +559,14 @@ def test_terms_hold_no_graph() -> None:
         ({"loss": torch.tensor(1.0)}, TypeError, "got {loss: float32"),
     ],
 )
-def test_what_is_neither_a_mean_nor_sum_and_terms_is_refused(
+def test_a_result_that_is_neither_a_mean_nor_sum_and_terms_is_refused(
     result: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         resolve_loss(lambda *_: result).summed(torch.ones(4, 3), torch.ones(4, 3), 4)
 
 
-def test_a_loss_may_not_change_between_a_mean_and_sum_and_terms() -> None:
+def test_a_loss_may_not_switch_between_a_mean_and_sum_and_terms() -> None:
     results: list[object] = [torch.tensor(1.0), (torch.tensor(4.0), 4), torch.tensor(1.0)]
     loss = CallableLoss(lambda *_: results.pop())
     loss.summed(None, None, 4)

@@ -1,4 +1,4 @@
-"""What is learnt of a model's own loss is remembered, and stays with whoever learnt it."""
+"""What is found out about a model's own loss is kept, and evaluation does not change it."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def same(batch: object) -> object:
     return batch
 
 
-def test_what_was_learnt_is_known_again_after_a_checkpoint() -> None:
+def test_a_checkpoint_keeps_what_was_found_out() -> None:
     objective, model = inferred(), Causal()
     equal, ragged = text(6, 6, 6), text(6, 2, 4)
     objective.prepare(model, equal, same, cut=True)
@@ -55,13 +55,13 @@ def test_what_was_learnt_is_known_again_after_a_checkpoint() -> None:
     assert again.state_dict() == objective.state_dict()
 
 
-def test_what_one_that_stands_apart_learns_does_not_reach_it() -> None:
+def test_the_objective_for_evaluation_does_not_change_the_other() -> None:
     objective, model = inferred(), Causal()
     objective.prepare(model, text(6, 6, 6), same, cut=True)
     before = objective.state_dict()
-    apart = objective.for_evaluation()
-    apart.prepare(model, text(6, 2, 4), same, cut=True)
-    assert objective.state_dict() == before != apart.state_dict()
+    evaluated = objective.for_evaluation()
+    evaluated.prepare(model, text(6, 2, 4), same, cut=True)
+    assert objective.state_dict() == before != evaluated.state_dict()
 
 
 def test_evaluation_on_ragged_text_changes_no_bit_of_training() -> None:
@@ -81,7 +81,7 @@ def test_evaluation_on_ragged_text_changes_no_bit_of_training() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [3, 1])
-def test_a_first_batch_without_a_label_is_skipped_as_any_other(micro_batch: int) -> None:
+def test_a_first_batch_without_a_label_is_skipped(micro_batch: int) -> None:
     model = Causal()
     accumulator = Accumulator(model, sgd(model), micro_batch=micro_batch)
     nothing = {**text(6, 6, 6), "labels": torch.full((3, 6), -100)}
@@ -89,5 +89,5 @@ def test_a_first_batch_without_a_label_is_skipped_as_any_other(micro_batch: int)
     batch = text(6, 2, 4)
     step = accumulator.step(batch)
     assert_exact(step.loss, Causal()(**batch)["loss"].item())
-    if micro_batch < 3:  # Uncut, what the mean counts does not matter, and is not asked.
+    if micro_batch < 3:  # Without a cut, the terms do not matter and are not counted.
         assert step.terms == 9

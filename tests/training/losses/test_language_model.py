@@ -1,4 +1,4 @@
-"""A GPT-2 of transformers learns real text in ragged pieces, as it would from undivided batches."""
+"""A GPT-2 of transformers trains on ragged text as on undivided batches."""
 
 import copy
 import functools
@@ -19,8 +19,8 @@ Batch = dict[str, Tensor]
 LONGEST = 48
 DESIRED = 24
 STEPS = 30
-# AdamW makes a gradient that is nothing but rounding (a key's bias has none) as large as any
-# other, so its epsilon is above that.
+# AdamW enlarges a gradient of nothing but rounding (that of a key's bias) to the size of the
+# others, unless its epsilon is larger than that gradient.
 ADAMW = functools.partial(torch.optim.AdamW, lr=3e-3, eps=1e-6)
 
 
@@ -45,7 +45,7 @@ def gpt2() -> nn.Module:
 
 
 def padded(batch: Batch) -> Batch:
-    """To the longest example of all: causal, so that padding on the right changes nothing."""
+    """Pad to the longest example of all; in a causal model, right padding changes nothing."""
     room = LONGEST - batch["labels"].shape[1]
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {name: F.pad(tensor, (0, room), value=fill[name]) for name, tensor in batch.items()}
@@ -86,8 +86,8 @@ def text() -> list[Batch]:
     return character_batches(STEPS * DESIRED - 5, 10, longest=LONGEST, seed=0)
 
 
-def test_the_losses_are_the_undivided_run_s_at_every_step(text: list[Batch]) -> None:
-    """The model's own loss, in float32, where every step multiplies what sums in another order do.
+def test_the_losses_are_those_of_undivided_batches_at_every_step(text: list[Batch]) -> None:
+    """With the model's own loss, in float32: each step multiplies the rounding of earlier sums.
 
     transformers rounds logits to float32 whatever the model; below the same goes on in float64. How
     far rounding alone leads differs between processors, so the same batches with their examples in

@@ -1,3 +1,5 @@
+"""The terms of a model's own loss are found by trial, and any split takes the undivided step."""
+
 import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +39,7 @@ class Output:
 
 
 class Tagger(nn.Module):
-    """A float64 net from tokens to scores, that takes a mean of its own over the labels."""
+    """A float64 net from tokens to scores that takes its own mean over the labels."""
 
     def __init__(self, mean: Mean, seed: int = 0) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ def even(model: Tagger) -> Tagger:
 
 
 def each(scores: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each label, ``(batch, time)``; 0 where it is hidden."""
+    """The loss of each label, ``(batch, time)``; 0 where it is ignored."""
     return F.cross_entropy(scores.transpose(1, 2), labels, reduction="none")
 
 
@@ -100,12 +102,12 @@ def noisy(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def unpadded(scores: Tensor, labels: Tensor) -> Tensor:
-    """A mean that leaves out the label 0, which is nothing that autobatch counts."""
+    """A mean without the label 0, for which autobatch has no counter."""
     return F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=0)
 
 
 def recording(mean: Mean) -> tuple[Mean, list[Tensor]]:
-    """The same mean, and the labels that it is called with: what a model holds is put back."""
+    """Return the same mean, and a list of the labels that it receives."""
     calls: list[Tensor] = []
 
     def recorded(scores: Tensor, labels: Tensor) -> Tensor:
@@ -128,9 +130,9 @@ def text(seed: int, spans: Sequence[tuple[int, int]], time: int = 6) -> dict[str
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, TOKENS, (len(spans), time), generator=generator)
     labels = torch.randint(1, TOKENS, (len(spans), time), generator=generator)
-    place = torch.arange(time)
+    position = torch.arange(time)
     for row, (start, stop) in enumerate(spans):
-        labels[row, (place < start) | (place >= stop)] = -100
+        labels[row, (position < start) | (position >= stop)] = -100
     return {"tokens": tokens, "labels": labels}
 
 
@@ -138,8 +140,8 @@ RAGGED = text(0, [(0, 6), (0, 2), (1, 4), (0, 3), (2, 6)])
 EQUAL = text(0, [(0, 6)] * 4)
 
 
-def moved(nest: BatchTree) -> BatchTree:
-    return map_tensors(torch.clone, nest)
+def copied(batch: BatchTree) -> BatchTree:
+    return map_tensors(torch.clone, batch)
 
 
 def gradients(model: nn.Module) -> Gradients:
@@ -157,7 +159,7 @@ def undivided(model: nn.Module, batch: Batch) -> tuple[float, Gradients]:
 def accumulated(
     own: ModelLoss, model: nn.Module, parts: Sequence[Batch], denominator: float
 ) -> tuple[float, Gradients]:
-    """A window by hand: the sums are divided by the logical batch's terms."""
+    """Accumulate by hand: the sums are divided by the logical batch's terms."""
     model.zero_grad()
     total = 0.0
     for part in parts:
@@ -172,7 +174,7 @@ def window(
     model: nn.Module, batch: Batch, sizes: Sequence[int], own: ModelLoss | None = None
 ) -> tuple[float, Gradients]:
     own = own or ModelLoss()
-    own.settle(model, batch, moved)
+    own.prepare(model, batch, copied)
     return accumulated(own, model, parts_of(batch, sizes), own.denominator(batch))
 
 
@@ -185,23 +187,23 @@ def parts_of(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
 
 
 def counted(own: ModelLoss, batch: Batch) -> list[str]:
-    """What the model's mean may still be over."""
+    """The counters that no trial has refuted."""
     return [counting.name for counting in own._possible(batch)]
 
 
-# What the mean is over
+# What the mean counts
 
 
-def test_what_each_way_counts() -> None:
+def test_what_each_counter_counts() -> None:
     ways = {counting.name: counting.terms(RAGGED).tolist() for counting in candidates(RAGGED)}
     assert ways == {
         "valid labels": [6, 2, 3, 3, 4],
         "shifted valid labels": [5, 1, 3, 2, 4],
         "examples": [1, 1, 1, 1, 1],
     }
-    half = {"labels": torch.zeros(2, 1001, dtype=torch.bfloat16)}  # Has no 1001 of its own.
+    half = {"labels": torch.zeros(2, 1001, dtype=torch.bfloat16)}  # bfloat16 has no 1001.
     assert [c.terms(half).tolist() for c in candidates(half)] == [[1001, 1001]]
-    byte = {"labels": torch.full((2, 3), 156, dtype=torch.uint8)}  # -100, if it were signed.
+    byte = {"labels": torch.full((2, 3), 156, dtype=torch.uint8)}  # -100 as a signed byte.
     assert candidates(byte)[0].terms(byte).tolist() == [3, 3]
 
 
@@ -226,11 +228,11 @@ def test_any_split_has_the_undivided_loss_and_gradient(
 
 
 @pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
-def test_what_the_mean_is_over_is_found_on_the_first_ragged_batch(
+def test_the_counter_is_found_on_the_first_ragged_batch(
     mean: Mean,
 ) -> None:
     own = ModelLoss()
-    own.settle(Tagger(mean), RAGGED, moved)
+    own.prepare(Tagger(mean), RAGGED, copied)
     assert counted(own, RAGGED) == [
         next(n for n, m in MEANS.items() if m is mean).replace(
             "shifted, 0 for nothing", "shifted valid labels"
@@ -239,7 +241,7 @@ def test_what_the_mean_is_over_is_found_on_the_first_ragged_batch(
 
 
 @pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
-def test_it_is_found_where_every_label_has_the_same_loss(
+def test_the_counter_is_found_if_every_label_has_the_same_loss(
     mean: Mean,
 ) -> None:
     model = even(Tagger(mean))
@@ -251,7 +253,7 @@ def test_a_mean_over_examples_may_be_nan_where_one_has_no_label() -> None:
         return (each(scores, labels).sum(1) / (labels != -100).sum(1)).mean()
 
     own = ModelLoss()
-    own.settle(even(Tagger(nan_for_nothing)), RAGGED, moved)
+    own.prepare(even(Tagger(nan_for_nothing)), RAGGED, copied)
     assert counted(own, RAGGED) == ["examples"]
 
 
@@ -264,7 +266,7 @@ def test_counting_unshifted_labels_of_a_causal_model_is_wrong() -> None:
         assert_exact(wrong[1], undivided(model, RAGGED)[1])
 
 
-def test_equal_lengths_leave_it_open_until_a_ragged_batch() -> None:
+def test_equal_lengths_leave_the_counter_open_until_a_ragged_batch() -> None:
     model, own = Tagger(over_shifted), ModelLoss()
     assert_exact(window(model, EQUAL, [3, 1], own), undivided(model, EQUAL))
     assert len(counted(own, EQUAL)) == 3
@@ -321,17 +323,17 @@ def test_a_class_for_each_example(name: str, labels: list[int]) -> None:
     assert_exact(window(model, batch, [1, 3]), undivided(model, batch))
 
 
-class InTrainingAlone(Tagger):
-    """Returns no loss in evaluation mode, as detectors and many a model of one's own do."""
+class InTrainingOnly(Tagger):
+    """Returns no loss in evaluation mode, as detectors do."""
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Any:
         outputs = super().forward(tokens, labels)
         return outputs if self.training else SimpleNamespace(scores=outputs.scores)
 
 
-def test_a_loss_that_is_returned_in_training_alone_is_found() -> None:
+def test_a_loss_that_is_returned_in_training_mode_only_is_found() -> None:
     batch = text(1, [(0, 5), (0, 1), (2, 2), (0, 4)])
-    ours, whole = InTrainingAlone(over_labels), Tagger(over_labels)
+    ours, whole = InTrainingOnly(over_labels), Tagger(over_labels)
     accumulator = Accumulator(ours, torch.optim.SGD(ours.parameters(), lr=1.0), micro_batch=2)
     step = accumulator.step(batch)
     loss = whole(**batch).loss
@@ -345,7 +347,7 @@ def test_a_loss_that_is_returned_in_training_alone_is_found() -> None:
 
 
 class OverMask(Tagger):
-    """Takes the mean over a mask of its own; no label is hidden."""
+    """Takes the mean over its own mask; no label is ignored."""
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Output:  # type: ignore[override]
         outputs = super().forward(tokens, labels)
@@ -354,23 +356,23 @@ class OverMask(Tagger):
 
 
 def test_a_mean_over_a_mask_is_refused_as_soon_as_examples_differ_in_it() -> None:
-    """In a window in which the law is not tried otherwise."""
+    """Otherwise no trial would be due in this logical batch."""
     model, own = OverMask(over_labels), ModelLoss()
     full = torch.ones(4, 6, dtype=torch.long)
     for seed in range(6):
-        own.settle(model, {**text(seed, [(0, 6)] * 4), "mask": full}, moved)
+        own.prepare(model, {**text(seed, [(0, 6)] * 4), "mask": full}, copied)
     before = own.state_dict()
     ragged = full.tril(2)
     with pytest.raises(InexactStepError, match="no mean over"):
-        own.settle(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, moved)
+        own.prepare(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, copied)
     again = ModelLoss()
     again.load_state_dict(before)
     with pytest.raises(InexactStepError, match="no mean over"):
-        again.settle(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, moved)
+        again.prepare(model, {**text(9, [(0, 6)] * 4), "mask": ragged}, copied)
 
 
 class Wrapped(nn.Module):
-    """Hands on whatever it is called with."""
+    """Passes its keywords on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -384,7 +386,7 @@ class Wrapped(nn.Module):
         return scores(**named)
 
 
-def test_a_model_that_hands_keywords_on_need_not_take_labels() -> None:
+def test_a_model_that_passes_keywords_on_need_not_take_labels() -> None:
     torch.manual_seed(0)
     model, x = Wrapped(), torch.randn(4, 4, dtype=torch.float64)
     batch = {"x": x, "labels": torch.tensor([0, 1, 2, 1])}
@@ -396,9 +398,11 @@ def test_a_model_that_hands_keywords_on_need_not_take_labels() -> None:
 
 
 def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:
-    batch = text(1, [(0, 5), (0, 1), (2, 2), (0, 4)])  # Shifted, two in the middle have none.
+    batch = text(
+        1, [(0, 5), (0, 1), (2, 2), (0, 4)]
+    )  # Without the first label, the two in the middle have none.
     model, own = Tagger(over_shifted), ModelLoss()
-    own.settle(model, batch, moved)
+    own.prepare(model, batch, copied)
     empty = parts_of(batch, [1, 2, 1])[1]
     outputs = model(**empty)
     assert torch.isnan(outputs.loss)
@@ -411,20 +415,20 @@ def test_a_micro_batch_without_a_valid_label_is_a_zero_without_graph() -> None:
 
 def test_a_logical_batch_without_a_valid_label_has_no_terms() -> None:
     model, own = Tagger(over_labels), ModelLoss()
-    own.settle(model, RAGGED, moved)
+    own.prepare(model, RAGGED, copied)
     empty = text(0, [(0, 0)] * 3)
-    own.settle(model, empty, moved)
+    own.prepare(model, empty, copied)
     assert own.denominator(empty) == 0
 
 
-# Logical batches that are kept in pieces
+# Ragged logical batches
 
 
-def test_pieces_of_different_lengths_are_settled_as_one_batch() -> None:
+def test_pieces_of_different_lengths_are_one_batch() -> None:
     pieces = [text(0, [(0, 4), (0, 2)], time=4), text(1, [(0, 9), (1, 7)], time=9)]
     model, own = Tagger(over_shifted), ModelLoss()
     whole = RaggedBatch(tuple(pieces))
-    own.settle(model, whole, moved)
+    own.prepare(model, whole, copied)
     divided = accumulated(own, model, pieces, own.denominator(whole))
     padded = {
         key: torch.cat([F.pad(pieces[0][key], (0, 5), value=fill), pieces[1][key]])
@@ -433,23 +437,23 @@ def test_pieces_of_different_lengths_are_settled_as_one_batch() -> None:
     assert_exact(divided, undivided(model, padded))
 
 
-def test_no_label_is_hidden_from_a_model_that_may_not_know_hidden_labels() -> None:
+def test_no_label_is_set_to_a_value_that_the_model_may_not_know() -> None:
     pieces = RaggedBatch((text(0, [(0, 4)] * 2, time=4), text(1, [(0, 9)] * 2, time=9)))
     mean, calls = recording(over_labels)
     with pytest.raises(InexactStepError, match=r"valid labels or shifted .* batch_loss="):
-        ModelLoss().settle(Tagger(mean), pieces, moved)
+        ModelLoss().prepare(Tagger(mean), pieces, copied)
     assert calls
     assert not any((labels == -100).any() for labels in calls)
 
 
-# What is refused
+# Losses that are refused
 
 
 @pytest.mark.parametrize("mean", [contrastive, balanced])
 @pytest.mark.parametrize("batch", [EQUAL, RAGGED], ids=["equal", "ragged"])
-def test_a_loss_that_couples_examples_is_refused(mean: Mean, batch: Batch) -> None:
+def test_a_loss_that_compares_examples_is_refused(mean: Mean, batch: Batch) -> None:
     with pytest.raises(InexactStepError, match=r"both together.*batch_loss=.*one micro-batch"):
-        ModelLoss().settle(Tagger(mean), batch, moved)
+        ModelLoss().prepare(Tagger(mean), batch, copied)
 
 
 @pytest.mark.parametrize(
@@ -459,18 +463,18 @@ def test_a_loss_that_couples_examples_is_refused(mean: Mean, batch: Batch) -> No
         (noisy, "draws random numbers in evaluation mode.*batch_loss="),
     ],
 )
-def test_a_refusal_says_what_it_looks_like(mean: Mean, message: str) -> None:
+def test_the_error_says_what_the_loss_looks_like(mean: Mean, message: str) -> None:
     with pytest.raises(InexactStepError, match=message):
-        ModelLoss().settle(Tagger(mean), EQUAL, moved)
+        ModelLoss().prepare(Tagger(mean), EQUAL, copied)
 
 
-def test_a_mean_over_what_nobody_counts_is_refused_once_it_shows() -> None:
+def test_a_mean_without_a_counter_is_refused_once_examples_differ() -> None:
     model, own = Tagger(unpadded), ModelLoss()
-    own.settle(model, EQUAL, moved)
+    own.prepare(model, EQUAL, copied)
     padded = {**EQUAL, "labels": EQUAL["labels"].clone()}
     padded["labels"][:2, 2:] = 0
     with pytest.raises(InexactStepError, match="batch_loss="):
-        own.settle(model, padded, moved)
+        own.prepare(model, padded, copied)
 
 
 def by_squares(scores: Tensor, labels: Tensor) -> Tensor:
@@ -479,28 +483,28 @@ def by_squares(scores: Tensor, labels: Tensor) -> Tensor:
     return (means * counts**2).sum() / (counts**2).sum()
 
 
-def test_other_weights_are_refused_though_an_example_without_labels_hides_them() -> None:
+def test_other_weights_are_refused_although_one_example_has_no_labels() -> None:
     batch = text(0, [(0, 0), (0, 2), (0, 6), (0, 3)])
     with pytest.raises(InexactStepError, match="no mean over valid labels or"):
-        ModelLoss().settle(Tagger(by_squares), batch, moved)
+        ModelLoss().prepare(Tagger(by_squares), batch, copied)
 
 
-def test_what_was_refused_is_refused_again() -> None:
+def test_a_refused_loss_is_refused_again() -> None:
     own = ModelLoss()
     for _ in range(2):
         with pytest.raises(InexactStepError, match="cannot be split"):
-            own.settle(Tagger(contrastive), EQUAL, moved)
+            own.prepare(Tagger(contrastive), EQUAL, copied)
 
 
-# What it costs, and leaves
+# Costs and side effects
 
 
-def test_the_law_is_tried_in_the_windows_1_2_4_8() -> None:
+def test_trials_run_in_the_logical_batches_1_2_4_8() -> None:
     mean, calls = recording(over_labels)
     model, own = Tagger(mean), ModelLoss()
     tried = []
     for number in range(1, 17):
-        own.settle(model, EQUAL, moved)
+        own.prepare(model, EQUAL, copied)
         if calls:
             tried.append(number)
             assert [len(labels) for labels in calls] == [1, 1, 2]
@@ -508,19 +512,19 @@ def test_the_law_is_tried_in_the_windows_1_2_4_8() -> None:
     assert tried == [1, 2, 4, 8, 16]
 
 
-def test_examples_that_cannot_tell_are_no_trial() -> None:
+def test_equal_examples_do_not_count_as_a_trial() -> None:
     mean, calls = recording(over_labels)
     model, own = Tagger(mean), ModelLoss()
     for number in range(1, 4):
-        own.settle(model, take(EQUAL, [0, 0, 0]), moved)
+        own.prepare(model, take(EQUAL, [0, 0, 0]), copied)
         assert len(calls) == 3 * number
     for single in (take(EQUAL, [0]), text(0, [(0, 1)])):
-        own.settle(model, single, moved)
-    assert len(calls) == 9, "one example has nothing to tell"
+        own.prepare(model, single, copied)
+    assert len(calls) == 9, "one example needs no trial"
 
 
-class Restless(nn.Module):
-    """Moves whatever a forward pass can move."""
+class ChangesItself(nn.Module):
+    """Changes everything that a forward pass can change."""
 
     def __init__(self, mean: Mean) -> None:
         super().__init__()
@@ -546,13 +550,13 @@ class Restless(nn.Module):
 
 
 @pytest.mark.parametrize("mean", [over_shifted, contrastive])
-def test_settling_leaves_no_trace(mean: Mean) -> None:
-    model = Restless(mean)
+def test_a_trial_leaves_no_trace(mean: Mean) -> None:
+    model = ChangesItself(mean)
     model(**RAGGED).loss.backward()
     batch = {key: value.clone() for key, value in RAGGED.items()}
     before = fingerprint(model, batch, *model.parameters()), identities(model)
     try:
-        ModelLoss().settle(model, batch, moved)
+        ModelLoss().prepare(model, batch, copied)
     except InexactStepError:
         assert mean is contrastive
     assert (fingerprint(model, batch, *model.parameters()), identities(model)) == before
@@ -560,7 +564,7 @@ def test_settling_leaves_no_trace(mean: Mean) -> None:
     assert not model.frozen.training
 
 
-def test_settling_runs_in_evaluation_mode_and_without_gradient() -> None:
+def test_a_trial_runs_in_evaluation_mode_and_without_gradients() -> None:
     modes = []
 
     def note(scores: Tensor, labels: Tensor) -> Tensor:
@@ -568,31 +572,31 @@ def test_settling_runs_in_evaluation_mode_and_without_gradient() -> None:
         return over_labels(scores, labels)
 
     model = Tagger(note)
-    ModelLoss().settle(model, RAGGED, moved)
+    ModelLoss().prepare(model, RAGGED, copied)
     assert set(modes) == {(False, False)}
 
 
-def test_settling_under_autocast_takes_no_gradient_away() -> None:
+def test_a_trial_under_autocast_removes_no_gradient() -> None:
     model = Tagger(over_labels).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ModelLoss().settle(model, RAGGED, moved)
+        ModelLoss().prepare(model, RAGGED, copied)
         model(**RAGGED).loss.backward()
     assert model.head.weight.grad is not None
 
 
-# Sixteen bits
+# 16 bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS.keys())
-def test_sixteen_bits_can_tell_as_well(mean: Mean, dtype: torch.dtype) -> None:
+def test_the_counter_is_found_in_16_bits(mean: Mean, dtype: torch.dtype) -> None:
     own = ModelLoss()
-    own.settle(Tagger(mean).to(dtype), RAGGED, moved)
+    own.prepare(Tagger(mean).to(dtype), RAGGED, copied)
     assert len(counted(own, RAGGED)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_loss_of_sixteen_bits_is_widened_before_it_is_multiplied(dtype: torch.dtype) -> None:
+def test_a_loss_of_16_bits_is_widened_before_it_is_multiplied(dtype: torch.dtype) -> None:
     batch = {"labels": torch.ones(300, 1001, dtype=torch.int64)}
     loss_sum, _ = ModelLoss().summed({"loss": torch.tensor(3.0, dtype=dtype)}, batch)
     assert loss_sum.dtype is torch.float32
@@ -600,22 +604,22 @@ def test_a_loss_of_sixteen_bits_is_widened_before_it_is_multiplied(dtype: torch.
 
 
 def otherwise_rounded(scores: Tensor, labels: Tensor) -> Tensor:
-    """In float32, from outputs that depend on the size of the batch as those of 16 bits may."""
+    """A loss in float32 that depends on the size of the batch, as outputs of 16 bits may."""
     return over_labels(scores.float(), labels) * (1.005 if len(labels) == 2 else 1)
 
 
-def test_a_loss_is_as_coarse_as_what_it_comes_from() -> None:
-    ModelLoss().settle(Tagger(otherwise_rounded).to(torch.float16), RAGGED, moved)
+def test_the_coarsest_type_in_the_model_gives_the_tolerance() -> None:
+    ModelLoss().prepare(Tagger(otherwise_rounded).to(torch.float16), RAGGED, copied)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ModelLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
+        ModelLoss().prepare(Tagger(otherwise_rounded).float(), RAGGED, copied)
     with pytest.raises(InexactStepError, match="cannot be split"):
-        ModelLoss().settle(Tagger(otherwise_rounded).float(), RAGGED, moved)
+        ModelLoss().prepare(Tagger(otherwise_rounded).float(), RAGGED, copied)
 
 
-# What a loss of the model's own is
+# What counts as the model's own loss
 
 
-def test_a_scalar_floating_loss_is_one_and_nothing_else_is() -> None:
+def test_only_a_scalar_floating_tensor_is_a_loss() -> None:
     loss = torch.tensor(1.0)
     assert model_loss_of(Output(loss=loss, scores=loss)) is loss
     assert model_loss_of({"loss": loss}) is loss
@@ -625,7 +629,7 @@ def test_a_scalar_floating_loss_is_one_and_nothing_else_is() -> None:
         assert model_loss_of({"loss": value}) is None
 
 
-def test_what_cannot_be_summed_is_said() -> None:
+def test_an_error_describes_outputs_and_batches_without_a_loss() -> None:
     with pytest.raises(TypeError, match=r"no scalar loss, got \{logits: float32\[2\]\}.*labels"):
         ModelLoss().summed({"logits": torch.ones(2)}, EQUAL)
     with pytest.raises(TypeError, match=r"takes a mapping.*batch_loss="):
@@ -671,9 +675,9 @@ T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dr
 
 
 def masked(batch: Batch) -> Batch:
-    """A third of the labels."""
-    place = torch.arange(batch["labels"].shape[1])
-    return {**batch, "labels": batch["labels"].masked_fill(place % 3 > 0, -100)}
+    """Keep a third of the labels."""
+    position = torch.arange(batch["labels"].shape[1])
+    return {**batch, "labels": batch["labels"].masked_fill(position % 3 > 0, -100)}
 
 
 def classed(batch: Batch) -> Batch:
@@ -685,7 +689,7 @@ def scored(batch: Batch) -> Batch:
 
 
 def prompted(batch: Batch) -> Batch:
-    """The first labels of some examples are hidden, as those of a prompt are."""
+    """Ignore the first labels of some examples, as those of a prompt."""
     labels = batch["labels"].clone()
     labels[::2, :3] = -100
     return {**batch, "labels": labels}
@@ -710,17 +714,17 @@ def test_a_model_of_transformers_steps_as_undivided(case: str) -> None:
     loss, gradient = window(model, batch, [2, 4, 1, 2], own)
     assert not expected or counted(own, batch) == [expected]
     whole_loss, whole_gradient = undivided(model, batch)
-    # In float64 but for the loss itself, which transformers takes in float32.
+    # All is in float64 except the loss, which transformers computes in float32.
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     largest = max(float(g.abs().max()) for g in whole_gradient.values())
     torch.testing.assert_close(gradient, whole_gradient, rtol=0, atol=1e-5 * largest)
 
 
-def test_gpt2_learns_text_as_from_undivided_batches() -> None:
-    """Twenty steps. In float32 sums in another order differ by 1e-7, and each step adds to it.
+def test_gpt2_trains_on_text_as_on_undivided_batches() -> None:
+    """In float32, sums in another order differ by 1e-7, and each of the 20 steps adds to this.
 
-    AdamW makes a gradient that is nothing but rounding (a key's bias has none) as large as any, so
-    its epsilon is above that.
+    AdamW enlarges a gradient of nothing but rounding (that of a key's bias), unless its epsilon is
+    larger than that gradient.
     """
     model = small("GPT2LMHeadModel", **{**GPT2, "n_embd": 64, "n_layer": 2, "n_positions": 64})
     batches = character_batches(20 * 8, 8, longest=48, seed=0)
@@ -728,7 +732,7 @@ def test_gpt2_learns_text_as_from_undivided_batches() -> None:
     own = ModelLoss()
     divided = train(model, batches, lambda net, batch: window(net, batch, [3, 3, 2], own))
     assert divided == pytest.approx(plain, rel=2e-5)
-    assert plain[-1] < 0.8 * plain[0], "nothing was learnt"
+    assert plain[-1] < 0.8 * plain[0], "the model did not learn"
 
 
 def test_gpt2_with_the_mean_of_means_is_another_training() -> None:

@@ -1,4 +1,4 @@
-"""A new kind of loss is one class with its objective: no module of autobatch has to know it."""
+"""A new kind of loss is one class with its objective; no module of autobatch changes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,10 +78,10 @@ def test_a_new_loss_kind_takes_the_undivided_step_in_parts(weight: int) -> None:
     found = torch.cat([p.flatten() for p in (*ours.parameters(), kind.offset)])
     expected = torch.cat([p.flatten() for p in parameters])
     same = torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
-    assert same is (weight == 1), "another weight has to show"
+    assert same is (weight == 1), "a wrong weight must show"
 
 
-def test_it_is_searched_trained_evaluated_and_noted() -> None:
+def test_a_new_loss_kind_works_with_a_search_training_and_evaluation() -> None:
     model, kind, data = problem()
     result = find_and_train(
         model,

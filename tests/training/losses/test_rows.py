@@ -1,4 +1,4 @@
-"""A mean over rows that are no examples: what ``forward=`` returns may have one for each token."""
+"""A mean over rows that are no examples: ``forward=`` may return one row for each token."""
 
 import copy
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 
 def tokens(lengths: Sequence[int], width: int = 6, seed: int = 0) -> Batch:
-    """Examples of some tokens each, and a mask of them."""
+    """Examples with different numbers of tokens, and their mask."""
     generator = torch.Generator().manual_seed(seed)
     examples = len(lengths)
     return {
@@ -29,7 +29,7 @@ def tokens(lengths: Sequence[int], width: int = 6, seed: int = 0) -> Batch:
 
 
 def masked(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """As for masked words, tags, names: the rows are the tokens that count."""
+    """The rows are the valid tokens, as for masked words or tags."""
     return model(batch["x"])[batch["mask"]], batch["y"][batch["mask"]]
 
 
@@ -38,7 +38,7 @@ def whole(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def mean(outputs: Tensor, targets: Tensor) -> Tensor:
-    """A loss of one's own: nobody knows what it is a mean over."""
+    """A user's loss: autobatch does not know what the mean is over."""
     return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
@@ -57,7 +57,7 @@ def model_of(seed: int = 0) -> nn.Module:
     micro_batch=st.integers(1, 9),
     seed=st.integers(0, 2**16),
 )
-def test_a_mean_over_what_forward_returns_weighs_as_many_as_there_are(
+def test_a_mean_over_rows_that_forward_returns_is_weighted_by_rows(
     lengths: list[int], micro_batch: int, seed: int
 ) -> None:
     ours, undivided, batch = model_of(seed), model_of(seed), tokens(lengths, seed=seed)
@@ -73,14 +73,14 @@ def test_a_mean_over_what_forward_returns_weighs_as_many_as_there_are(
 
 
 def test_weighted_by_examples_it_would_be_another_step() -> None:
-    """The control: what a mean over examples would give is something else here."""
+    """Control: a mean over examples has another value here."""
     batch, model = tokens([1, 1, 6, 6]), model_of()
     parts = [{name: t[rows] for name, t in batch.items()} for rows in (slice(2), slice(2, 4))]
     by_examples = sum(mean(*masked(model, part)).item() for part in parts) / 2
     assert abs(by_examples - mean(*masked(model, batch)).item()) > 1e-2
 
 
-def test_an_evaluation_weighs_them_too() -> None:
+def test_an_evaluation_weights_by_rows_too() -> None:
     batch, model = tokens([1, 2, 6, 6, 6, 5, 2, 1]), model_of()
     result = find_and_train(
         model, [tokens([2, 2])], 2, loss=mean, forward=masked, epochs=1, device="cpu",
@@ -91,7 +91,7 @@ def test_an_evaluation_weighs_them_too() -> None:
 
 
 def ragged() -> list[Batch]:
-    """Batches that cannot be joined: each is as wide as its longest."""
+    """Batches that cannot be joined: each is as wide as its longest example."""
     return [tokens([width] * 4, width=width, seed=width) for width in (3, 9)]
 
 
@@ -109,14 +109,14 @@ def test_a_mean_over_rows_of_several_widths_is_refused() -> None:
         train(ragged(), mean, whole)
 
 
-def test_also_where_batches_could_be_joined_until_then() -> None:
+def test_rows_of_another_width_are_refused_in_a_later_batch() -> None:
     alike = [tokens([3] * 4, width=3, seed=n) for n in range(10)]
     with pytest.raises(InexactStepError, match="differ in shape"):
         train([*alike, *ragged()], mean, whole)
 
 
 @pytest.mark.parametrize(("loss", "forward"), [(sum_and_terms, whole), (mean, masked)])
-def test_what_is_counted_serves_all_widths(loss: Any, forward: Any) -> None:
+def test_a_loss_with_known_terms_takes_all_widths(loss: Any, forward: Any) -> None:
     ours, undivided = train(ragged(), loss, forward), model_of()
     outputs = torch.cat([undivided(batch["x"]).flatten(0, 1) for batch in ragged()])
     F.cross_entropy(outputs, torch.cat([batch["y"].flatten() for batch in ragged()])).backward()
@@ -124,8 +124,8 @@ def test_what_is_counted_serves_all_widths(loss: Any, forward: Any) -> None:
     assert_same_parameters(ours, undivided)
 
 
-def test_rows_of_a_neighbour_that_cannot_be_told_are_refused() -> None:
-    """BatchNorm can do nothing with one example, which so borrows one, and leaves out its row."""
+def test_context_rows_that_cannot_be_identified_are_refused() -> None:
+    """BatchNorm needs two examples, so a single one runs with a context example."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(30), nn.Linear(30, 18)).double()
 
@@ -134,7 +134,7 @@ def test_rows_of_a_neighbour_that_cannot_be_told_are_refused() -> None:
 
     accumulator = Accumulator(model, sgd(model), mean, forward=forward, micro_batch=2)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InexactStepError, match="returned 5 rows for them"):
+    with pytest.raises(InexactStepError, match="returned 5 rows for these 2 examples"):
         accumulator.step(tokens([3, 3, 3, 2, 3]))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -158,7 +158,7 @@ def test_a_loss_may_need_no_targets(absent: Any) -> None:
 
 
 class Packed(nn.Module):
-    """Pads its outputs to the longest of the batch that it sees."""
+    """Pads its outputs to the longest example of the batch that it receives."""
 
     def __init__(self) -> None:
         super().__init__()

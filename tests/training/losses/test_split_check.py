@@ -1,3 +1,5 @@
+"""The check of an unknown loss: additive losses pass, others are refused, no trace remains."""
+
 import random
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ any_sizes = given(
 
 
 def window(seed: int = 0, sizes: Sequence[int] = (4, 3)) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs ``(examples, 5, 4)`` and targets ``(examples, 4)``; the first hide the most tokens.
+    """Outputs ``(examples, 5, 4)`` and targets ``(examples, 4)``, in which 0 is padding.
 
     Each example has at least one token, and no two neighbours have as many, 0 stands for none.
     """
@@ -92,7 +94,7 @@ def coupled_pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
 
 
 def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
-    """The value of one, and the gradients of both."""
+    """Return the value of one tensor with the gradients of both."""
     return value + (other - other.detach())
 
 
@@ -117,9 +119,7 @@ def noisy(outputs: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", [plain_mean, tokens])
 @drawn
 @any_sizes
-def test_a_loss_that_obeys_the_law_passes(
-    loss: Callable[..., object], seed: int, sizes: list[int]
-) -> None:
+def test_an_additive_loss_passes(loss: Callable[..., object], seed: int, sizes: list[int]) -> None:
     assert check(loss, *window(seed, sizes))
 
 
@@ -128,7 +128,7 @@ def test_a_loss_that_obeys_the_law_passes(
 )
 @drawn
 @any_sizes
-def test_a_loss_that_breaks_the_law_is_refused(
+def test_a_loss_that_is_not_additive_is_refused(
     loss: Callable[..., object], seed: int, sizes: list[int]
 ) -> None:
     outputs, targets = window(seed, [size + 1 for size in sizes])
@@ -147,7 +147,7 @@ def test_a_loss_that_breaks_the_law_is_refused(
         (noisy, "called again on the same outputs it is .* random numbers in the model"),
     ],
 )
-def test_the_refusal_names_the_way_out(loss: Callable[..., object], way_out: str) -> None:
+def test_the_error_says_what_to_do(loss: Callable[..., object], way_out: str) -> None:
     with pytest.raises(InexactStepError, match=way_out):
         check(loss)
 
@@ -163,7 +163,7 @@ def hidden_by_hook(outputs: Tensor, targets: Tensor) -> Tensor:
 )
 @drawn
 @any_sizes
-def test_a_loss_whose_gradient_alone_breaks_the_law_is_refused(
+def test_a_loss_whose_gradient_alone_is_not_additive_is_refused(
     loss: Callable[..., object], seed: int, sizes: list[int]
 ) -> None:
     outputs, targets = window(seed, [size + 1 for size in sizes])
@@ -171,7 +171,7 @@ def test_a_loss_whose_gradient_alone_breaks_the_law_is_refused(
         check(loss, outputs, targets)
 
 
-def test_values_alone_would_believe_a_hidden_gradient() -> None:
+def test_values_alone_do_not_show_a_hidden_gradient() -> None:
     outputs, targets = window()
     assert check(lambda o, t: hidden_spread(o.detach(), t))
     whole = torch.cat(outputs)
@@ -179,7 +179,7 @@ def test_values_alone_would_believe_a_hidden_gradient() -> None:
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
 
-def test_the_refusal_of_a_gradient_names_its_size_the_split_and_the_way_out() -> None:
+def test_the_error_names_the_gradient_the_split_and_the_way_out() -> None:
     outputs, targets = [torch.tensor([[1.0], [3.0]])], [torch.zeros(2, 1)]
     with pytest.raises(
         InexactStepError,
@@ -218,12 +218,12 @@ def clipped(outputs: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", [straight_through, focal, in_place, penalised, clipped])
 @drawn
 @any_sizes
-def test_a_loss_that_makes_its_own_gradient_of_each_example_passes(
+def test_a_loss_with_its_own_gradient_for_each_example_passes(
     loss: Callable[[Tensor, Tensor], Tensor], seed: int, sizes: list[int]
 ) -> None:
     outputs, targets = window(seed, sizes)
     assert check(loss, outputs, targets)
-    with pytest.raises(InexactStepError, match="the gradient"):  # It was this that passed.
+    with pytest.raises(InexactStepError, match="the gradient"):  # Control: this gradient matters.
         check(lambda o, t: with_gradient_of(loss(o, t), o.square().sum()), outputs, targets)
 
 
@@ -236,13 +236,13 @@ def test_a_loss_that_makes_its_own_gradient_of_each_example_passes(
     ],
     ids=["no_grad", "detach", "numpy"],
 )
-def test_a_loss_without_a_gradient_is_judged_by_its_values(loss: Callable[..., object]) -> None:
+def test_a_loss_without_a_gradient_is_compared_by_value(loss: Callable[..., object]) -> None:
     assert check(loss)
     with pytest.raises(InexactStepError, match="splitting changes this loss"):
         check(lambda o, t: loss(o, t) + o.detach().std())
 
 
-def test_outputs_of_integers_are_judged_by_their_values() -> None:
+def test_integer_outputs_are_compared_by_value() -> None:
     outputs = [torch.arange(8).reshape(4, 2), torch.arange(6).reshape(3, 2)]
     targets = [torch.zeros(4), torch.zeros(3)]
     seen: list[torch.dtype] = []
@@ -253,14 +253,14 @@ def test_outputs_of_integers_are_judged_by_their_values() -> None:
 
     assert check(loss, outputs, targets)
     assert seen == [torch.float64] * 6
-    learnt = torch.ones((), requires_grad=True)
-    assert check(lambda o, _: learnt * o.double().mean(), outputs, targets)
-    assert learnt.grad is None
+    factor = torch.ones((), requires_grad=True)
+    assert check(lambda o, _: factor * o.double().mean(), outputs, targets)
+    assert factor.grad is None
     with pytest.raises(InexactStepError, match="splitting changes this loss"):
         check(lambda o, _: o.double().std(), outputs, targets)
 
 
-def test_the_gradient_of_every_output_counts_and_one_may_have_none() -> None:
+def test_the_gradient_of_each_output_counts_and_an_output_may_have_none() -> None:
     outputs, targets = window()
     nests: list[BatchTree] = [
         {
@@ -296,14 +296,14 @@ def test_a_part_may_have_no_gradient() -> None:
 
 
 def confident(outputs: Tensor, targets: Tensor) -> Tensor:
-    """All gradients are the small difference of two large numbers, in float32."""
+    """All gradients are small differences of two large numbers, in float32."""
     sure = outputs[..., 0].float() + 14 * F.one_hot(targets[:, 0], 5)
     return -sure.softmax(1).gather(1, targets[:, :1]).log().mean()
 
 
 @drawn
 @any_sizes
-def test_gradients_that_rounding_left_little_of_pass(seed: int, sizes: list[int]) -> None:
+def test_gradients_with_large_rounding_errors_pass(seed: int, sizes: list[int]) -> None:
     outputs, targets = window(seed, sizes)
     assert check(confident, outputs, targets)
     with pytest.raises(InexactStepError, match="the gradient"):
@@ -318,20 +318,20 @@ def test_a_gradient_that_differs_a_little_from_call_to_call_passes() -> None:
     assert check(loss)
 
 
-def test_a_gradient_that_differs_much_from_call_to_call_cannot_tell() -> None:
+def test_a_gradient_that_differs_much_from_call_to_call_gives_no_answer() -> None:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return with_gradient_of(plain_mean(outputs, targets), torch.rand(()) * outputs.sum())
 
     assert not check(loss)
 
 
-def test_a_gradient_that_is_not_finite_cannot_tell() -> None:
+def test_a_gradient_that_is_not_finite_gives_no_answer() -> None:
     assert not check(lambda o, t: plain_mean(o, t) + (0 * o).sqrt().sum())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_memory_that_runs_out_cannot_tell_and_is_let_go(
+def test_out_of_memory_gives_no_answer_and_frees_the_tensors(
     error: type[Exception], backward: bool
 ) -> None:
     failed: list[weakref.ref[Tensor]] = []
@@ -349,11 +349,11 @@ def test_memory_that_runs_out_cannot_tell_and_is_let_go(
         return plain_mean(same, targets)
 
     assert not check(loss)
-    assert len(failed) == 1, "it was tried again"
+    assert len(failed) == 1, "the check ran the loss again"
     assert failed[0]() is None
 
 
-def test_the_refusal_names_both_numbers_and_the_split() -> None:
+def test_the_error_names_both_values_and_the_split() -> None:
     outputs, targets = [torch.tensor([[1.0], [2.0]])], [torch.zeros(2, 1)]
     with pytest.raises(
         InexactStepError, match=r"over 2 examples it is 3, but 1\.5 from parts of 1 \+ 1;"
@@ -361,7 +361,7 @@ def test_the_refusal_names_both_numbers_and_the_split() -> None:
         check(lambda o, _: o.sum(), outputs, targets)
 
 
-def test_an_even_split_alone_would_believe_a_mean_and_one() -> None:
+def test_an_even_split_alone_does_not_show_a_mean_with_one_term() -> None:
     outputs, targets = window(sizes=[3, 3])
     even = [mean_and_one(*pair)[0] for pair in zip(outputs, targets, strict=True)]
     whole = mean_and_one(torch.cat(outputs), torch.cat(targets))[0]
@@ -395,30 +395,30 @@ def test_two_splits_are_tried_and_one_is_uneven(
 
 
 @pytest.mark.parametrize("loss", [plain_mean, plain_sum])
-def test_one_example_cannot_tell(loss: Callable[..., object]) -> None:
+def test_one_example_gives_no_answer(loss: Callable[..., object]) -> None:
     assert not check(loss, *window(sizes=[1]))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_loss_that_is_not_finite_cannot_tell(value: float) -> None:
+def test_a_loss_that_is_not_finite_gives_no_answer(value: float) -> None:
     outputs, targets = window()
     outputs[1][0] = value
     assert not check(lambda o, _: o.mean(), outputs, targets)
 
 
-def test_terms_that_are_all_zero_cannot_tell() -> None:
+def test_terms_that_are_all_zero_give_no_answer() -> None:
     outputs, targets = window()
     assert not check(tokens, outputs, [torch.zeros_like(its) for its in targets])
 
 
-def test_equal_losses_cannot_tell() -> None:
+def test_equal_losses_give_no_answer() -> None:
     outputs, targets = window()
     same = [torch.zeros_like(its) for its in outputs]  # An output layer that begins at zero.
     assert not check(tokens, same, targets)
     assert check(tokens, outputs, targets)
 
 
-def test_the_gradient_may_tell_what_equal_losses_cannot() -> None:
+def test_the_gradient_may_refuse_a_loss_whose_values_are_equal() -> None:
     outputs, targets = window()
     same = [torch.zeros_like(its) for its in outputs]
     with pytest.raises(InexactStepError, match=r"the gradient of this .* return \(sum, terms\) if"):
@@ -432,13 +432,13 @@ def test_a_part_without_terms_is_refused_where_it_makes_nan() -> None:
         check(masked_mean, outputs, targets)
 
 
-def test_a_part_without_terms_is_no_harm_to_sum_and_terms() -> None:
+def test_a_part_without_terms_is_allowed_with_sum_and_terms() -> None:
     outputs, targets = window(sizes=[5, 3])
     targets[1].zero_()
     assert check(tokens, outputs, targets)
 
 
-def test_terms_that_only_the_whole_has_are_refused() -> None:
+def test_terms_that_vanish_in_the_parts_are_refused() -> None:
     with pytest.raises(InexactStepError, match=r"but nan from parts of 3 \+ 4; the sum and the"):
         check(lambda o, t: (plain_sum(o, t), max(0, len(o) - 4)))
 
@@ -495,7 +495,7 @@ def float32_inside(outputs: Tensor, targets: Tensor) -> Tensor:
 )
 @drawn
 @any_sizes
-def test_a_loss_that_refuses_float64_is_judged_by_its_own_precision(
+def test_a_loss_that_fails_in_float64_is_compared_in_its_own_precision(
     loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, seed: int, sizes: list[int]
 ) -> None:
     outputs, targets = window(seed, sizes)
@@ -524,7 +524,7 @@ def test_an_error_of_the_loss_passes_through() -> None:
         check(loss)
 
 
-def test_a_loss_that_warns_of_small_parts_is_refused_without_a_warning() -> None:
+def test_a_loss_that_warns_about_small_parts_is_refused_without_a_warning() -> None:
     with pytest.raises(InexactStepError, match=r"but nan from parts of 3 \+ 1"):
         check(lambda o, _: o.std(0)[0, 0] * 0 + 1, *window(sizes=[2, 2]))
 
@@ -544,7 +544,7 @@ def test_the_rng_is_as_before(draw: Callable[[], float]) -> None:
 
 
 class Stateful(nn.Module):
-    """Keeps a running mean in place, another as a new tensor, and a count."""
+    """Keeps one running mean in place, another as a new tensor, and a count."""
 
     in_place: Tensor
     replaced: Tensor
@@ -593,7 +593,7 @@ def test_a_loss_that_depends_on_its_own_state_is_refused() -> None:
         check(Stateful().tracked)
 
 
-def test_what_the_loss_alters_in_its_arguments_is_altered_in_a_copy() -> None:
+def test_the_loss_changes_only_copies_of_its_arguments() -> None:
     outputs, targets = window(sizes=[6])
     before = outputs[0].clone()
 
@@ -605,8 +605,8 @@ def test_what_the_loss_alters_in_its_arguments_is_altered_in_a_copy() -> None:
     assert torch.equal(outputs[0], before)
 
 
-class Learnt(nn.Module):
-    """Has a parameter, a running mean that it forgets to detach, and a memory."""
+class Trainable(nn.Module):
+    """Has a parameter, a running mean that it does not detach, and an attribute."""
 
     running: Tensor
 
@@ -625,8 +625,8 @@ class Learnt(nn.Module):
         return value
 
 
-def test_no_gradient_and_no_graph_is_left_behind() -> None:
-    module = Learnt()
+def test_no_gradient_and_no_graph_remains() -> None:
+    module = Trainable()
     outputs, targets = window()
     assert check(module, outputs, targets)
     assert module.factor.grad is None
@@ -638,8 +638,8 @@ def test_no_gradient_and_no_graph_is_left_behind() -> None:
     assert not any(its.requires_grad or its.grad is not None for its in outputs)
 
 
-def test_a_gradient_that_was_there_stays() -> None:
-    module = Learnt()
+def test_an_earlier_gradient_remains() -> None:
+    module = Trainable()
     module.factor.grad = torch.full((), 7.0)
     assert check(module)
     assert module.factor.grad == 7

@@ -1,4 +1,4 @@
-"""A loss of the whole batch is exact in pieces: one graph over them all is the reference."""
+"""A loss of the whole batch is exact in micro-batches; the reference is one graph over all."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ SIZES = (4, 3, 3)
 
 
 class Towers(nn.Module):
-    """Two encoders; what else is returned comes from subclasses."""
+    """Two encoders; subclasses return further outputs."""
 
     def __init__(self, dropout: float = 0.0, first: nn.Module | None = None) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def one_graph_step(
     sizes: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> float:
-    """The obvious way: a graph over all pieces, in their order; the whole is one piece."""
+    """The obvious way: one graph over all pieces in order; a whole batch is one piece."""
     pieces = zip(*(tensor.split(list(sizes)) for tensor in batch), strict=True)
     optimizer.zero_grad()
     with torch.autocast("cpu", dtype) if dtype else nullcontext():
@@ -139,9 +139,9 @@ def test_any_split_takes_the_undivided_step(
     loss: LossOfAll, examples: int, micro_batch: int, seed: int, dropout: float
 ) -> None:
     if loss is one_minus_correlation and len(set(triples(examples, seed)[2].tolist())) == 1:
-        return  # A constant correlates with nothing: nan, cut or not.
+        return  # The correlation with a constant is nan, with or without a cut.
     batch = triples(examples, seed)
-    # With dropout only the same pieces draw the same masks; without, the batch itself will do.
+    # Dropout draws the same masks only in the same pieces; otherwise the batch is one piece.
     sizes = sizes_of(batch, micro_batch) if dropout else (examples,)
     ours, whole = Towers(dropout), Towers(dropout)
     torch.manual_seed(seed)
@@ -197,16 +197,16 @@ def test_a_batch_that_is_not_cut_takes_one_pass() -> None:
     assert_same_parameters(ours, whole)
     assert calls == [(10, True)]
     Accumulator(ours, sgd(ours), WholeBatch(info_nce), micro_batch=4).step(triples())
-    # One that is cut takes two, and of the first pass one graph at most is held.
+    # A batch that is cut takes two passes, and at most one graph of the first is in memory.
     first, second = [(4, True), (3, False), (3, False)], [(size, True) for size in SIZES]
     assert calls == [(10, True), *first, *second]
 
 
-# What a forward pass moves, it moves once.
+# A forward pass changes buffers once.
 
 
 class Own(nn.BatchNorm1d):
-    """A subclass with a forward pass of its own, as libraries of models have them."""
+    """A subclass with its own forward pass, as in many model libraries."""
 
     def forward(self, input: Tensor) -> Tensor:  # Torch's name.
         return super().forward(input)
@@ -214,7 +214,7 @@ class Own(nn.BatchNorm1d):
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, Own])
 @pytest.mark.parametrize(("examples", "micro_batch"), [(10, 4), (3, 2)], ids=["10", "2 + 1"])
-def test_running_statistics_move_once_and_are_those_of_the_undivided_batch(
+def test_running_statistics_change_once_and_equal_those_of_the_undivided_batch(
     examples: int, micro_batch: int, kind: type[nn.BatchNorm1d]
 ) -> None:
     ours = Towers(0.4, kind(5))
@@ -232,11 +232,11 @@ def test_batch_norm_still_normalises_each_piece_by_itself() -> None:
     torch.manual_seed(5)
     one_graph_step(whole, sgd(whole), info_nce, triples(), SIZES)
     assert_exact(list(ours.parameters()), list(whole.parameters()))
-    assert [int(m.first.num_batches_tracked) for m in (ours, whole)] == [1, 3]  # type: ignore[arg-type]  # The control.
+    assert [int(m.first.num_batches_tracked) for m in (ours, whole)] == [1, 3]  # type: ignore[arg-type]  # Control.
 
 
-class TermCounter(nn.Module):
-    """Moves a buffer and plain attributes, and makes its output depend on them."""
+class CallCounter(nn.Module):
+    """Changes a buffer and an attribute, and its output depends on both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,11 +251,11 @@ class TermCounter(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["spectral norm", "counting"])
-def test_other_buffers_move_as_in_one_pass_over_the_pieces(kind: str) -> None:
+def test_other_buffers_change_as_in_one_pass_over_the_pieces(kind: str) -> None:
     def model() -> Towers:
         torch.manual_seed(1)
         norm = nn.utils.parametrizations.spectral_norm
-        return Towers(0.4, TermCounter() if kind == "counting" else norm(nn.Linear(5, 5).double()))
+        return Towers(0.4, CallCounter() if kind == "counting" else norm(nn.Linear(5, 5).double()))
 
     ours, whole = model(), model()
     torch.manual_seed(5)
@@ -280,7 +280,7 @@ class LearnedTemperature(nn.Module):
         return F.cross_entropy(left @ right.T / self.log.exp(), torch.arange(len(targets)))
 
 
-def test_a_loss_with_a_parameter_of_its_own_trains_it_and_its_random_numbers_count() -> None:
+def test_a_loss_with_a_parameter_trains_it_and_draws_the_same_random_numbers() -> None:
     (ours, loss), (whole, theirs) = ((Towers(0.4), LearnedTemperature()) for _ in range(2))
     torch.manual_seed(5)
     Accumulator(ours, sgd(ours, loss), WholeBatch(loss), micro_batch=4).step(triples())
@@ -294,7 +294,7 @@ def test_a_loss_with_a_parameter_of_its_own_trains_it_and_its_random_numbers_cou
 
 
 class Scaled(Towers):
-    """Returns a scale beside the representations, as CLIP does."""
+    """Returns a scale together with the representations, as CLIP does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ def test_the_gradient_of_a_scalar_output_counts_once() -> None:
     assert ours.logit_scale.item() != 0.5
 
 
-def test_a_scalar_that_each_piece_makes_for_itself_is_refused() -> None:
+def test_a_scalar_output_that_differs_between_pieces_is_refused() -> None:
     class Balanced(Towers):
         def forward(self, left: Tensor, right: Tensor) -> Outputs:
             outputs = super().forward(left, right)
@@ -329,7 +329,7 @@ def test_a_scalar_that_each_piece_makes_for_itself_is_refused() -> None:
         Accumulator(model, sgd(model), loss, micro_batch=4).step(triples())
 
 
-def test_targets_that_a_forward_makes_of_parameters_get_their_gradient() -> None:
+def test_targets_that_depend_on_parameters_get_their_gradient() -> None:
     def towers(model: nn.Module, batch: object) -> tuple[Tensor, Tensor]:
         assert isinstance(model, Towers)
         assert isinstance(batch, tuple)
@@ -349,7 +349,7 @@ def test_targets_that_a_forward_makes_of_parameters_get_their_gradient() -> None
     assert_same_parameters(ours, whole)
 
 
-def test_targets_without_a_gradient_may_be_changed_in_place_as_in_an_undivided_batch() -> None:
+def test_targets_without_a_gradient_may_change_in_place() -> None:
     def impolite(outputs: Outputs, targets: Tensor) -> Tensor:
         return one_minus_correlation(outputs, targets.clamp_(min=-1))
 
@@ -360,7 +360,7 @@ def test_targets_without_a_gradient_may_be_changed_in_place_as_in_an_undivided_b
     assert_same_parameters(ours, whole)
 
 
-def test_outputs_that_the_loss_ignores_and_complex_ones_are_no_obstacle() -> None:
+def test_complex_outputs_and_unused_outputs_work() -> None:
     class Spectral(Towers):
         def forward(self, left: Tensor, right: Tensor) -> Outputs:
             outputs = super().forward(left, right)
@@ -377,7 +377,7 @@ def test_outputs_that_the_loss_ignores_and_complex_ones_are_no_obstacle() -> Non
     assert_same_parameters(ours, whole)
 
 
-def test_frozen_towers_stay_and_get_no_gradient() -> None:
+def test_frozen_towers_do_not_change() -> None:
     ours, whole = Towers(), Towers()
     for model in (ours, whole):
         model.right.requires_grad_(False)
@@ -399,9 +399,9 @@ def test_autocast_covers_the_loss_too() -> None:
     torch.testing.assert_close(ours.state_dict(), whole.state_dict(), rtol=1e-2, atol=1e-3)
 
 
-def test_a_weight_that_autocast_casts_without_a_graph_still_learns() -> None:
+def test_a_weight_that_autocast_casts_without_a_graph_still_trains() -> None:
     class Late(nn.Module):
-        """The first piece, of 4, does not need all of the weights; those of 3 do."""
+        """The first piece, of 4 examples, uses some of the weights; the pieces of 3 use all."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -421,7 +421,7 @@ def test_a_weight_that_autocast_casts_without_a_graph_still_learns() -> None:
         assert not torch.equal(ours, start)
 
 
-def test_a_scaler_that_has_never_scaled_is_made_ready() -> None:
+def test_a_new_scaler_is_initialized() -> None:
     ours, whole = Towers(0.4), Towers(0.4)
     torch.manual_seed(5)
     accumulator = Accumulator(
@@ -437,7 +437,7 @@ def test_a_scaler_that_has_never_scaled_is_made_ready() -> None:
     assert_same_parameters(ours, whole)
 
 
-def test_gradients_of_16_bits_are_summed_in_more() -> None:
+def test_gradients_of_16_bits_are_summed_in_32() -> None:
     ours, whole = Towers().bfloat16(), Towers().bfloat16()
     left, right, targets = triples(64)
     batch = (left.bfloat16(), right.bfloat16(), targets)
@@ -460,7 +460,7 @@ def test_gradients_of_16_bits_are_summed_in_more() -> None:
     assert distance(results[0]) < distance(results[1])
 
 
-# Refused.
+# Losses, outputs and models that are refused.
 
 
 OUTPUTS: dict[str, Callable[[Tensor], object]] = {
@@ -473,7 +473,7 @@ OUTPUTS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_outputs_that_cannot_be_joined_are_refused_and_nothing_has_moved(kind: str) -> None:
+def test_outputs_that_cannot_be_joined_are_refused_and_nothing_has_changed(kind: str) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -490,7 +490,7 @@ def test_outputs_that_cannot_be_joined_are_refused_and_nothing_has_moved(kind: s
     assert fingerprint(model) == before
 
 
-def test_a_model_that_is_another_one_at_the_second_pass_is_refused() -> None:
+def test_a_model_whose_second_pass_differs_is_refused() -> None:
     calls: list[int] = []
 
     class Fickle(Towers):
@@ -506,7 +506,7 @@ def test_a_model_that_is_another_one_at_the_second_pass_is_refused() -> None:
     assert_same_parameters(model, before)
 
 
-def test_outputs_of_which_only_some_pieces_depend_on_parameters_are_refused() -> None:
+def test_an_output_that_depends_on_parameters_in_some_pieces_only_is_refused() -> None:
     class Uneven(Towers):
         def forward(self, left: Tensor, right: Tensor) -> Outputs:
             one, other = super().forward(left, right)
@@ -518,7 +518,7 @@ def test_outputs_of_which_only_some_pieces_depend_on_parameters_are_refused() ->
 
 
 @pytest.mark.parametrize("given", [None, nn.Linear, 3])
-def test_what_is_no_loss_is_refused(given: object) -> None:
+def test_a_loss_that_is_not_callable_is_refused(given: object) -> None:
     with pytest.raises(TypeError, match="WholeBatch needs a callable"):
         WholeBatch(given)  # type: ignore[arg-type]
 
@@ -568,14 +568,17 @@ def without_failure(micro_batch: int) -> tuple[Towers, float, Tensor, int]:
 
 @settings(max_examples=25)
 @given(fraction=st.floats(0, 1))
-def test_running_out_at_any_operation_changes_nothing(fraction: float) -> None:
+def test_out_of_memory_at_any_operation_changes_nothing(fraction: float) -> None:
     model = Towers(0.4, nn.BatchNorm1d(5))
     accumulator = clipping(model, 4)
     torch.manual_seed(5)
     try:
         with Fails(at=1 + int(fraction * without_failure(4)[3])):
             step = accumulator.step(triples())
-    except (torch.OutOfMemoryError, StepInterruptedError):  # Outside the window.
+    except (
+        torch.OutOfMemoryError,
+        StepInterruptedError,
+    ):  # The failure was outside the forward and backward passes.
         return
     expected, loss, random, _ = without_failure(max(step.micro_batch_sizes))
     assert_same_parameters(model, expected)
@@ -587,7 +590,7 @@ def in_batches(batch: Triple, size: int) -> Iterable[Triple]:
     return list(zip(*(tensor.split(size) for tensor in batch), strict=True))
 
 
-def test_a_limit_that_forces_a_cut_gives_the_losses_of_the_undivided_batches() -> None:
+def test_a_memory_limit_that_forces_a_cut_gives_the_losses_of_undivided_batches() -> None:
     ours, whole = Towers(), Towers()
     data = triples(48)
     optimizer = functools.partial(torch.optim.SGD, lr=0.5)
