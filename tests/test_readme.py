@@ -118,6 +118,12 @@ def test_every_link_leads_somewhere(page: str) -> None:
             assert heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
 
 
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    for name in re.findall(r"`((?:tests|benchmarks|docs)/[\w./-]+\.\w+)`", PAGES[page]):
+        assert (ROOT / name).exists(), name
+
+
 def test_what_is_shown_of_the_demo_was_printed_by_it() -> None:
     results = ROOT / "benchmarks" / "results"
     shown = (results / "cpu-amd-epyc-2-cores" / "demo.txt").read_text().rstrip()
