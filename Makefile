@@ -1,9 +1,9 @@
-# Everything a newcomer needs: `make demo` and `make test` install what they need into .venv.
+# `make demo` and `make test` install what they need into .venv.
 
 PYTHON ?= python3
 MINUTES ?= 8
 PARTS ?= all
-# torchvision pins one exact torch. Any torch >= 2.11 will do: make test TORCH=torch==2.11.0 TORCHVISION=torchvision==0.26.0
+# torchvision pins one exact torch. Any torch from 2.11 on works: make test TORCH=torch==2.11.0 TORCHVISION=torchvision==0.26.0
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 OUT ?= benchmarks/results
@@ -18,8 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-demo: $(VENV)/demo-installed ## Watch the whole job on real data: search, plan, training, a result
-	@# Threads that wait for each other should sleep: spinning, they take minutes on a busy machine.
+demo: $(VENV)/demo-installed ## Watch a search, its plan and a training on real data
+	@# Waiting threads sleep: on a busy machine, threads that spin take minutes.
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m autobatch.demo
 
 test: $(VENV)/dev-installed ## Run the tests (without a GPU)
@@ -47,7 +47,7 @@ bench: $(VENV)/bench-installed ## Measure this machine (MINUTES=, PARTS=, OUT=)
 clean: ## Remove what was installed and cached
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first, and its exact version: what else is installed must not choose another build.
+# Install exactly this torch first, so that no other package chooses another build.
 $(VENV)/torch-installed:
 	@echo "installing $(TORCH) and $(TORCHVISION) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,8 @@ from torch import nn
 import autobatch
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+PAGES = {path.name: path.read_text() for path in FILES}
 README = PAGES["README.md"]
 MOST_LINES = 150
 
@@ -106,7 +107,7 @@ def test_there_is_code_for_each_way_in() -> None:
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_link_leads_somewhere(page: str) -> None:
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    (folder,) = [file.parent for file in FILES if file.name == page]
     for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         path, _, heading = link.partition("#")
         if path.startswith("https:"):
@@ -116,6 +117,12 @@ def test_every_link_leads_somewhere(page: str) -> None:
         if heading:
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    for name in re.findall(r"`((?:tests|benchmarks|docs)/[\w./-]+\.\w+)`", PAGES[page]):
+        assert (ROOT / name).exists(), name
 
 
 def test_what_is_shown_of_the_demo_was_printed_by_it() -> None:

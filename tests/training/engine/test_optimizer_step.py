@@ -263,3 +263,26 @@ def test_a_snapshot_undoes_a_step_that_fails_twice() -> None:
     with pytest.raises(StepInterruptedError, match="are as they were"):
         accumulator.step(samples())
     assert fingerprint(model, optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("half_done", [False, True])
+def test_memory_that_runs_out_in_clipping_costs_a_retry_and_clips_once(
+    half_done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, whole = small_model(), small_model()
+    clip, left = nn.utils.clip_grads_with_norm_, [half_done]
+
+    def failing(parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+        if left:
+            clip(parameters[: len(parameters) // 2 * left.pop()], bound, norm)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        clip(parameters, bound, norm)
+
+    accumulator = Accumulator(ours, sgd(ours), micro_batch=5, clip_grad_norm=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grads_with_norm_", failing)
+        step = accumulator.step(samples())
+    clipped_step(whole, sgd(whole), samples(), by_norm(0.1))
+    assert step.replays == 1
+    assert max(step.micro_batch_sizes) < 5
+    assert_same_parameters(ours, whole)
