@@ -20,7 +20,7 @@ LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time", "crash"]
 class Phase:
     """The memory of one stretch of a trial, in bytes: at its start, and at most."""
 
-    baseline_bytes: int
+    floor_bytes: int
     peak_bytes: int
 
 

@@ -312,10 +312,10 @@ class BracketingSearch:
         """The most bytes that ``size`` needs: lines from the baseline of each phase at size 0."""
         known, phases = self._measured()[-1]
         # What a phase leaves behind, such as gradients, does not grow with the size either.
-        left = [*(phase.baseline_bytes for phase in phases[1:]), 0]
+        left = [*(phase.floor_bytes for phase in phases[1:]), 0]
         return max(
             phase.peak_bytes
-            + max(phase.peak_bytes - max(phase.baseline_bytes, end), 0) * (size - known) // known
+            + max(phase.peak_bytes - max(phase.floor_bytes, end), 0) * (size - known) // known
             for phase, end in zip(phases, left, strict=True)
         )
 
@@ -329,7 +329,7 @@ class BracketingSearch:
             return None
         size, phases = self._preliminary
         added = [
-            now.baseline_bytes - then.baseline_bytes
+            now.floor_bytes - then.floor_bytes
             for now, then in zip(known[1][1:], phases[1:], strict=False)
         ]
         return size, tuple(

@@ -162,7 +162,7 @@ class _MemoryRecord:
         """End the phase, and record its peak."""
         reading = self._device.read()
         self.phases.append(
-            Phase(baseline_bytes=self.allocated_bytes, peak_bytes=reading.peak_bytes)
+            Phase(floor_bytes=self.allocated_bytes, peak_bytes=reading.peak_bytes)
         )
         self.allocated_bytes = reading.allocated_bytes
         self._retries = reading.retries

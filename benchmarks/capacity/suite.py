@@ -97,9 +97,9 @@ def search_seconds(case: Case) -> float:
     if not trial.fits:
         return 0.0
     forward = trial.phases[0]
-    bytes_each = max(forward.peak_bytes - forward.baseline_bytes, 1) / _CHEAP
+    bytes_each = max(forward.peak_bytes - forward.floor_bytes, 1) / _CHEAP
     size: float = min(
-        (arguments["memory_limit"] - forward.baseline_bytes) / bytes_each, case.ceiling
+        (arguments["memory_limit"] - forward.floor_bytes) / bytes_each, case.ceiling
     )
     return _TRIALS * trial.seconds / _CHEAP * size
 

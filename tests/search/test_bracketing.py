@@ -136,8 +136,8 @@ def test_by_hand_is_counted_right(candidates: Sequence[int], largest: int, trial
     assert by_hand(candidates, largest) == trials
 
 
-def phase(peak_bytes: int, baseline_bytes: int = 1000) -> tuple[Phase, ...]:
-    return (Phase(baseline_bytes=baseline_bytes, peak_bytes=peak_bytes),)
+def phase(peak_bytes: int, floor_bytes: int = 1000) -> tuple[Phase, ...]:
+    return (Phase(floor_bytes=floor_bytes, peak_bytes=peak_bytes),)
 
 
 def scrambled(size: int, salt: int, below: int) -> int:
@@ -254,8 +254,8 @@ def test_whatever_was_glimpsed_the_search_is_right(
 
     def search(candidates: Sequence[int], attempt: Attempt, **options: Any) -> tuple[int, Upper]:
         one = BracketingSearch(candidates, **options)
-        size, peak_bytes, baseline_bytes = preliminary
-        one.record_preliminary(size, phase(peak_bytes, baseline_bytes))
+        size, peak_bytes, floor_bytes = preliminary
+        one.record_preliminary(size, phase(peak_bytes, floor_bytes))
         while (chosen := one.next()) is not None:
             one.record(chosen, attempt(chosen))
         return one.size, one.upper
@@ -265,18 +265,18 @@ def test_whatever_was_glimpsed_the_search_is_right(
 
 
 PRELIMINARY = (
-    Phase(baseline_bytes=100, peak_bytes=1100),  # 100 and 500 an example
-    Phase(baseline_bytes=300, peak_bytes=1300),
-    Phase(baseline_bytes=300, peak_bytes=900),  # Among them the state: 400.
+    Phase(floor_bytes=100, peak_bytes=1100),  # 100 and 500 an example
+    Phase(floor_bytes=300, peak_bytes=1300),
+    Phase(floor_bytes=300, peak_bytes=900),  # Among them the state: 400.
 )
 
 
 def steady(size: int) -> tuple[Phase, ...]:
     """What is read once the state of ``PRELIMINARY``, at 2 examples, is there."""
     return (
-        Phase(baseline_bytes=500, peak_bytes=1100 + 200 * size),
-        Phase(baseline_bytes=700, peak_bytes=1300 + 200 * size),
-        Phase(baseline_bytes=700, peak_bytes=900),
+        Phase(floor_bytes=500, peak_bytes=1100 + 200 * size),
+        Phase(floor_bytes=700, peak_bytes=1300 + 200 * size),
+        Phase(floor_bytes=700, peak_bytes=900),
     )
 
 
@@ -310,8 +310,8 @@ def test_a_line_that_memory_did_not_follow_is_left() -> None:
 def test_where_the_cautious_guess_is_nearly_as_far_it_is_taken() -> None:
     """Nothing but examples: the line through what still bends at 2 would go on to 65."""
     search = BracketingSearch(range(1, 10_001), limit_bytes=6000)
-    search.record_preliminary(2, phase(260, baseline_bytes=0))
-    search.record(4, Outcome(fits=True, phases=phase(440, baseline_bytes=40)))
+    search.record_preliminary(2, phase(260, floor_bytes=0))
+    search.record(4, Outcome(fits=True, phases=phase(440, floor_bytes=40)))
     assert search.next() == 59
 
 
@@ -319,7 +319,7 @@ def test_where_memory_bends_far_out_what_cannot_fail_shows_where() -> None:
     """As of an MLP with Adam, whose gradients hide its activations: the middle was tried thrice."""
 
     def bent(size: int) -> tuple[Phase, ...]:
-        return phase(max(20_000 + size, 10 * size), baseline_bytes=0)
+        return phase(max(20_000 + size, 10 * size), floor_bytes=0)
 
     machine = Machine(range(1, 20_001), 9000, bent)
     check(machine, limit_bytes=90_000)
@@ -329,8 +329,8 @@ def test_where_memory_bends_far_out_what_cannot_fail_shows_where() -> None:
 def test_leaps_that_must_be_two_are_alike() -> None:
     """From 4 to 1024 it is 256 times: not 64 and then 4, for the first of them is no answer."""
     search = BracketingSearch(range(1, 10_001), limit_bytes=11_240)
-    search.record_preliminary(2, phase(1020, baseline_bytes=0))
-    search.record(4, Outcome(fits=True, phases=phase(1040, baseline_bytes=0)))
+    search.record_preliminary(2, phase(1020, floor_bytes=0))
+    search.record(4, Outcome(fits=True, phases=phase(1040, floor_bytes=0)))
     assert search.next() == 4 * 16
 
 
@@ -348,7 +348,7 @@ def test_where_memory_is_a_straight_line_a_handful_of_trials_is_enough(
 def test_a_known_search_of_few_trials() -> None:
     """From 4 by the line to its floor, then by the line through two peaks: 97 would be too much."""
     machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
     )
     upper = check(machine, 14_600)
     assert machine.tried == [4, 11, 96]
@@ -357,7 +357,7 @@ def test_a_known_search_of_few_trials() -> None:
 
 def test_a_proof_by_failure_tries_the_next_size_too() -> None:
     machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
     )
     upper = check(machine, 14_600, confirm="failed")
     assert machine.tried == [4, 11, 96, 97]
@@ -367,7 +367,7 @@ def test_a_proof_by_failure_tries_the_next_size_too() -> None:
 def test_what_rounding_may_have_added_proves_nothing() -> None:
     """97 would be 14,700 bytes as read: 80 more than it may be, but rounding may be 100."""
     machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
     )
     upper = check(machine, 14_620, slack_bytes=100)
     assert machine.tried[-1] == 97
@@ -428,7 +428,7 @@ def test_curves_of_several_phases_take_four_trials_or_fewer(seed: int) -> None:
 
         def phases(size: int, curves: list[tuple[int, int, int]] = curves) -> tuple[Phase, ...]:
             return tuple(
-                Phase(baseline_bytes=c // 2, peak_bytes=c + slope * size + bend * size**2)
+                Phase(floor_bytes=c // 2, peak_bytes=c + slope * size + bend * size**2)
                 for c, slope, bend in curves
             )
 
@@ -468,7 +468,7 @@ def test_a_prior_right_or_wrong_costs_at_most_two_trials(
 
     def phases(size: int) -> tuple[Phase, ...]:
         return tuple(
-            Phase(baseline_bytes=c // 2, peak_bytes=c + slope * size) for c, slope in lines
+            Phase(floor_bytes=c // 2, peak_bytes=c + slope * size) for c, slope in lines
         )
 
     machine.phases, machine.explained = phases, explained
@@ -511,7 +511,7 @@ def test_whatever_is_read_a_search_with_a_prior_is_right(
 def test_a_known_search_with_a_prior(prior: int | None, tried: list[int]) -> None:
     """The first is what there is without one."""
     machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, baseline_bytes=500)
+        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
     )
     upper = check(machine, 14_600, prior=prior)
     assert machine.tried == tried
@@ -520,7 +520,7 @@ def test_a_known_search_with_a_prior(prior: int | None, tried: list[int]) -> Non
 
 
 def test_a_prior_above_the_ceiling_is_the_ceiling() -> None:
-    machine = Machine(range(1, 65), 64, lambda size: phase(5000 + 100 * size, baseline_bytes=500))
+    machine = Machine(range(1, 65), 64, lambda size: phase(5000 + 100 * size, floor_bytes=500))
     assert check(machine, 14_600, prior=1000) == AT_THE_CEILING
     assert machine.tried == [4, 64]
 
@@ -549,7 +549,7 @@ def test_a_size_that_is_tried_again_has_its_last_word() -> None:
 def test_a_limit_that_moves_reopens_what_was_excluded() -> None:
     search = BracketingSearch(range(1, 1001), limit_bytes=1000)
     for size in (4, 90, 100):
-        search.record(size, Outcome(fits=True, phases=phase(10 * size, baseline_bytes=0)))
+        search.record(size, Outcome(fits=True, phases=phase(10 * size, floor_bytes=0)))
     assert search.next() is None
     search.change_limit(2000)
     assert search.next() == 200
@@ -564,7 +564,7 @@ def test_under_another_limit_the_answer_is_as_near_as_under_the_first(limit_byte
         while (size := search.next()) is not None:
             tried.append(size)
             fits = 10 * size <= limit_bytes
-            reading = phase(10 * size, baseline_bytes=0) if fits else ()
+            reading = phase(10 * size, floor_bytes=0) if fits else ()
             search.record(size, Outcome(fits=fits, phases=reading, explained=False))
         return tried
 

@@ -29,8 +29,8 @@ class Step:
     def phases(self, size: int, unseen: int = 0) -> tuple[Phase, ...]:
         passes = self.constant + self.slope * size + unseen
         return (
-            Phase(baseline_bytes=self.constant // 2, peak_bytes=passes),
-            Phase(baseline_bytes=self.constant // 2, peak_bytes=self.update + unseen),
+            Phase(floor_bytes=self.constant // 2, peak_bytes=passes),
+            Phase(floor_bytes=self.constant // 2, peak_bytes=self.update + unseen),
         )
 
     def peak(self, size: int) -> int:
