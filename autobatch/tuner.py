@@ -211,7 +211,7 @@ def _probe(
     if mode == "train":
         return _finder(job, TrialStep(job.step, examples), search, observer, said, history)
     job.step.model.eval()
-    run = inference(job.step.gradient, job.step.objective.forward, examples)
+    run = inference(job.step.gradient_pass, job.step.objective.forward, examples)
     return _finder(job, run, search, observer, said, history)
 
 

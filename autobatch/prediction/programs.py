@@ -105,7 +105,7 @@ class ForwardPass:
         recorder.label(STATE, _state(self.optimizer))
         self.model.eval()
         recorder.begin_window()
-        inference(step.gradient, step.objective.forward, self.sample).prepare(
+        inference(step.gradient_pass, step.objective.forward, self.sample).prepare(
             [batch], lambda: None
         )()
 
@@ -172,7 +172,7 @@ def _train_step(
 ) -> TrainStep:
     device = TracedDevice(recorder.device)
     step = options.train_step(model, optimizer, device)
-    return replace(step, gradient=replace(step.gradient, feed=TracedFeed(device)))
+    return replace(step, gradient_pass=replace(step.gradient_pass, prefetcher=TracedFeed(device)))
 
 
 def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:

@@ -121,7 +121,7 @@ class KernelIndexCheck:
         """What the model returns for a batch: all that has rows of numbers that are not whole."""
         gradient = self._gradient
         shown: list[BatchTree] = []
-        passes = _OnePass(MicroBatch(gradient.feed.move(batch), batch), shown)
+        passes = _OnePass(MicroBatch(gradient.prefetcher.move(batch), batch), shown)
         with gradient.precision.forward():
             gradient.objective.run(passes, gradient.model, lambda outputs, _: shown.append(outputs))
         found = [tensor.detach() for tensor in tensors(shown) if tensor.ndim]

@@ -182,11 +182,11 @@ class StepOptions:
             batch_norm=self.batch_norm,
             gradient_dtype=self.gradient_dtype,
             scaler=scaler,
-            feed=Prefetcher(device),
+            prefetcher=Prefetcher(device),
             generators=list(generators_in(model)),
-            members=ParameterCache(model, loss, update.parameters),
+            parameter_cache=ParameterCache(model, loss, update.parameters),
         )
-        return TrainStep(gradient=gradient, update=update)
+        return TrainStep(gradient_pass=gradient, optimizer_step=update)
 
     def step_runner(
         self,
@@ -212,7 +212,7 @@ class StepOptions:
         """
         return StepRunner(
             gradient=BatchGradient(
-                passes=step.gradient,
+                gradient_pass=step.gradient_pass,
                 size=MicroBatchSize(micro_batch),
                 limited=limited,
                 limit_bytes=limit_bytes,
@@ -221,8 +221,10 @@ class StepOptions:
                 retry=self.replay,
                 on_oom=self.ran_out,
             ),
-            update=step.update,
-            nonfinite=NonFinitePolicy(mode=self.nonfinite, scales=step.update.scaler is not None),
+            optimizer_step=step.optimizer_step,
+            nonfinite=NonFinitePolicy(
+                mode=self.nonfinite, scales=step.optimizer_step.scaler is not None
+            ),
             schedule=schedule,
         )
 

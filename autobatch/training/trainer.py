@@ -202,7 +202,7 @@ class Training:
     @property
     def given(self) -> dict[str, object]:
         """What steps depend on and no state holds, by name."""
-        update = self.job.step.update
+        update = self.job.step.optimizer_step
         return {
             "precision": self.job.options.precision,
             "clip_grad_norm": update.clip_grad_norm,
@@ -228,7 +228,7 @@ class Training:
             return None
         step = self.job.step
         return Evaluator(
-            gradient=step.gradient,
+            gradient=step.gradient_pass,
             objective=step.objective.for_evaluation(),
             source=self.evaluation.source,
             desired=self.desired,
@@ -294,7 +294,7 @@ class Trainer:
             start.progress,
             asked=training.desired,
             objective=job.step.objective,
-            batch_norm=job.step.gradient.batch_norm if normalizes else None,
+            batch_norm=job.step.gradient_pass.batch_norm if normalizes else None,
             mutated=sorted(runner.gradient.mutated),
             found=self.found,
         )

@@ -25,8 +25,8 @@ class TrialStep:
         self._step = step
         self._sample = sample
         self._desired = desired
-        self._large = KernelIndexCheck(step.gradient, sample)
-        scaler = step.update.scaler
+        self._large = KernelIndexCheck(step.gradient_pass, sample)
+        scaler = step.optimizer_step.scaler
         self._put_scaler_back = attributes_of(scaler) if scaler is not None else lambda: None
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
@@ -35,7 +35,7 @@ class TrialStep:
         Its batch is made here, on the host. The window calls ``mark`` after its first micro-batch,
         and before its optimizer's step.
         """
-        gradient, update = self._step.gradient, self._step.update
+        gradient, optimizer_step = self._step.gradient_pass, self._step.optimizer_step
         batches = {size: repeated(self._sample, size) for size in set(sizes)}
         micro_batches = [batches[size] for size in sizes]
         denominator = sum(gradient.prepare(nest, cut=False) for nest in micro_batches) or 1
@@ -48,12 +48,12 @@ class TrialStep:
                 micro_batches,
                 denominator,
                 before,
-                finish=update.finish_gradient,
+                finish=optimizer_step.finish_gradient,
                 more_follow=more_follow,
                 mark=mark,
             )
-            update.check_gradient()
-            update.rehearse()
+            optimizer_step.check_gradient()
+            optimizer_step.rehearse()
             del before, losses
             gradient.clear()
 
@@ -65,7 +65,7 @@ class TrialStep:
         There none is sent ahead while the last computes.
         """
         if (
-            not self._step.gradient.feed.sends_ahead
+            not self._step.gradient_pass.prefetcher.copies_ahead
             or self._desired is None
             or 2 * size < self._desired
         ):
@@ -80,5 +80,5 @@ class TrialStep:
 
     def clear(self) -> None:
         """Let go of gradients, and of what a scaler notes about them."""
-        self._step.gradient.clear()
+        self._step.gradient_pass.clear()
         self._put_scaler_back()

@@ -121,7 +121,7 @@ class Workload:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Leave no trace of what happens inside, on the model, the data or the generators."""
-        optimizers, scaler = [self.step.optimizer], self.step.update.scaler
+        optimizers, scaler = [self.step.optimizer], self.step.optimizer_step.scaler
         with ExitStack() as stack:
             if scaler is not None:
                 stack.callback(attributes_of(scaler))

@@ -671,7 +671,7 @@ def test_where_batches_are_sent_ahead_a_short_window_is_not_thought_to_need_more
 ) -> None:
     """The inputs are all there is: undivided, half of what the line says is enough."""
     monkeypatch.setattr(Prefetcher, "__call__", ahead)
-    monkeypatch.setattr(Prefetcher, "sends_ahead", True)
+    monkeypatch.setattr(Prefetcher, "copies_ahead", True)
     data = torch.randn(96, 1024), torch.randn(96, 1)
 
     def found(confirm: Confirm) -> int:

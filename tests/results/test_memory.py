@@ -272,7 +272,7 @@ def job_on(device: object, memory_limit: int | None, headroom: int | None) -> Wo
         memory_limit=memory_limit,
         headroom=headroom,
     )
-    gradient = replace(made.step.gradient, device=device)  # type: ignore[arg-type]  # It is read only.
+    gradient = replace(made.step.gradient_pass, device=device)  # type: ignore[arg-type]  # It is read only.
     return replace(made, step=replace(made.step, gradient=gradient))
 
 

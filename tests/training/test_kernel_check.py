@@ -249,7 +249,7 @@ def step(model: nn.Module) -> TrainStep:
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
 def test_the_sample_may_be_of_any_length(examples: int) -> None:
     model = Broken(0.0)
-    complains = KernelIndexCheck(step(model).gradient, data(examples), INDEXED)
+    complains = KernelIndexCheck(step(model).gradient_pass, data(examples), INDEXED)
     assert complains(RIGHT, 10 * INDEXED) == ""
     assert "wrong rows" in complains(RIGHT + 1, 10 * INDEXED)
     assert "off by up to" in complains(RIGHT + 1, 10 * INDEXED)
@@ -268,7 +268,7 @@ def test_the_kernels_are_those_of_training() -> None:
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     complains = KernelIndexCheck(
-        half.train_step(model, optimizer, CpuDevice()).gradient, data(), INDEXED
+        half.train_step(model, optimizer, CpuDevice()).gradient_pass, data(), INDEXED
     )
     assert "wrong rows" in complains(500, 10 * INDEXED)
     assert seen == {(False, True)}
@@ -287,7 +287,7 @@ def test_the_check_keeps_to_the_limit() -> None:
 
 
 def test_where_nothing_smaller_is_there_to_compare_with_nothing_is_run() -> None:
-    complains = KernelIndexCheck(step(Broken(0.0, indexed=1)).gradient, data(), 1)
+    complains = KernelIndexCheck(step(Broken(0.0, indexed=1)).gradient_pass, data(), 1)
     assert [complains(size, 10 * INDEXED) for size in (1, 2, 4)] == [""] * 3
     assert EVALUATED == []
 
@@ -298,7 +298,7 @@ def test_modes_buffers_gradients_and_random_numbers_are_put_back() -> None:
     model.layers[1].eval()
     before, drawn = fingerprint(model), torch.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(True)
-    assert KernelIndexCheck(step(model).gradient, data(), INDEXED)(500, 10 * INDEXED) == ""
+    assert KernelIndexCheck(step(model).gradient_pass, data(), INDEXED)(500, 10 * INDEXED) == ""
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.backends.mha.get_fastpath_enabled()

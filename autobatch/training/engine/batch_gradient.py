@@ -48,7 +48,7 @@ class BatchGradient:
     """Computes the gradients of logical batches, and knows nothing of an optimizer.
 
     Attributes:
-        passes: Makes one attempt.
+        gradient_pass: Makes one attempt.
         size: The micro-batch size: smaller when memory runs out, larger again after a while.
         limited: Returns the context in which memory may be used.
         limit_bytes: The limit of that context, or None.
@@ -62,7 +62,7 @@ class BatchGradient:
             numbers.
     """
 
-    passes: GradientPass
+    gradient_pass: GradientPass
     size: MicroBatchSize
     limited: Callable[[], AbstractContextManager[None]] = nullcontext
     limit_bytes: int | None = None
@@ -97,7 +97,7 @@ class BatchGradient:
         examples = size_of(batch)
         if examples == 0:
             raise ValueError("a logical batch must hold at least one example, got 0")
-        passes = self.passes
+        passes = self.gradient_pass
         passes.begin()
         size = self.size.for_window(examples)
         ragged = len(pieces_of(batch)) > 1
@@ -138,7 +138,7 @@ class BatchGradient:
 
     def clear(self) -> None:
         """Drop every gradient."""
-        self.passes.clear()
+        self.gradient_pass.clear()
 
     def state_dict(self) -> dict[str, object]:
         """Return counts and what was found out, as plain values."""
@@ -146,7 +146,7 @@ class BatchGradient:
             "size": self.size.state_dict(),
             "cut_batches": self.cut_batches,
             "mutated": sorted(self.mutated),
-            "objective": self.passes.objective.state_dict(),
+            "objective": self.gradient_pass.objective.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ class BatchGradient:
         self.size.load_state_dict(state["size"])
         self.cut_batches = int(state["cut_batches"])
         self.mutated = set(state["mutated"])
-        self.passes.objective.load_state_dict(state["objective"])
+        self.gradient_pass.objective.load_state_dict(state["objective"])
 
     def _attempt(
         self,
@@ -172,13 +172,17 @@ class BatchGradient:
         record = None if verifier is None else verifier.record
         try:
             with self.limited():
-                losses = self.passes.run(parts, denominator, before, record=record, finish=finish)
+                losses = self.gradient_pass.run(
+                    parts, denominator, before, record=record, finish=finish
+                )
         except Exception as error:
             is_memory_error = retry.is_memory_error(error, sizes)
             if is_memory_error:
                 self.on_oom(step)
             if not (is_memory_error and self.retry):
-                if min(sizes) == 1 and normalises_by_batch(self.passes.members.batch_norms):
+                if min(sizes) == 1 and normalises_by_batch(
+                    self.gradient_pass.parameter_cache.batch_norms
+                ):
                     error.add_note(_ALONE)
                 raise
             message = str(error)
@@ -197,27 +201,27 @@ class BatchGradient:
             number=self.cut_batches + 1,
             micro_batches=micro_batches,
             ragged=ragged,
-            move=self.passes.feed.move,
+            move=self.gradient_pass.prefetcher.move,
         )
 
     def _verifier(self, cut: CutBatch | None) -> Verifier | None:
         """Refuse to cut what is not exact in parts; return what verifies the loss, if it is due."""
         if cut is None:
             return None
-        members = self.passes.members
-        if any(parameter._backward_hooks for parameter in members.parameters):
+        cache = self.gradient_pass.parameter_cache
+        if any(parameter._backward_hooks for parameter in cache.parameters):
             raise InexactStepError(
                 "a parameter has a gradient hook, which would run once a micro-batch instead of "
                 "once a step; change the gradients in the optimizer's step instead "
                 "(register_step_pre_hook), or choose a batch that need not be cut"
             )
-        if self.passes.batch_norm == "refuse" and normalises_by_batch(members.batch_norms):
+        if self.gradient_pass.batch_norm == "refuse" and normalises_by_batch(cache.batch_norms):
             raise InexactStepError(
                 f"the model has BatchNorm, and this batch has to be cut into {cut.micro_batches}: "
                 'each would be normalised by itself. With batch_norm="refuse" that is not done; '
                 'choose "micro", "frozen", or a batch that fits whole'
             )
-        return self.passes.objective.verifier(cut)
+        return self.gradient_pass.objective.verifier(cut)
 
     def _count(self, micro_batches: int, marks: Marks) -> None:
         """Note that a logical batch ran."""
@@ -230,6 +234,6 @@ class BatchGradient:
         """Marks before and after the first batch that is cut; not of BatchNorm's pooled buffers."""
         if self.cut_batches or micro_batches == 1:
             return {}
-        model = self.passes.model
+        model = self.gradient_pass.model
         layers = moving_layers(model.modules())
         return marks_of(model, [buffer for layer in layers for buffer in layer.buffers()])

@@ -17,7 +17,7 @@ Prefetcher = Callable[[], Iterable[MicroBatch]]
 
 
 def accumulate_cached(
-    feed: Prefetcher,
+    prefetcher: Prefetcher,
     encode: Encode,
     loss: FullBatchLoss,
     *,
@@ -31,7 +31,7 @@ def accumulate_cached(
     """Add the gradient of ``loss`` over all outputs to every ``.grad``.
 
     Args:
-        feed: Begins the micro-batches, each on the device; called twice.
+        prefetcher: Begins the micro-batches, each on the device; called twice.
         encode: Returns a micro-batch's outputs and targets.
         loss: Of all of them.
         start: Takes what a forward pass moves, so that it can be put back.
@@ -63,7 +63,7 @@ def accumulate_cached(
 
 
 def _first_pass(
-    feed: Prefetcher, encode: Encode
+    prefetcher: Prefetcher, encode: Encode
 ) -> tuple[list[tuple[BatchTree, BatchTree]], list[bool]]:
     """Outputs and targets of every micro-batch; which of their tensors depend on a parameter."""
     pairs: list[tuple[BatchTree, BatchTree]] = []

@@ -45,9 +45,9 @@ class GradientPass:
         batch_norm: What BatchNorm does with a micro-batch.
         gradient_dtype: What 16-bit gradients are summed in; None is their own type.
         scaler: Multiplies the first gradient of each backward pass, or None.
-        feed: Brings micro-batches to the device.
+        prefetcher: Brings micro-batches to the device.
         generators: The model's own random number generators.
-        members: Modules and parameters, as they are in this step.
+        parameter_cache: Modules and parameters, as they are in this step.
     """
 
     model: nn.Module
@@ -57,9 +57,9 @@ class GradientPass:
     batch_norm: BatchNormMode
     gradient_dtype: torch.dtype | None
     scaler: GradScaler | None
-    feed: Prefetcher
+    prefetcher: Prefetcher
     generators: Sequence[object]
-    members: ParameterCache
+    parameter_cache: ParameterCache
 
     def prepare(self, batch: BatchTree, *, cut: bool) -> float:
         """Find out what has to be known of a logical batch, and return its denominator.
@@ -72,7 +72,7 @@ class GradientPass:
             What the summed loss is divided by. 0 means that no term is valid.
         """
         try:
-            self.objective.prepare(self.model, batch, self.feed.move, cut=cut)
+            self.objective.prepare(self.model, batch, self.prefetcher.move, cut=cut)
         except Exception as error:
             # No search has rehearsed two examples side by side; the batch itself may fit.
             if verdict_of(error) is not Verdict.OUT_OF_MEMORY:
@@ -86,19 +86,21 @@ class GradientPass:
 
     def begin(self) -> None:
         """Look up the model's modules and parameters, and drop every gradient."""
-        self.members.refresh()
+        self.parameter_cache.refresh()
         self.clear()
 
     def clear(self) -> None:
         """Drop every gradient."""
-        for parameter in self.members.parameters:
+        for parameter in self.parameter_cache.parameters:
             parameter.grad = None
 
     def snapshot(self) -> WindowSnapshot:
         """Take what a logical batch may change before the optimizer's step."""
-        layers = moving_layers(self.members.batch_norms) if self.batch_norm == "micro" else []
+        layers = (
+            moving_layers(self.parameter_cache.batch_norms) if self.batch_norm == "micro" else []
+        )
         return window_snapshot(
-            self.members.modules,
+            self.parameter_cache.modules,
             self.generators,
             self.scaler,
             Statistics(layers) if layers else None,
@@ -132,15 +134,17 @@ class GradientPass:
             The losses, and the gradient's norm where ``finish`` gave one.
         """
         losses = LossRecord(len(parts), self.device)
-        parameters = self.members.parameters
+        parameters = self.parameter_cache.parameters
         sums = GradientBuffer(parameters, self.gradient_dtype) if self.gradient_dtype else None
-        normalizes = self.batch_norm == "micro" and normalises_by_batch(self.members.batch_norms)
+        normalizes = self.batch_norm == "micro" and normalises_by_batch(
+            self.parameter_cache.batch_norms
+        )
         with self.precision.window(), self._statistics(len(parts), before) as pool:
             passes = MicroBatchLoop(
                 parts=parts,
                 denominator=denominator,
                 record=losses,
-                feed=self.feed,
+                prefetcher=self.prefetcher,
                 precision=self.precision,
                 snapshot=self.snapshot,
                 generators=self.generators,
@@ -168,7 +172,7 @@ class GradientPass:
         if terms is None or (not isinstance(terms, Tensor) and terms in (0.0, denominator)):
             return
         # On a GPU nobody looks at the number: where there are no terms, no step is taken.
-        gradients = [p.grad for p in self.members.parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameter_cache.parameters if p.grad is not None]
         gradients += sums.sums if sums is not None else []
         rescale(gradients, denominator / terms)
 

@@ -35,7 +35,7 @@ class MicroBatchLoop(Passes):
         parts: The micro-batches, on the host.
         denominator: What the summed loss of the logical batch is divided by.
         record: Keeps the losses.
-        feed: Brings micro-batches to the device.
+        prefetcher: Brings micro-batches to the device.
         precision: What forward passes compute in.
         snapshot: Takes what a forward pass changes, so that it can be put back.
         generators: The model's own random number generators.
@@ -52,7 +52,7 @@ class MicroBatchLoop(Passes):
     parts: Sequence[BatchTree]
     denominator: float
     record: LossRecord
-    feed: Prefetcher
+    prefetcher: Prefetcher
     precision: Precision
     snapshot: Callable[[], WindowSnapshot]
     generators: Sequence[object]
@@ -125,7 +125,7 @@ class MicroBatchLoop(Passes):
         parts, context = self.parts, [0] * len(self.parts)
         if self.lends_context and len(parts) > 1 and any(size_of(p) == 1 for p in parts):
             parts, context = _with_neighbors(parts)
-        on_device = self.feed(
+        on_device = self.prefetcher(
             parts, targets_are_read=self.only_reads_targets, more_follow=self.more_follow
         )
         for place, (host, count) in enumerate(zip(parts, context, strict=True)):

@@ -24,7 +24,7 @@ class Prefetcher:
         self._place = device.torch_device
 
     @property
-    def sends_ahead(self) -> bool:
+    def copies_ahead(self) -> bool:
         """Whether the next micro-batch is on the device while the current one computes."""
         return self._device.copies_ahead
 
@@ -62,7 +62,7 @@ class Prefetcher:
             more_follow: Whether the parts stand for a longer window, so that another one is on its
                 way behind the last one: a trial's memory must be that of training.
         """
-        if not self.sends_ahead:
+        if not self.copies_ahead:
             return map(functools.partial(self.move, targets_are_read=targets_are_read), parts)
         return self._ahead(parts, more_follow=more_follow)
 

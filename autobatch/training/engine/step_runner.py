@@ -23,14 +23,14 @@ class StepRunner:
 
     Attributes:
         gradient: Computes the gradient.
-        update: Makes a step of the gradient.
+        optimizer_step: Makes a step of the gradient.
         nonfinite: Decides about a step that is not finite.
         schedule: The learning rate's.
         steps: Optimizer steps taken.
     """
 
     gradient: BatchGradient
-    update: OptimizerStep
+    optimizer_step: OptimizerStep
     nonfinite: NonFinitePolicy
     schedule: Schedule
     steps: int = 0
@@ -39,7 +39,7 @@ class StepRunner:
         """Take one optimizer step for one logical batch, or skip it."""
         try:
             computed = self.gradient.compute(
-                batch, finish=self.update.finish_gradient, step=self.steps + 1
+                batch, finish=self.optimizer_step.finish_gradient, step=self.steps + 1
             )
             if computed is None:
                 return _without_terms(size_of(batch))
@@ -87,7 +87,7 @@ class StepRunner:
         numbers = computed.losses.read()  # The one wait, before anything is stepped.
         if numbers.terms == 0:
             return False, ""
-        self.gradient.passes.objective.check_finite(list(map(math.isfinite, numbers.losses)))
+        self.gradient.gradient_pass.objective.check_finite(list(map(math.isfinite, numbers.losses)))
         terms = numbers.terms or computed.denominator
         return True, self.nonfinite.judge(numbers, step=self.steps + 1, terms=terms)
 
@@ -96,13 +96,13 @@ class StepRunner:
         if fault:
             if fault == "not finite":  # What is not finite may have spoilt running statistics.
                 computed.before.model()
-            self.update.leave_out()
+            self.optimizer_step.leave_out()
         else:
-            self.update.check_gradient()
+            self.optimizer_step.check_gradient()
             self.nonfinite.skipped = 0
             try:
                 with self.gradient.limited():
-                    self.update.take()
+                    self.optimizer_step.take()
             except StepInterruptedError:
                 computed.before.put_back()  # Whoever goes on runs this logical batch again.
                 raise

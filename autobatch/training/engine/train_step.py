@@ -16,29 +16,29 @@ class TrainStep:
     """The two halves of a training step.
 
     Attributes:
-        gradient: Computes the gradient of a logical batch.
-        update: Makes a step of the gradient.
+        gradient_pass: Computes the gradient of a logical batch.
+        optimizer_step: Makes a step of the gradient.
     """
 
-    gradient: GradientPass
-    update: OptimizerStep
+    gradient_pass: GradientPass
+    optimizer_step: OptimizerStep
 
     @property
     def model(self) -> nn.Module:
         """The model that is trained."""
-        return self.gradient.model
+        return self.gradient_pass.model
 
     @property
     def objective(self) -> Objective:
         """What is minimized."""
-        return self.gradient.objective
+        return self.gradient_pass.objective
 
     @property
     def device(self) -> MemoryDevice:
         """Where the model is."""
-        return self.gradient.device
+        return self.gradient_pass.device
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer over some or all of the model's parameters."""
-        return self.update.optimizer
+        return self.optimizer_step.optimizer

@@ -701,16 +701,18 @@ class Prepared:
         self.optimizer = OPTIMIZERS[self.kind](groups)
         device = CpuDevice(self.model.parameters)
         device.read()  # It knows of all there is, and need not collect garbage.
-        self.update = OptimizerStep(optimizer=self.optimizer, device=device, snapshot=self.snapshot)
+        self.optimizer_step = OptimizerStep(
+            optimizer=self.optimizer, device=device, snapshot=self.snapshot
+        )
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter).cumsum(0)
         for _ in range(self.steps_before):
-            self.update.take()
+            self.optimizer_step.take()
 
     def taken(self, *, fails_at: int = 0, attempts: int = 1) -> bool:
         """Take one more step; return whether the operation at which to fail was reached."""
         with FailsInStep(self.optimizer, fails_at, attempts) as failing:
-            self.update.take()
+            self.optimizer_step.take()
         return bool(failing.attempts < 0)
 
     def values(self) -> dict[str, object]:
