@@ -84,12 +84,12 @@ class Accumulator:
         Set it between steps when memory changes, for example after layers were unfrozen, to what
         ``find_batch_size`` finds then.
         """
-        return self._runner.gradient.size.size
+        return self._runner.gradient.micro_batch_size.size
 
     @micro_batch.setter
     def micro_batch(self, size: int | None) -> None:
-        wished = None if size is None else check_size("micro_batch", size)
-        self._runner.gradient.size = MicroBatchSize(wished)
+        requested = None if size is None else check_size("micro_batch", size)
+        self._runner.gradient.micro_batch_size = MicroBatchSize(requested)
 
     @property
     def steps(self) -> int:

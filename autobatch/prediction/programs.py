@@ -162,9 +162,9 @@ class TracedDevice(CudaDevice):
 class TracedFeed(Prefetcher):
     """Micro-batches on a device that is not there."""
 
-    def move(self, nest: BatchTree, *, targets_are_read: bool = False) -> BatchTree:  # noqa: ARG002
+    def move(self, batch: BatchTree, *, only_reads_targets: bool = False) -> BatchTree:  # noqa: ARG002
         """Return a copy on the device."""
-        return unwrapped(map_tensors(self._device.copied, nest))
+        return unwrapped(map_tensors(self._device.copied, batch))
 
 
 def _train_step(

@@ -322,7 +322,7 @@ class Trainer:
         if saved is not None:
             state = dict(saved["runner"])
             if not self._keeps_size():
-                state["size"] = runner.gradient.size.state_dict()
+                state["size"] = runner.gradient.micro_batch_size.state_dict()
             runner.load_state_dict(state)
         return runner
 

@@ -50,10 +50,10 @@ class TrialStep:
                 before,
                 finish=optimizer_step.finish_gradient,
                 more_follow=more_follow,
-                mark=mark,
+                end_phase=mark,
             )
             optimizer_step.check_gradient()
-            optimizer_step.rehearse()
+            optimizer_step.take_in_trial()
             del before, losses
             gradient.clear()
 

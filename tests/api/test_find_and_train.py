@@ -652,7 +652,7 @@ def ahead(
     self: Prefetcher,
     parts: Sequence[BatchTree],
     *,
-    targets_are_read: bool = False,  # noqa: ARG001  # On the CPU alone is that of interest.
+    only_reads_targets: bool = False,  # noqa: ARG001  # On the CPU alone is that of interest.
     more_follow: bool = False,
 ) -> Iterator[BatchTree]:
     """What a GPU does: the next one is there while the current one computes."""

@@ -1,4 +1,4 @@
-"""What a training step is made of: a gradient and the optimizer's step. A trial takes the same."""
+"""The two halves of a training step: the gradient of a logical batch and the optimizer step."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ from autobatch.training.losses.objective import Objective
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStep:
-    """The two halves of a training step.
+    """What a training step consists of; a trial runs the same one.
 
     Attributes:
         gradient_pass: Computes the gradient of a logical batch.
-        optimizer_step: Makes a step of the gradient.
+        optimizer_step: Turns the gradient into a step.
     """
 
     gradient_pass: GradientPass
@@ -35,7 +35,7 @@ class TrainStep:
 
     @property
     def device(self) -> MemoryDevice:
-        """Where the model is."""
+        """The device of the model."""
         return self.gradient_pass.device
 
     @property

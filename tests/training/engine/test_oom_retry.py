@@ -386,7 +386,7 @@ def tried_sizes(size: MicroBatchSize, examples: int, room: int) -> list[int]:
     while tried[-1] > room:
         smaller = size.failed(examples, tried[-1], len(tried))
         tried.append(largest_part(examples, smaller))
-    size.ran()
+    size.succeeded()
     return tried
 
 
@@ -395,7 +395,7 @@ def largest_part(examples: int, tolerable: int) -> int:
 
 
 @given(wished=WISHED, course=WINDOWS)
-def test_no_size_is_larger_than_wished_and_every_failure_is_followed_by_a_smaller_one(
+def test_no_size_is_larger_than_requested_and_every_failure_is_followed_by_a_smaller_one(
     wished: int | None, course: list[tuple[int, int]]
 ) -> None:
     size = MicroBatchSize(wished)
@@ -782,7 +782,7 @@ def test_a_copy_is_part_of_what_a_trial_measures() -> None:
             parameter.grad = torch.ones_like(parameter)
         with device.limited_to(10**9):
             device.reset_peak()
-            update.rehearse()
+            update.take_in_trial()
         peaks.append(device.read().peak_bytes)
     assert peaks[1] - peaks[0] == 4 * (100 * 100 + 100)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch import Accumulator, StepResult
-from autobatch.training.model_state import window_snapshot as replay
+from autobatch.training.engine import micro_batch_size
 
 FAILURES = 50  # With dropout, and as many without.
 EXAMPLES = 8  # In a window.
@@ -202,8 +202,10 @@ CASES = {
 def test_training_survives_failures_anywhere(
     name: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "PATIENCE", 2)  # So that sizes come back between the failures.
-    monkeypatch.setattr(replay, "LONGEST_PATIENCE", 2)
+    monkeypatch.setattr(
+        micro_batch_size, "PATIENCE", 2
+    )  # So that sizes come back between the failures.
+    monkeypatch.setattr(micro_batch_size, "LONGEST_PATIENCE", 2)
     kind, batches = CASES[name]
     torch.manual_seed(0)
     model = kind(dropout).double()
