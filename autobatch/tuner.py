@@ -258,7 +258,9 @@ def _mode_finder(
         trial_step = TrialStep(workload.step, examples)
     else:
         workload.step.model.eval()
-        trial_step = inference(workload.step.gradient, workload.step.objective.forward, examples)
+        trial_step = inference(
+            workload.step.gradient_pass, workload.step.objective.forward, examples
+        )
     return _finder(workload, trial_step, search, observer, description, history)
 
 

@@ -84,12 +84,12 @@ class Accumulator:
         Set it between steps when memory changes, for example after layers were unfrozen, to what
         ``find_batch_size`` finds then.
         """
-        return self._runner.gradient.size.size
+        return self._runner.gradient.micro_batch_size.size
 
     @micro_batch.setter
     def micro_batch(self, size: int | None) -> None:
-        wished = None if size is None else check_size("micro_batch", size)
-        self._runner.gradient.size = MicroBatchSize(wished)
+        requested = None if size is None else check_size("micro_batch", size)
+        self._runner.gradient.micro_batch_size = MicroBatchSize(requested)
 
     @property
     def steps(self) -> int:
@@ -131,7 +131,7 @@ class Accumulator:
 
         These are plain values and tensors. Save the states of model and optimizer yourself.
         """
-        scaler, scheduler = self._runner.update.scaler, self._runner.schedule.scheduler
+        scaler, scheduler = self._runner.optimizer_step.scaler, self._runner.schedule.scheduler
         return {
             **self._runner.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -145,7 +145,7 @@ class Accumulator:
             ValueError: The state is of an Accumulator with other parts. Nothing was changed.
         """
         runner = self._runner
-        parts = {"scaler": runner.update.scaler, "scheduler": runner.schedule.scheduler}
+        parts = {"scaler": runner.optimizer_step.scaler, "scheduler": runner.schedule.scheduler}
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
             raise ValueError(f"this is no state of an Accumulator: it has no {', '.join(missing)}")

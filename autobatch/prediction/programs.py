@@ -106,7 +106,7 @@ class ForwardPass:
         recorder.label(STATE, _state(self.optimizer))
         self.model.eval()
         recorder.begin_window()
-        inference(step.gradient, step.objective.forward, self.sample).prepare(
+        inference(step.gradient_pass, step.objective.forward, self.sample).prepare(
             [batch], lambda: None
         )()
 
@@ -163,9 +163,9 @@ class TracedDevice(CudaDevice):
 class TracedPrefetcher(Prefetcher):
     """A prefetcher of micro-batches to a device that is not present."""
 
-    def move(self, nest: BatchTree, *, targets_are_read: bool = False) -> BatchTree:  # noqa: ARG002
+    def move(self, batch: BatchTree, *, only_reads_targets: bool = False) -> BatchTree:  # noqa: ARG002
         """Return a copy of the batch on the device."""
-        return unwrapped(map_tensors(self._device.copied, nest))
+        return unwrapped(map_tensors(self._device.copied, batch))
 
 
 def _train_step(
@@ -173,7 +173,9 @@ def _train_step(
 ) -> TrainStep:
     device = TracedDevice(recorder.device)
     step = options.train_step(model, optimizer, device)
-    return replace(step, gradient=replace(step.gradient, feed=TracedPrefetcher(device)))
+    return replace(
+        step, gradient_pass=replace(step.gradient_pass, prefetcher=TracedPrefetcher(device))
+    )
 
 
 def _label(recorder: Recorder, modules: Iterable[nn.Module | None]) -> None:

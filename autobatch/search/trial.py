@@ -161,9 +161,7 @@ class _MemoryRecord:
     def end_phase(self) -> None:
         """End the phase, and record its peak."""
         reading = self._device.read()
-        self.phases.append(
-            Phase(floor_bytes=self.allocated_bytes, peak_bytes=reading.peak_bytes)
-        )
+        self.phases.append(Phase(floor_bytes=self.allocated_bytes, peak_bytes=reading.peak_bytes))
         self.allocated_bytes = reading.allocated_bytes
         self._retries = reading.retries
         if reading.peak_reserved_bytes is not None:

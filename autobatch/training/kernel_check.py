@@ -142,7 +142,7 @@ class KernelIndexCheck:
         """Return the model's outputs that have rows and are no integers."""
         gradient = self._gradient
         recorded: list[BatchTree] = []
-        passes = _OnePass(MicroBatch(gradient.feed.move(batch), batch), recorded)
+        passes = _OnePass(MicroBatch(gradient.prefetcher.move(batch), batch), recorded)
         with gradient.precision.forward():
             gradient.objective.run(
                 passes, gradient.model, lambda outputs, _: recorded.append(outputs)

@@ -2,13 +2,13 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -162,10 +162,8 @@ class StepOptions:
 
     def train_step(self, model: nn.Module, optimizer: Optimizer, device: MemoryDevice) -> TrainStep:
         """Return the training step of ``model`` and ``optimizer`` on ``device``."""
-        kind = device.torch_device.type
-        loss = [] if self.loss_module is None else [self.loss_module]
-        scaler = scaler_for(self.precision, self.scaler, kind)
-        update = OptimizerStep(
+        scaler = scaler_for(self.precision, self.scaler, device.torch_device.type)
+        optimizer_step = OptimizerStep(
             optimizer=optimizer,
             device=device,
             scaler=scaler,
@@ -174,19 +172,40 @@ class StepOptions:
             needs_norm=self.nonfinite == "skip",
             snapshot=self.snapshot_steps,
         )
-        gradient = GradientPass(
+        gradient_pass = self.gradient_pass(
+            model, device, scaler=scaler, more_parameters=optimizer_step.parameters
+        )
+        return TrainStep(gradient_pass=gradient_pass, optimizer_step=optimizer_step)
+
+    def gradient_pass(
+        self,
+        model: nn.Module,
+        device: MemoryDevice,
+        *,
+        scaler: GradScaler | None = None,
+        more_parameters: Callable[[], Iterable[Tensor]] = tuple,
+    ) -> GradientPass:
+        """Return what computes gradients of ``model`` on ``device``.
+
+        Args:
+            model: On ``device``.
+            device: Where the model trains.
+            scaler: Multiplies the gradient; None leaves it as it is.
+            more_parameters: Returns parameters outside of the model and the loss.
+        """
+        loss = [] if self.loss_module is None else [self.loss_module]
+        return GradientPass(
             model=model,
             objective=self.objective(),
             device=device,
-            precision=Precision(name=self.precision, device_type=kind),
+            precision=Precision(name=self.precision, device_type=device.torch_device.type),
             batch_norm=self.batch_norm,
             gradient_dtype=self.gradient_dtype,
             scaler=scaler,
-            feed=Prefetcher(device),
+            prefetcher=Prefetcher(device),
             generators=list(generators_in(model)),
-            members=ParameterCache(model, loss, update.parameters),
+            parameter_cache=ParameterCache(model, loss, more_parameters),
         )
-        return TrainStep(gradient=gradient, update=update)
 
     def step_runner(
         self,
@@ -213,8 +232,8 @@ class StepOptions:
         """
         return StepRunner(
             gradient=BatchGradient(
-                passes=step.gradient,
-                size=MicroBatchSize(micro_batch),
+                gradient_pass=step.gradient_pass,
+                micro_batch_size=MicroBatchSize(micro_batch),
                 limited=limited,
                 limit_bytes=limit_bytes,
                 observer=observer,
@@ -222,8 +241,10 @@ class StepOptions:
                 retry=self.replay,
                 on_oom=self.on_oom,
             ),
-            update=step.update,
-            nonfinite=NonFinitePolicy(mode=self.nonfinite, scales=step.update.scaler is not None),
+            optimizer_step=step.optimizer_step,
+            nonfinite=NonFinitePolicy(
+                mode=self.nonfinite, uses_scaler=step.optimizer_step.scaler is not None
+            ),
             schedule=schedule,
         )
 

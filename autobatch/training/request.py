@@ -122,7 +122,7 @@ class TrainingRequest:
     @property
     def config(self) -> dict[str, object]:
         """The settings that steps depend on and that no state dict holds, by name."""
-        update = self.workload.step.update
+        update = self.workload.step.optimizer_step
         return {
             "precision": self.workload.options.precision,
             "clip_grad_norm": update.clip_grad_norm,

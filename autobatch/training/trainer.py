@@ -75,7 +75,7 @@ class Trainer:
         if saved is not None:
             state = dict(saved["runner"])
             if not self._keeps_size():
-                state["size"] = runner.gradient.size.state_dict()
+                state["size"] = runner.gradient.micro_batch_size.state_dict()
             runner.load_state_dict(state)
         return runner
 
@@ -132,7 +132,7 @@ class Trainer:
                 self.start.progress,
                 desired=self.request.desired,
                 objective=step.objective,
-                batch_norm=step.gradient.batch_norm if normalizes else None,
+                batch_norm=step.gradient_pass.batch_norm if normalizes else None,
                 mutated=sorted(runner.gradient.mutated),
                 found=self.found,
             )

@@ -27,8 +27,8 @@ class TrialStep:
         self._step = step
         self._sample = sample
         self._desired = desired
-        self._check_kernels = KernelIndexCheck(step.gradient, sample)
-        scaler = step.update.scaler
+        self._check_kernels = KernelIndexCheck(step.gradient_pass, sample)
+        scaler = step.optimizer_step.scaler
         self._restore_scaler = attributes_of(scaler) if scaler is not None else lambda: None
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
@@ -40,7 +40,7 @@ class TrialStep:
             sizes: Examples in each micro-batch.
             mark: Called after the first micro-batch, and before the optimizer step.
         """
-        gradient, update = self._step.gradient, self._step.update
+        gradient, optimizer_step = self._step.gradient_pass, self._step.optimizer_step
         batches = {size: repeated(self._sample, size) for size in set(sizes)}
         micro_batches = [batches[size] for size in sizes]
         denominator = sum(gradient.prepare(batch, cut=False) for batch in micro_batches) or 1
@@ -53,12 +53,12 @@ class TrialStep:
                 micro_batches,
                 denominator,
                 before,
-                finish=update.finish_gradient,
+                finish=optimizer_step.finish_gradient,
                 more_follow=more_follow,
-                mark=mark,
+                end_phase=mark,
             )
-            update.check_gradient()
-            update.rehearse()
+            optimizer_step.check_gradient()
+            optimizer_step.take_in_trial()
             del before, losses
             gradient.clear()
 
@@ -74,7 +74,7 @@ class TrialStep:
             size: Examples in a micro-batch.
         """
         if (
-            not self._step.gradient.feed.sends_ahead
+            not self._step.gradient_pass.prefetcher.copies_ahead
             or self._desired is None
             or 2 * size < self._desired
         ):
@@ -94,5 +94,5 @@ class TrialStep:
 
     def clear(self) -> None:
         """Release the gradients, and restore the scaler."""
-        self._step.gradient.clear()
+        self._step.gradient_pass.clear()
         self._restore_scaler()

@@ -138,7 +138,7 @@ class Workload:
 
         Inside the block, the model is on the device and in training mode.
         """
-        optimizers, scaler = [self.step.optimizer], self.step.update.scaler
+        optimizers, scaler = [self.step.optimizer], self.step.optimizer_step.scaler
         with ExitStack() as stack:
             if scaler is not None:
                 stack.callback(attributes_of(scaler))

@@ -98,9 +98,7 @@ def search_seconds(case: Case) -> float:
         return 0.0
     forward = trial.phases[0]
     bytes_each = max(forward.peak_bytes - forward.floor_bytes, 1) / _CHEAP
-    size: float = min(
-        (arguments["memory_limit"] - forward.floor_bytes) / bytes_each, case.ceiling
-    )
+    size: float = min((arguments["memory_limit"] - forward.floor_bytes) / bytes_each, case.ceiling)
     return _TRIALS * trial.seconds / _CHEAP * size
 
 

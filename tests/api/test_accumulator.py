@@ -170,7 +170,7 @@ def test_its_state_goes_on_where_it_was_in_size_scale_and_rate() -> None:
     again.load_state_dict(weights)
     other.load_state_dict(state)
     assert other.steps == 4
-    optimizer = other._runner.update.optimizer
+    optimizer = other._runner.optimizer_step.optimizer
     optimizer.param_groups[0]["lr"] = 0.1 * 0.5  # The optimizer's own state is its own.
     assert trained(other, range(4, 10 + PATIENCE)) == expected
     assert other.micro_batch == accumulator.micro_batch > 3, "it has grown back"

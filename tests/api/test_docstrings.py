@@ -10,6 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
+from autobatch.devices.cpu import CpuDevice
+from autobatch.training.engine.batch_gradient import BatchGradient
+from autobatch.training.engine.micro_batch_size import MicroBatchSize
 
 EXAMPLES = [
     "Accumulator",
@@ -22,10 +25,10 @@ EXAMPLES = [
 ]
 
 
-def example_of(name: str) -> str:
+def example_of(documented: object) -> str:
     """Return the first indented block after a line that ends with ``::``."""
-    _, colons, rest = (inspect.getdoc(getattr(autobatch, name)) or "").partition("::\n\n")
-    assert colons, f"{name} shows no example"
+    _, colons, rest = (inspect.getdoc(documented) or "").partition("::\n\n")
+    assert colons, f"{documented} shows no example"
     lines: list[str] = []
     for line in rest.splitlines():
         if line and not line.startswith("    "):
@@ -38,9 +41,17 @@ def example_of(name: str) -> str:
 def test_the_example_of_a_docstring_runs(name: str) -> None:
     public: dict[str, Any] = {each: getattr(autobatch, each) for each in autobatch.__all__}
     torches = {"torch": torch, "nn": nn, "DataLoader": DataLoader, "TensorDataset": TensorDataset}
-    code = example_of(name)
+    code = example_of(getattr(autobatch, name))
     assert f"{name}(" in code
     exec(compile(code, f"the example of {name}", "exec"), public | torches)
+
+
+def test_the_example_of_the_gradient_s_docstring_runs() -> None:
+    names = {"torch": torch, "nn": nn, "StepOptions": autobatch.StepOptions}
+    engine = {each.__name__: each for each in (BatchGradient, CpuDevice, MicroBatchSize)}
+    code = example_of(BatchGradient.compute)
+    assert ".compute(" in code
+    exec(compile(code, "the example of BatchGradient.compute", "exec"), names | engine)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -652,7 +652,7 @@ def ahead(
     self: Prefetcher,
     parts: Sequence[BatchTree],
     *,
-    targets_are_read: bool = False,  # noqa: ARG001  # On the CPU alone is that of interest.
+    only_reads_targets: bool = False,  # noqa: ARG001  # On the CPU alone is that of interest.
     more_follow: bool = False,
 ) -> Iterator[BatchTree]:
     """What a GPU does: the next one is there while the current one computes."""
@@ -671,7 +671,7 @@ def test_a_short_logical_batch_is_not_taken_to_need_more_when_batches_are_prefet
 ) -> None:
     """The inputs are all there is: undivided, half of what the line says is enough."""
     monkeypatch.setattr(Prefetcher, "__call__", ahead)
-    monkeypatch.setattr(Prefetcher, "sends_ahead", True)
+    monkeypatch.setattr(Prefetcher, "copies_ahead", True)
     data = torch.randn(96, 1024), torch.randn(96, 1)
 
     def found(confirm: Confirm) -> int:

@@ -374,9 +374,9 @@ def test_autocast_and_the_scaler_are_those_of_the_device(put: Put, kind: str) ->
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = StepOptions(precision="fp16").train_step(model, optimizer, opened(kind))
-    assert step.gradient.precision.device_type == kind
-    assert step.update.scaler is not None
-    assert step.update.scaler._device == kind
+    assert step.gradient_pass.precision.device_type == kind
+    assert step.optimizer_step.scaler is not None
+    assert step.optimizer_step.scaler._device == kind
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps", "cuda"])

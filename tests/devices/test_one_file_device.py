@@ -234,8 +234,8 @@ def test_without_the_cards_generator_it_ends_elsewhere(
 
 def test_the_numbers_of_a_step_wait_on_the_card_in_its_widest_type() -> None:
     held = ledger.LossRecord(2, Card(tuple))
-    assert held._held is not None
-    assert held._held.dtype is torch.float32
+    assert held._on_device is not None
+    assert held._on_device.dtype is torch.float32
 
 
 # The package.

@@ -347,18 +347,14 @@ def test_where_memory_is_a_straight_line_a_handful_of_trials_is_enough(
 
 def test_a_known_search_of_few_trials() -> None:
     """From 4 by the line to its floor, then by the line through two peaks: 97 would be too much."""
-    machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
-    )
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
     upper = check(machine, 14_600)
     assert machine.tried == [4, 11, 96]
     assert upper == Upper(reason="extrapolated", size=97, bytes=14_700)
 
 
 def test_a_proof_by_failure_tries_the_next_size_too() -> None:
-    machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
-    )
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
     upper = check(machine, 14_600, confirm="failed")
     assert machine.tried == [4, 11, 96, 97]
     assert upper == Upper(reason="ran out", size=97)
@@ -366,9 +362,7 @@ def test_a_proof_by_failure_tries_the_next_size_too() -> None:
 
 def test_what_rounding_may_have_added_proves_nothing() -> None:
     """97 would be 14,700 bytes as read: 80 more than it may be, but rounding may be 100."""
-    machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
-    )
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
     upper = check(machine, 14_620, slack_bytes=100)
     assert machine.tried[-1] == 97
     assert upper.reason == "ran out"
@@ -467,9 +461,7 @@ def test_a_prior_right_or_wrong_costs_at_most_two_trials(
     """Drawn from anywhere, or near the answer. The largest of some lines is a convex curve."""
 
     def phases(size: int) -> tuple[Phase, ...]:
-        return tuple(
-            Phase(floor_bytes=c // 2, peak_bytes=c + slope * size) for c, slope in lines
-        )
+        return tuple(Phase(floor_bytes=c // 2, peak_bytes=c + slope * size) for c, slope in lines)
 
     machine.phases, machine.explained = phases, explained
     limit_bytes = max(one.peak_bytes for one in phases(machine.largest))
@@ -510,9 +502,7 @@ def test_whatever_is_read_a_search_with_a_prior_is_right(
 )
 def test_a_known_search_with_a_prior(prior: int | None, tried: list[int]) -> None:
     """The first is what there is without one."""
-    machine = Machine(
-        range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500)
-    )
+    machine = Machine(range(1, 10_001), 96, lambda size: phase(5000 + 100 * size, floor_bytes=500))
     upper = check(machine, 14_600, prior=prior)
     assert machine.tried == tried
     following = Upper(reason="extrapolated", size=97, bytes=14_700)

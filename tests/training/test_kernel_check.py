@@ -205,7 +205,9 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize("fraction", [1e-3, 1e-2, 2.5e-2, 1e-1, 1.0])
 def test_no_degree_of_mixing_is_refused(fraction: float) -> None:
     """With a fortieth, 4 examples differ by less than the tolerance from 2, and 450 by more."""
-    kernel_problem = KernelIndexCheck(step(Ordinary(Mixing(fraction))).gradient, data(450), LIMIT)
+    kernel_problem = KernelIndexCheck(
+        step(Ordinary(Mixing(fraction))).gradient_pass, data(450), LIMIT
+    )
     assert kernel_problem(450, 10 * LIMIT) == ""
 
 
@@ -280,7 +282,7 @@ def step(model: nn.Module) -> TrainStep:
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 64])
 def test_the_sample_may_be_of_any_length(examples: int) -> None:
     model = Broken(0.0)
-    kernel_problem = KernelIndexCheck(step(model).gradient, data(examples), LIMIT)
+    kernel_problem = KernelIndexCheck(step(model).gradient_pass, data(examples), LIMIT)
     assert kernel_problem(RIGHT, 10 * LIMIT) == ""
     assert "wrong rows" in kernel_problem(RIGHT + 1, 10 * LIMIT)
     assert "off by up to" in kernel_problem(RIGHT + 1, 10 * LIMIT)
@@ -299,7 +301,7 @@ def test_the_check_takes_the_kernels_of_training() -> None:
     half = StepOptions(precision="bf16")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     kernel_problem = KernelIndexCheck(
-        half.train_step(model, optimizer, CpuDevice()).gradient, data(), LIMIT
+        half.train_step(model, optimizer, CpuDevice()).gradient_pass, data(), LIMIT
     )
     assert "wrong rows" in kernel_problem(500, 10 * LIMIT)
     assert seen == {(False, True)}
@@ -318,7 +320,7 @@ def test_the_check_respects_the_memory_limit() -> None:
 
 
 def test_without_a_smaller_size_to_compare_with_nothing_runs() -> None:
-    kernel_problem = KernelIndexCheck(step(Broken(0.0, limit=1)).gradient, data(), 1)
+    kernel_problem = KernelIndexCheck(step(Broken(0.0, limit=1)).gradient_pass, data(), 1)
     assert [kernel_problem(size, 10 * LIMIT) for size in (1, 2, 4)] == [""] * 3
     assert EVALUATED == []
 
@@ -329,7 +331,7 @@ def test_modes_buffers_gradients_and_random_numbers_are_restored() -> None:
     model.layers[1].eval()
     before, drawn = fingerprint(model), torch.get_rng_state()
     torch.backends.mha.set_fastpath_enabled(True)
-    assert KernelIndexCheck(step(model).gradient, data(), LIMIT)(500, 10 * LIMIT) == ""
+    assert KernelIndexCheck(step(model).gradient_pass, data(), LIMIT)(500, 10 * LIMIT) == ""
     assert fingerprint(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.backends.mha.get_fastpath_enabled()

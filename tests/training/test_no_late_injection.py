@@ -22,7 +22,7 @@ ALLOWED = {
 }
 # Attributes that one module may set, with the reason.
 ALLOWED_IN = {
-    "api.accumulator": {"size": "the setter of the public property micro_batch"},
+    "api.accumulator": {"micro_batch_size": "the setter of the public property micro_batch"},
     "compat.torch_settings": {
         "enabled": "a global setting of torch",
         "benchmark": "a global setting of torch",

@@ -1,1 +1,1 @@
-"""BatchNorm in a logical batch that is cut."""
+"""BatchNorm in a logical batch that is cut into micro-batches."""

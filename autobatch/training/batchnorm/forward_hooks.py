@@ -1,7 +1,7 @@
-"""BatchNorm layers in a window that is cut: each call is heard of, and none goes unnoticed.
+"""Track every call of a BatchNorm layer in a logical batch that is cut, and notice missed calls.
 
-A layer has a forward pass of its own there, with momentum 1: it leaves in the layer's buffers the
-mean and the unbiased variance of what it saw. A hook would take six times as long.
+During such a batch each layer runs a forward pass of its own with momentum 1: its buffers then hold
+the mean and the unbiased variance of its input. A module hook would take six times as long.
 """
 
 import operator
@@ -16,156 +16,163 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.errors import InexactStepError
-from autobatch.training.batchnorm.statistics import Statistics, mean_and_variance
+from autobatch.training.batchnorm.statistics import RunningStatistics, mean_and_variance
 
-_TORCHS_OWN: Final = _BatchNorm.forward
-_UNSEEN: Final = (
-    "a BatchNorm layer moved its running statistics unseen (its class's forward called by hand, "
-    "compiled before the batch was cut, or with new buffers for each call), so they cannot be "
-    'pooled; call it as a module, or pass batch_norm="frozen"'
+_TORCH_FORWARD: Final = _BatchNorm.forward
+_UNTRACKED: Final = (
+    "a BatchNorm layer updated its running statistics in a call that was not tracked (its class's "
+    "forward called by hand, compiled before the batch was cut, or with new buffers for each "
+    'call), so they cannot be pooled; call it as a module, or pass batch_norm="frozen"'
 )
 
 Forward = Callable[..., Tensor]
-Heard = Callable[[int, Tensor], None]
+OnCall = Callable[[int, Tensor], None]
 
 
-class ForwardTracker:
-    """Hears of every call that moves the layers' statistics, and knows whether it missed one.
+class BatchNormTracker:
+    """Tracks every call that updates the layers' statistics, and detects calls that it missed.
 
-    Torch counts no writing to running means and variances, but that to the number of batches. Its
-    own forward pass is done here without that number, whose counting costs as much as all else that
-    a window does for BatchNorm: there, a number that moves gives a call away. A subclass's forward
-    pass counts itself, and how often is known.
+    Torch counts writes (``_version``) to the number of batches, but not to running means and
+    variances. The replacement for torch's own forward pass skips that number, because counting
+    costs as much as everything else that a window does for BatchNorm: if the number changes anyway,
+    a call was missed. A subclass's own forward pass still counts, so its calls are compared with
+    the number.
 
     Args:
-        taken: The layers, and their statistics before the window.
+        statistics: The layers, with a copy of their statistics from before the logical batch.
     """
 
-    def __init__(self, taken: Statistics) -> None:
-        self._taken = taken
-        self._versions: list[int] = []  # Of the numbers, when the first one began.
-        self._passed: dict[int, int] = {}  # By place: calls that counted themselves,
-        self._earlier: Counter[int] = Counter()  # and those before this micro-batch.
+    def __init__(self, statistics: RunningStatistics) -> None:
+        self._statistics = statistics
+        self._versions: list[int] = []  # Of the numbers of batches, at the first micro-batch.
+        self._calls: dict[int, int] = {}  # Calls that count, in this micro-batch, by layer index.
+        self._earlier_calls: Counter[int] = Counter()  # The same of earlier micro-batches.
         self._compiled = False
 
     @contextmanager
-    def over_layers(self, heard: Heard) -> Iterator[None]:
-        """Watch them inside.
+    def tracking(self, on_call: OnCall) -> Iterator[None]:
+        """Replace the layers' forward passes inside the block.
 
         Args:
-            heard: Is told of a call before it runs: the layer's place, and its input. Not kept, for
-                who is told holds this: memory that waits for the garbage collector is not free.
+            on_call: Called before each tracked call, with the layer's index and its input. It is
+                not stored: its owner holds this tracker, and a reference cycle would keep memory
+                until the garbage collector runs.
         """
-        layers = self._taken.layers
-        kept = [(vars(layer), layer.momentum, vars(layer).get("forward")) for layer in layers]
+        layers = self._statistics.layers
+        saved = [(vars(layer), layer.momentum, vars(layer).get("forward")) for layer in layers]
         try:
-            for place, (own, _, forward) in enumerate(kept):
-                # A module's own way of setting looks at all it has first.
-                if forward is None and type(layers[place]).forward is _TORCHS_OWN:
-                    own["forward"] = self._watched(place, heard, _uncounted(layers[place]))
+            for index, (attributes, _, forward) in enumerate(saved):
+                # Writing to the dictionary is faster than setattr, which searches the module first.
+                if forward is None and type(layers[index]).forward is _TORCH_FORWARD:
+                    uncounted = _uncounted_forward(layers[index])
+                    attributes["forward"] = self._tracked(index, on_call, uncounted)
                 else:
-                    noted = self._watched(place, heard, self._counting(place))
-                    own.update(forward=noted, momentum=1.0)
+                    tracked = self._tracked(index, on_call, self._counting_forward(index))
+                    attributes.update(forward=tracked, momentum=1.0)
             yield
         finally:
-            for own, momentum, forward in kept:
-                own["momentum"] = momentum
-                own.pop("forward", None) if forward is None else own.update(forward=forward)
+            for attributes, momentum, forward in saved:
+                attributes["momentum"] = momentum
+                if forward is None:
+                    attributes.pop("forward", None)
+                else:
+                    attributes.update(forward=forward)
 
     def begin(self) -> None:
-        """Begin a micro-batch; what ran before the first one has been put back.
+        """Begin a micro-batch; what ran before the first one was restored.
 
-        Its calls are counted from 0: what is compiled would be again for each number that it meets.
+        The calls of each micro-batch are counted from 0: a compiled forward pass would be compiled
+        again for every number that it has not seen.
         """
         if not self._versions:
-            self._versions = self._taken.versions()
-            self._passed = {}
-        elif self._passed:
-            self._earlier.update(self._passed)
-            self._passed = {}
+            self._versions = self._statistics.versions()
+            self._calls = {}
+        elif self._calls:
+            self._earlier_calls.update(self._calls)
+            self._calls = {}
 
-    def refuse_unseen(self) -> bool:
-        """Return whether layers have counted calls, all of which were heard of.
+    def check(self) -> bool:
+        """Return whether layers have counted calls, all of which were tracked.
 
         Raises:
-            InexactStepError: If a layer has new statistics, or ran more often than was heard of.
+            InexactStepError: If a layer has new buffers, or ran more often than was tracked.
         """
         self.begin()
-        taken = self._taken
-        if self._compiled:  # There a call may be written several times.
-            counted = taken.counted()
+        statistics = self._statistics
+        if self._compiled:  # A compiled call may write to the number of batches several times.
+            counted = statistics.counted()
         else:
-            counted = list(map(operator.sub, taken.versions(), self._versions))
-        unseen = any(n > self._earlier[place] for place, n in enumerate(counted) if n)
-        if unseen or not taken.are_bound():
-            raise InexactStepError(_UNSEEN)
-        return bool(self._earlier)
+            counted = list(map(operator.sub, statistics.versions(), self._versions))
+        missed = any(n > self._earlier_calls[index] for index, n in enumerate(counted) if n)
+        if missed or not statistics.are_bound():
+            raise InexactStepError(_UNTRACKED)
+        return bool(self._earlier_calls)
 
-    def _watched(self, place: int, heard: Heard, noted: Forward) -> Forward:
-        """Return the layer's forward pass; ``noted`` is the one that is heard of."""
-        layer = self._taken.layers[place]
-        run, buffers = layer.forward, layer._buffers
-        mean, _ = mean_and_variance(self._taken.buffers[place])
+    def _tracked(self, index: int, on_call: OnCall, training_forward: Forward) -> Forward:
+        """Return a forward pass which calls ``on_call``, then ``training_forward``."""
+        layer = self._statistics.layers[index]
+        original_forward, buffers = layer.forward, layer._buffers
+        mean, _ = mean_and_variance(self._statistics.buffers[index])
 
         def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
             if not (layer.training and layer.track_running_stats):
-                with self._as_before(place):
-                    return run(*inputs, **named)
-            # Others than its own may be lent to it for this call, as by functional_call.
+                with self._original_statistics(index):
+                    return original_forward(*inputs, **named)
+            # functional_call may give the layer other buffers for this call.
             if buffers["running_mean"] is not mean:
-                return run(*inputs, **named)
-            heard(place, inputs[0] if inputs else named["input"])
-            return noted(*inputs, **named)
+                return original_forward(*inputs, **named)
+            on_call(index, inputs[0] if inputs else named["input"])
+            return training_forward(*inputs, **named)
 
         return forward
 
-    def _counting(self, place: int) -> Forward:
-        """Return a layer's own forward pass, which counts itself."""
-        run = self._taken.layers[place].forward
+    def _counting_forward(self, index: int) -> Forward:
+        """Return a layer's own forward pass, with its calls counted."""
+        original_forward = self._statistics.layers[index].forward
 
         def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
-            self._passed[place] = self._passed.get(place, 0) + 1
+            self._calls[index] = self._calls.get(index, 0) + 1
             if torch.compiler.is_compiling():
                 self._compiled = True
-            return run(*inputs, **named)
+            return original_forward(*inputs, **named)
 
         return forward
 
     @contextmanager
-    def _as_before(self, place: int) -> Iterator[None]:
-        """Give a layer the values from before the window, for a call that moves nothing."""
-        taken = self._taken
-        own, parts = taken.buffers[place], taken.values.split(taken.channels)
+    def _original_statistics(self, index: int) -> Iterator[None]:
+        """Give a layer the values from before the logical batch, for a call in evaluation mode."""
+        statistics = self._statistics
+        own, values = statistics.buffers[index], statistics.values.split(statistics.channels)
         mean, variance = mean_and_variance(own)
-        buffers = taken.layers[place]._buffers
-        buffers["running_mean"] = parts[place].to(mean.dtype)
-        buffers["running_var"] = parts[place + len(taken.layers)].to(variance.dtype)
+        buffers = statistics.layers[index]._buffers
+        buffers["running_mean"] = values[index].to(mean.dtype)
+        buffers["running_var"] = values[index + len(statistics.layers)].to(variance.dtype)
         try:
             yield
         finally:
             buffers.update(own)
 
 
-def _uncounted(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """Return torch's own forward pass in training, with momentum 1 and without counting.
+def _uncounted_forward(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
+    """Return torch's own forward pass in training, with momentum 1 and without counting batches.
 
-    What ``F.batch_norm`` sees to is seen to here, which costs less: a channel must have more than
-    one value, and a tensor of another class knows its own way.
+    It calls ``torch.batch_norm`` directly where the checks of ``F.batch_norm`` are known to pass,
+    and ``F.batch_norm`` otherwise: for tensor subclasses, and for one value a channel.
     """
-    buffers, parameters = layer._buffers, layer._parameters  # A module asks all it has first.
-    held = "weight" in parameters and "bias" in parameters  # Or they are computed.
+    buffers, parameters = layer._buffers, layer._parameters  # Faster than getattr.
+    plain = "weight" in parameters and "bias" in parameters  # False for parametrized layers.
     eps = layer.eps
 
     def forward(input: Tensor) -> Tensor:  # Torch's name.
         layer._check_input_dim(input)
         mean, variance = buffers["running_mean"], buffers["running_var"]
-        if held:
+        if plain:
             weight, bias = parameters["weight"], parameters["bias"]
         else:
             weight, bias = layer.weight, layer.bias
         if type(input) is not Tensor or input.numel() <= input.shape[1] or eps <= 0:
             return F.batch_norm(input, mean, variance, weight, bias, True, 1.0, eps)
-        on = torch.backends.cudnn.enabled
-        return torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, eps, on)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(input, weight, bias, mean, variance, True, 1.0, eps, cudnn)
 
     return forward

@@ -1,4 +1,4 @@
-"""BatchNorm in a window that is cut: which layers move, and how they are kept from moving."""
+"""The three modes of BatchNorm, and which layers update their running statistics."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ _MODES: Final[tuple[BatchNormMode, ...]] = ("micro", "frozen", "refuse")
 
 
 def check_batch_norm(mode: object) -> BatchNormMode:
-    """Return the mode, or refuse it.
+    """Return the mode if it is one of the three.
 
     Raises:
-        ValueError: If it is none of the three.
+        ValueError: With the value that was passed.
     """
     for known in _MODES:
         if mode == known:
@@ -25,16 +25,16 @@ def check_batch_norm(mode: object) -> BatchNormMode:
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalise by the running statistics inside, which do not move; weights and biases train.
+    """Normalise by the running statistics inside, and do not update them; weights still train.
 
-    Then no example sees another, and any split is exact. InstanceNorm is left alone: it normalises
-    each example by itself, so frozen it would only compute something else.
+    No example depends on another then, so any split is exact. InstanceNorm stays as it is: it
+    normalises each example by itself already.
 
     Args:
         model: In the mode in which it trains.
 
     Raises:
-        ValueError: If a layer keeps no running statistics. Nothing was touched.
+        ValueError: If a layer keeps no running statistics. Nothing was changed.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
@@ -46,7 +46,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             )
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     try:
-        for layer in layers:  # Not eval(), which would reach layers that others put inside it.
+        for layer in layers:  # Not eval(), which would also reach submodules.
             layer.training = False
         yield
     finally:
@@ -55,19 +55,19 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def normalises_by_batch(modules: Iterable[nn.Module]) -> bool:
-    """Return whether one of them normalises with the statistics of the batch that it sees."""
+    """Return whether a module among them normalises by the statistics of its input."""
     return any(
         isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
         for module in modules
     )
 
 
-def moving_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """Return the BatchNorm layers whose running statistics a forward pass moves."""
-    return [module for module in modules if isinstance(module, _BatchNorm) and _moves(module)]
+def updating_layers(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """Return the BatchNorm layers whose running statistics a forward pass updates."""
+    return [module for module in modules if isinstance(module, _BatchNorm) and _updates(module)]
 
 
-def _moves(layer: _BatchNorm) -> bool:
-    # track_running_stats may have been set to False later: the buffers are there, and stay.
-    has_some = layer._buffers["running_mean"] is not None  # Asked for by name it takes a search.
-    return has_some and layer.training and layer.track_running_stats
+def _updates(layer: _BatchNorm) -> bool:
+    # track_running_stats may have become False later: then the buffers exist, and stay unchanged.
+    has_statistics = layer._buffers["running_mean"] is not None  # Faster than getattr.
+    return has_statistics and layer.training and layer.track_running_stats

@@ -1,10 +1,11 @@
-"""BatchNorm's running statistics over a window that is cut: pooled, and moved once.
+"""Pool BatchNorm's statistics over the micro-batches of a logical batch, and update them once.
 
-Left alone, a layer would move its running statistics once a micro-batch, with its full momentum
-each time. Watched, it leaves in its buffers the mean and the unbiased variance of what each forward
-pass saw. They are pooled (Chan et al., 1979: the variance between micro-batches belongs to it), and
-move what the buffers held before, once, with the layer's own momentum. For a layer whose inputs are
-the undivided batch's that is what the undivided batch would have done.
+By itself a layer would update its running statistics once a micro-batch, with its full momentum
+each time. Tracked (``forward_hooks``), its buffers hold the mean and the unbiased variance of the
+last forward pass. The pool combines these over all micro-batches, with the variance between
+micro-batches (Chan et al., 1979), and updates the layer's earlier statistics once, with the layer's
+own momentum. If the layer's inputs are those of the undivided batch, the result is the undivided
+batch's.
 """
 
 import functools
@@ -20,41 +21,41 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.devices.base import on_host
-from autobatch.training.batchnorm.forward_hooks import ForwardTracker
-from autobatch.training.batchnorm.statistics import Statistics, mean_and_variance
+from autobatch.training.batchnorm.forward_hooks import BatchNormTracker
+from autobatch.training.batchnorm.statistics import RunningStatistics, mean_and_variance
 
-_UNCALLED: Final = -1  # A call may be on no values.
+_NOT_CALLED: Final = -1  # Not 0: a call may be on an empty tensor.
 _Array = TypeVar("_Array", Tensor, NDArray[np.floating[Any]])
-_Call = tuple[int, Tensor, Tensor]  # Values of a channel; mean and unbiased variance they left.
+_Call = tuple[int, Tensor, Tensor]  # Values per channel; their mean and unbiased variance.
 
 
 @contextmanager
-def pooled_statistics(taken: Statistics) -> Iterator["StatisticsPool"]:
-    """Pool the layers' running statistics inside; apply them at the end.
+def pooled_statistics(statistics: RunningStatistics) -> Iterator["StatisticsPool"]:
+    """Pool the layers' statistics inside the block; update them at its end.
 
-    After an error the layers are as they were.
+    After an error the layers are as before.
 
     Args:
-        taken: What their statistics are before.
+        statistics: The layers, with a copy of their statistics from before the logical batch.
     """
-    pool = StatisticsPool(taken)
+    pool = StatisticsPool(statistics)
     try:
-        with pool.watch.over_layers(pool.note):
+        with pool.tracker.tracking(pool.record_call):
             yield pool
         pool.apply()
     except BaseException:
-        taken.put_back()
+        statistics.restore()
         raise
 
 
 @dataclass(slots=True)
 class _Calls:
-    """The layers' n-th calls, one entry a micro-batch.
+    """The n-th calls of all layers, one entry for each micro-batch.
 
     Attributes:
-        counts: Values of a channel, for each layer; 0 where it was not called.
-        rows: What they left, of shape ``(2 * channels,)``: the means of all layers' channels, and
-            then the unbiased variances.
+        counts: Values per channel, for each layer; 0 if the layer was not called.
+        rows: The statistics, of shape ``(2 * channels,)``: the means of all layers' channels, then
+            the unbiased variances.
     """
 
     counts: list[tuple[int, ...]] = field(default_factory=list)
@@ -62,229 +63,240 @@ class _Calls:
 
 
 class StatisticsPool:
-    """What the layers' calls have seen, pooled over micro-batches. The n-th calls belong together.
+    """Pools the statistics of the layers' calls over the micro-batches of a logical batch.
 
-    A micro-batch that makes fewer calls than others has no part in the later ones.
+    The n-th calls of all micro-batches are pooled together. A micro-batch with fewer calls than
+    others has no part in the later ones.
 
     Args:
-        taken: What their statistics were before the window.
+        statistics: The layers, with a copy of their statistics from before the logical batch.
 
     Attributes:
-        watch: Over the layers.
+        tracker: Tracks the layers' calls.
     """
 
-    def __init__(self, taken: Statistics) -> None:
-        self.watch = ForwardTracker(taken)
-        self._taken = taken
-        self._open = False
-        self._borrowed = self._examples = 0
+    def __init__(self, statistics: RunningStatistics) -> None:
+        self.tracker = BatchNormTracker(statistics)
+        self._statistics = statistics
+        self._active = False
+        self._context = self._examples = 0
         self._calls: list[_Calls] = []
-        self._most = [0] * len(taken.layers)  # Calls in the forward pass that made most.
-        self._forget()
+        self._most_calls = [0] * len(statistics.layers)  # The most in one forward pass, by layer.
+        self._clear_calls()
 
-    def begin(self, borrowed: int = 0, own: int = 1) -> None:
-        """Say that a micro-batch's forward pass begins: calls count from here.
+    def begin(self, context: int = 0, own: int = 1) -> None:
+        """Begin the forward pass of a micro-batch; from here calls count.
 
         Args:
-            borrowed: So many examples, the first of this forward pass, are a neighbour's and
-                already counted. Where a layer sees several rows an example, they must come
-                example by example.
-            own: Examples after them. Of no interest where none is borrowed.
+            context: The first examples of this forward pass, which belong to another micro-batch
+                and are already counted. If a layer sees several rows per example, the rows must be
+                ordered by example.
+            own: Examples after the context. Not used if ``context`` is 0.
         """
-        self._open = True
-        self._borrowed, self._examples = borrowed, borrowed + own
-        self.watch.begin()
+        self._active = True
+        self._context, self._examples = context, context + own
+        self.tracker.begin()
 
     def end(self) -> None:
-        """Say that it has ended, and keep a copy of what it left.
+        """End the forward pass, and copy the statistics of its calls.
 
-        Activation checkpointing runs forward passes again during the backward pass. They see the
-        same examples, and no longer count.
+        Activation checkpointing runs forward passes again during the backward pass. These see the
+        same examples and do not count.
         """
-        self._open = False
-        if self._earlier or _UNCALLED in self._counts:
-            self._end_unlike()
-        else:  # The commonest: each was called once, and has left it in its own.
-            self._keep(0, tuple(self._counts), self._taken.own)
-            self._most = [most or 1 for most in self._most]
-        self._forget()
+        self._active = False
+        if self._earlier_calls or _NOT_CALLED in self._counts:
+            self._add_uneven_calls()
+        else:  # The usual case: each layer was called once, and its buffers hold the statistics.
+            self._add_calls(0, tuple(self._counts), self._statistics.tensors)
+            self._most_calls = [most or 1 for most in self._most_calls]
+        self._clear_calls()
 
-    def note(self, place: int, values: Tensor) -> None:
-        """Note a call, if the forward pass counts, and keep what the layer's buffers cannot.
+    def record_call(self, index: int, values: Tensor) -> None:
+        """Record a call, and copy what the layer's buffers will not hold.
 
         Args:
-            place: The layer's.
-            values: What it is called on, of shape ``(examples, channels, ...)``.
+            index: The layer's.
+            values: The layer's input, of shape ``(examples, channels, ...)``.
         """
-        if not self._open:
+        if not self._active:
             return
-        channels = self._taken.channels[place]
-        if self._borrowed:
-            values = values[len(values) * self._borrowed // self._examples :]
+        channels = self._statistics.channels[index]
+        if self._context:
+            values = values[len(values) * self._context // self._examples :]
             call = (values.numel() // channels, *_moments_of(values))
-            self._earlier.setdefault(place, []).append(call)
+            self._earlier_calls.setdefault(index, []).append(call)
             return
-        if self._counts[place] != _UNCALLED:  # The call before, which this one overwrites.
-            mean, variance = mean_and_variance(self._taken.buffers[place])
-            before = (self._counts[place], mean.clone(), variance.clone())
-            self._earlier.setdefault(place, []).append(before)
-        self._counts[place] = values.numel() // channels
+        if self._counts[index] != _NOT_CALLED:  # This call will overwrite the earlier one.
+            mean, variance = mean_and_variance(self._statistics.buffers[index])
+            earlier = (self._counts[index], mean.clone(), variance.clone())
+            self._earlier_calls.setdefault(index, []).append(earlier)
+        self._counts[index] = values.numel() // channels
 
     def apply(self) -> None:
-        """Move every layer's statistics once for each of its calls, from where they were.
+        """Update every layer's earlier statistics once for each of its pooled calls.
 
         Raises:
-            InexactStepError: If one moved them in a call that was not noted.
+            InexactStepError: If a layer updated its statistics in a call that was not tracked.
         """
-        taken, most = self._taken, self._most
-        counted = self.watch.refuse_unseen()
-        taken.bind()
+        statistics, most_calls = self._statistics, self._most_calls
+        counted = self.tracker.check()
+        statistics.rebind()
         if counted:
-            taken.put_counts_back()
-        taken.add_counts(most)
-        moved = _widened(taken.values)
-        for place, calls in enumerate(self._calls):
-            left = zip(taken.layers, most, strict=True)
-            momenta = tuple([_momentum(layer, n - place) for layer, n in left])
-            moved = _moved(moved, calls, momenta, taken.channels)
-        taken.fill(moved)
+            statistics.restore_counts()
+        statistics.add_counts(most_calls)
+        values = _at_least_float32(statistics.values)
+        for n, calls in enumerate(self._calls):
+            layers = zip(statistics.layers, most_calls, strict=True)
+            momenta = tuple([_momentum(layer, most - n) for layer, most in layers])
+            values = _updated(values, calls, momenta, statistics.channels)
+        statistics.fill(values)
 
-    def _forget(self) -> None:
-        """Have no calls of a forward pass."""
-        # Values of a channel in the last call of each layer, unless that one is kept below.
-        self._counts = [_UNCALLED] * len(self._taken.layers)
-        self._earlier: dict[int, list[_Call]] = {}  # Calls before those, by place.
+    def _clear_calls(self) -> None:
+        """Forget the calls of the last forward pass."""
+        # Values per channel in the last call of each layer, whose statistics its buffers hold.
+        self._counts = [_NOT_CALLED] * len(self._statistics.layers)
+        self._earlier_calls: dict[int, list[_Call]] = {}  # Earlier calls, by layer index.
 
-    def _end_unlike(self) -> None:
-        """Keep what was left where layers were called several times, or not at all."""
-        every: list[list[_Call]] = []
-        for place, count in enumerate(self._counts):
-            calls = self._earlier.get(place, [])
-            if count != _UNCALLED:
-                calls.append((count, *mean_and_variance(self._taken.buffers[place])))
-            every.append(calls)
-        made = list(map(len, every))
-        self._most = list(map(max, self._most, made))
-        for n in range(max(made)):
-            calls = [c[n] if n < len(c) else self._none(place) for place, c in enumerate(every)]
+    def _add_uneven_calls(self) -> None:
+        """Add the calls of a forward pass that called a layer several times, or not at all."""
+        calls_by_layer: list[list[_Call]] = []
+        for index, count in enumerate(self._counts):
+            calls = self._earlier_calls.get(index, [])
+            if count != _NOT_CALLED:
+                calls.append((count, *mean_and_variance(self._statistics.buffers[index])))
+            calls_by_layer.append(calls)
+        numbers = list(map(len, calls_by_layer))
+        self._most_calls = list(map(max, self._most_calls, numbers))
+        for n in range(max(numbers)):
+            calls = [
+                own[n] if n < len(own) else self._no_call(index)
+                for index, own in enumerate(calls_by_layer)
+            ]
             counts, means, variances = zip(*calls, strict=True)
-            self._keep(n, counts, [*means, *variances])
+            self._add_calls(n, counts, [*means, *variances])
 
-    def _none(self, place: int) -> _Call:
-        mean, variance = mean_and_variance(self._taken.buffers[place])
+    def _no_call(self, index: int) -> _Call:
+        mean, variance = mean_and_variance(self._statistics.buffers[index])
         return 0, torch.zeros_like(mean), torch.zeros_like(variance)
 
-    def _keep(self, place: int, counts: tuple[int, ...], statistics: Sequence[Tensor]) -> None:
-        """Keep what the layers' calls at this place have left."""
-        if place == len(self._calls):
+    def _add_calls(self, n: int, counts: tuple[int, ...], statistics: Sequence[Tensor]) -> None:
+        """Add the n-th calls of all layers in one micro-batch."""
+        if n == len(self._calls):
             self._calls.append(_Calls())
-        self._calls[place].counts.append(counts)
-        self._calls[place].rows.append(_widened(torch.cat(list(statistics))))
+        self._calls[n].counts.append(counts)
+        self._calls[n].rows.append(_at_least_float32(torch.cat(list(statistics))))
 
 
-def _moved(
+def _updated(
     before: Tensor, calls: _Calls, momenta: tuple[float, ...], channels: tuple[int, ...]
 ) -> Tensor:
-    """Return running means, and then variances, that the pooled calls have moved.
+    """Return running means, then variances, updated with the pooled calls.
 
-    Cold behind a whole window each kind of operation costs 20 to 40 microseconds, and what it works
-    on next to nothing: so they are few, the weights are made before, and on the CPU they are
-    NumPy's, which cost half.
+    With cold caches after a whole window each operation costs 20 to 40 microseconds, however small
+    its tensors. The operations are therefore few, the weights are cached, and on the CPU NumPy
+    computes them, which takes half as long.
 
     Args:
-        before: Of shape ``(2 * channels,)``.
-        calls: Of all layers.
-        momenta: Of each layer.
-        channels: Of each mean, and then of each variance.
+        before: The running means, then the variances, of shape ``(sum(channels),)``.
+        calls: The n-th calls of all layers.
+        momenta: One for each layer.
+        channels: The length of each layer's mean, then of each layer's variance.
     """
     weights = _weights(tuple(calls.counts), momenta, channels, before.itemsize)
     if type(before) is Tensor and on_host(before):
         rows = np.array([row.numpy() for row in calls.rows])
         return torch.from_numpy(_pooled(before.numpy(), rows, *weights))
-    there = (torch.from_numpy(weight).to(before) for weight in weights)
-    return _pooled(before, torch.stack(calls.rows), *there)
+    on_device = (torch.from_numpy(weight).to(before) for weight in weights)
+    return _pooled(before, torch.stack(calls.rows), *on_device)
 
 
 def _pooled(
-    before: _Array, left: _Array, inside: _Array, between: _Array, moving: _Array
+    before: _Array, rows: _Array, within: _Array, between: _Array, momentum: _Array
 ) -> _Array:
-    """Pool what calls have left, and move what was before; tensors and arrays do the same.
+    """Pool the rows of all micro-batches and update ``before``; for tensors and for arrays.
 
     Args:
-        before: Means, and then variances.
-        left: The same of each micro-batch.
-        inside: What each of these weighs.
-        between: What the square of how far each mean is off weighs.
-        moving: What the pooled ones weigh beside those before.
+        before: The running means, then the variances, of shape ``(2 * channels,)``.
+        rows: The same of each micro-batch, of shape ``(micro_batches, 2 * channels)``.
+        within: The weights of the rows, of the same shape.
+        between: The weights of each mean's squared deviation from the pooled mean, of shape
+            ``(micro_batches, channels)``.
+        momentum: The weight of the pooled statistics beside ``before``, of shape
+            ``(2 * channels,)``.
     """
-    pooled: _Array = (left * inside).sum(0)
+    pooled: _Array = (rows * within).sum(0)
     means = len(pooled) // 2
-    off = left[:, :means] - pooled[:means]
-    off *= off
-    off *= between
-    pooled[means:] += off.sum(0)
-    pooled *= moving
-    pooled += before * (1 - moving)
+    deviation = rows[:, :means] - pooled[:means]
+    deviation *= deviation
+    deviation *= between
+    pooled[means:] += deviation.sum(0)
+    pooled *= momentum
+    pooled += before * (1 - momentum)
     return pooled
 
 
-@functools.lru_cache(8)  # Windows are alike. No tensor: a trial would find it in its memory.
+@functools.lru_cache(8)  # Arrays, because cached tensors would count in a trial's memory.
 def _weights(
-    every: tuple[tuple[int, ...], ...],
+    counts_by_micro_batch: tuple[tuple[int, ...], ...],
     momenta: tuple[float, ...],
     channels: tuple[int, ...],
     itemsize: int,
 ) -> tuple[NDArray[np.floating[Any]], ...]:
-    """Return by channel what each call's statistics weigh, how far its mean is off, and momenta.
+    """Return the arguments ``within``, ``between`` and ``momentum`` of ``_pooled``.
 
     Args:
-        every: Values of a channel, in each micro-batch's calls, for each layer.
-        momenta: Of each layer.
-        channels: Of each mean, and then of each variance.
+        counts_by_micro_batch: Values per channel, for each micro-batch and each layer.
+        momenta: One for each layer.
+        channels: The length of each layer's mean, then of each layer's variance.
         itemsize: Bytes of a weight.
 
     Returns:
-        Of shapes ``(len(every), sum(channels))``, half as wide, for the means alone, and
+        Arrays of shapes ``(micro_batches, sum(channels))``, half as wide for the means alone, and
         ``(sum(channels),)``.
     """
-    totals = list(map(sum, zip(*every, strict=True)))
-    inside, between = [], []  # The weights of what each left, and of how far its mean is off.
-    for counts in every:
+    totals = list(map(sum, zip(*counts_by_micro_batch, strict=True)))
+    within, between = [], []
+    for counts in counts_by_micro_batch:
         pairs = list(zip(counts, totals, strict=True))
-        shares = [n / max(total, 1) for n, total in pairs]
-        inside.append(shares + [max(n - 1, 0) / max(total - 1, 1) for n, total in pairs])
+        means = [n / max(total, 1) for n, total in pairs]
+        within.append(means + [max(n - 1, 0) / max(total - 1, 1) for n, total in pairs])
         between.append([n / max(total - 1, 1) for n, total in pairs])
-    # One value has no unbiased variance. Undivided, torch would refuse it.
-    own = [
+    # One value has no unbiased variance; torch refuses it in an undivided batch.
+    momentum = [
         m if n > least else 0.0 for least in (0, 1) for m, n in zip(momenta, totals, strict=True)
     ]
     dtype = np.float64 if itemsize == 8 else np.float32
     return tuple(
         np.repeat(np.array(weights, dtype), channels[: np.shape(weights)[-1]], axis=-1)
-        for weights in (inside, between, own)
+        for weights in (within, between, momentum)
     )
 
 
 def _momentum(layer: _BatchNorm, remaining: int) -> float:
-    """Return the momentum with which torch would add a call; so many, this one too, are counted."""
+    """Return the momentum with which torch would update the statistics for one call.
+
+    Args:
+        layer: Whose number of batches already includes all of its calls.
+        remaining: Calls to apply, with this one.
+    """
     if remaining <= 0:
         return 0.0
     if layer.momentum is not None:
         return layer.momentum
-    # The average over batches. Where none are counted, torch moves nothing.
+    # momentum=None averages over batches; a layer that counts no batches updates nothing.
     number = layer.num_batches_tracked
     return 0.0 if number is None else 1 / (float(number) - remaining + 1)
 
 
 @torch.no_grad()
 def _moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean and unbiased variance; of a single value 0, of none anything."""
+    """Return each channel's mean and unbiased variance: 0 for one value, undefined for none."""
     dimensions = [0, *range(2, values.dim())]
     several = values.numel() > values.shape[1]
-    variance, mean = torch.var_mean(_widened(values), dimensions, correction=int(several))
+    variance, mean = torch.var_mean(_at_least_float32(values), dimensions, correction=int(several))
     return mean, variance
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """In 16 bits the squares of 70,000 values are infinite."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Return 16-bit values in float32: a sum of squares overflows float16 at 65,504."""
     return tensor.float() if tensor.itemsize < 4 else tensor

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics: taken before a window, put back, and filled."""
+"""BatchNorm's running statistics: copied before a logical batch, restored, and filled."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -12,19 +12,21 @@ STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 Buffers = Mapping[str, Tensor | None]
 
 
-class Statistics:
-    """What layers have seen so far, taken: to be put back, and for a pool to go on from.
+class RunningStatistics:
+    """A copy of the layers' running statistics, from which they are restored or updated.
 
     Args:
-        layers: In training, with running statistics, on one device.
+        layers: In training mode, with running statistics, all on one device.
 
     Attributes:
+        layers: As passed.
         buffers: Each layer's running mean, running variance and number of batches.
-        channels: Of each mean, and then of each variance.
-        own: All the means, and then all the variances.
-        values: Theirs, in one row.
-        numbers: Of batches; a layer need not have one.
-        counts: Theirs, in one row.
+        channels: The length of each tensor in ``tensors``.
+        tensors: The running means of all layers, then the running variances: the buffers
+            themselves.
+        values: A copy of ``tensors``, concatenated; of shape ``(sum(channels),)``.
+        count_tensors: The buffers ``num_batches_tracked`` of the layers that have one.
+        counts: A copy of ``count_tensors``, stacked.
     """
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
@@ -34,68 +36,68 @@ class Statistics:
         ]
         self.channels = tuple(layer.num_features for layer in layers) * 2
         pairs = list(map(mean_and_variance, self.buffers))
-        self.own = [mean for mean, _ in pairs] + [variance for _, variance in pairs]
-        self.values = torch.cat(self.own)
-        numbers = map(number_of_batches, self.buffers)
-        self.numbers = [number for number in numbers if number is not None]
-        self.counts = torch.stack(self.numbers) if self.numbers else self.values[:0]
+        self.tensors = [mean for mean, _ in pairs] + [variance for _, variance in pairs]
+        self.values = torch.cat(self.tensors)
+        counts = map(number_of_batches, self.buffers)
+        self.count_tensors = [count for count in counts if count is not None]
+        self.counts = torch.stack(self.count_tensors) if self.count_tensors else self.values[:0]
 
-    def put_back(self) -> None:
-        """Give the layers their own buffers back, as they were."""
-        self.bind()
-        self.put_counts_back()
+    def restore(self) -> None:
+        """Give the layers their own buffers again, with the values of the copy."""
+        self.rebind()
+        self.restore_counts()
         self.fill(self.values)
 
-    def bind(self) -> None:
-        """Give the layers their own buffers back; earlier versions of torch had new ones."""
-        for layer, own in zip(self.layers, self.buffers, strict=True):
-            layer._buffers.update(own)
+    def rebind(self) -> None:
+        """Give the layers their own buffers again; older versions of torch replaced them."""
+        for layer, buffers in zip(self.layers, self.buffers, strict=True):
+            layer._buffers.update(buffers)
 
     def are_bound(self) -> bool:
-        """Whether the layers' means are still their own."""
-        means = zip(self.layers, self.own, strict=False)  # The second half are variances.
+        """Return whether every layer still has its own running mean."""
+        means = zip(self.layers, self.tensors, strict=False)  # The second half are variances.
         return all(layer._buffers["running_mean"] is mean for layer, mean in means)
 
-    def put_counts_back(self) -> None:
-        """Give the layers their numbers of batches back."""
-        if self.numbers:
-            torch._foreach_copy_(self.numbers, self.counts.unbind())
+    def restore_counts(self) -> None:
+        """Restore the layers' numbers of batches."""
+        if self.count_tensors:
+            torch._foreach_copy_(self.count_tensors, self.counts.unbind())
 
     def add_counts(self, calls: Sequence[int]) -> None:
         """Add each layer's calls to its number of batches."""
-        if not self.numbers:
+        if not self.count_tensors:
             return
         if len(set(calls)) == 1:
-            torch._foreach_add_(self.numbers, calls[0])
+            torch._foreach_add_(self.count_tensors, calls[0])
         else:
             pairs = zip(calls, self.buffers, strict=True)
             counted = [n for n, own in pairs if number_of_batches(own) is not None]
-            torch._foreach_add_(self.numbers, counted)
+            torch._foreach_add_(self.count_tensors, counted)
 
     def fill(self, values: Tensor) -> None:
-        """Fill the layers' own buffers with these means and variances."""
-        torch._foreach_copy_(self.own, values.split(self.channels))
+        """Fill the layers' buffers with means and variances, laid out as ``self.values``."""
+        torch._foreach_copy_(self.tensors, values.split(self.channels))
 
     def versions(self) -> list[int]:
         """Return how often each layer's number of batches was written to."""
-        numbers = map(number_of_batches, self.buffers)
-        return [0 if number is None else number._version for number in numbers]
+        counts = map(number_of_batches, self.buffers)
+        return [0 if count is None else count._version for count in counts]
 
     def counted(self) -> list[int]:
-        """Wait for how many batches each layer has counted since."""
-        if not self.numbers:
+        """Return how many batches each layer has counted since the copy; waits for the device."""
+        if not self.count_tensors:
             return [0] * len(self.layers)
-        moved = iter((torch.stack(self.numbers) - self.counts).tolist())
-        return [0 if number_of_batches(own) is None else next(moved) for own in self.buffers]
+        added = iter((torch.stack(self.count_tensors) - self.counts).tolist())
+        return [0 if number_of_batches(own) is None else next(added) for own in self.buffers]
 
 
 def number_of_batches(buffers: Buffers) -> Tensor | None:
-    """Return the number of batches of a layer's buffers, if it has one."""
+    """Return the number of batches among a layer's buffers, if the layer counts them."""
     return buffers["num_batches_tracked"]
 
 
 def mean_and_variance(buffers: Buffers) -> tuple[Tensor, Tensor]:
-    """Return the running mean and variance of a layer's buffers."""
+    """Return the running mean and the running variance among a layer's buffers."""
     mean, variance = buffers["running_mean"], buffers["running_var"]
     assert mean is not None
     assert variance is not None

@@ -75,7 +75,7 @@ class CheckpointManager:
         saved = fields["loss_module"] or {}
         self._check_loss(saved)
         scheduler, optimizer = self.schedule.scheduler, self.step.optimizer
-        unpack(fields, self.step.model, optimizer, scheduler, self.step.update.scaler)
+        unpack(fields, self.step.model, optimizer, scheduler, self.step.optimizer_step.scaler)
         if self.loss_module is not None:
             self.loss_module.load_state_dict(saved)
         if scheduler is not None:  # Torch warns if a scheduler steps first, and does not know of
@@ -124,7 +124,9 @@ class CheckpointManager:
         step = self.step
         loss_state = None if self.loss_module is None else self.loss_module.state_dict()
         fields: dict[str, object] = {
-            **packed(step.model, step.optimizer, self.schedule.scheduler, step.update.scaler),
+            **packed(
+                step.model, step.optimizer, self.schedule.scheduler, step.optimizer_step.scaler
+            ),
             "loss_module": loss_state,
             "desired": self.desired,
             "runner": runner.state_dict(),

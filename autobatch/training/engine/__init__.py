@@ -1,1 +1,1 @@
-"""From a logical batch to an optimizer step: cut, run, retry, accumulate, step."""
+"""Compute the gradient of a logical batch in micro-batches, and take the optimizer step."""

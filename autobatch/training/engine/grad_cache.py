@@ -1,4 +1,8 @@
-"""The gradient of a loss over all outputs, in two forward passes (gradient caching)."""
+"""The gradient of a loss over all outputs of a logical batch, by gradient caching.
+
+Gao et al., 2021: a forward pass without a graph computes the outputs of all micro-batches, the loss
+of all outputs gives their gradients, and a second forward pass takes these back to the parameters.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
@@ -13,63 +17,64 @@ from autobatch.training.engine.loss_record import LossRecord
 from autobatch.training.losses.objective import Encode, FullBatchLoss, MicroBatch
 from autobatch.training.model_state.window_snapshot import WindowSnapshot
 
-Prefetcher = Callable[[], Iterable[MicroBatch]]
+MicroBatches = Callable[[], Iterable[MicroBatch]]
 
 
 def accumulate_cached(
-    feed: Prefetcher,
+    micro_batches: MicroBatches,
     encode: Encode,
     loss: FullBatchLoss,
     *,
-    start: Callable[[], WindowSnapshot],
-    random: Callable[[], Restore],
-    ledger: LossRecord,
-    scaled: Callable[[Tensor], Tensor] | None = None,
+    snapshot: Callable[[], WindowSnapshot],
+    random_state: Callable[[], Restore],
+    losses: LossRecord,
+    scale: Callable[[Tensor], Tensor] | None = None,
     after_backward: Callable[[], None] | None = None,
-    second_pass: Callable[[], object] = lambda: None,
+    before_second_pass: Callable[[], object] = lambda: None,
 ) -> None:
     """Add the gradient of ``loss`` over all outputs to every ``.grad``.
 
     Args:
-        feed: Begins the micro-batches, each on the device; called twice.
-        encode: Returns a micro-batch's outputs and targets.
-        loss: Of all of them.
-        start: Takes what a forward pass moves, so that it can be put back.
-        random: The same for random generators only.
-        ledger: Is told the loss.
-        scaled: Multiplies what a backward pass begins with, as a GradScaler does.
+        micro_batches: Returns the micro-batches on the device; called once for each pass.
+        encode: Returns the outputs and the targets of a micro-batch.
+        loss: Returns the loss of all outputs and all targets.
+        snapshot: Copies what a forward pass changes.
+        random_state: Copies the state of the random generators only.
+        losses: Records the loss.
+        scale: Multiplies the gradient that a backward pass starts with, as a GradScaler does.
         after_backward: Called after each backward pass.
-        second_pass: Called when the passes that count begin.
+        before_second_pass: Called before the second pass.
     """
-    before = start()
-    pairs, depends = _first_pass(feed, encode)
-    # What autocast kept of the weights may know no gradient (pytorch#48049).
+    before = snapshot()
+    pairs, depends = _first_pass(micro_batches, encode)
+    # Autocast may have cached casts of the weights that have no graph (pytorch#48049).
     torch.clear_autocast_cache()
-    shapes = [[found.shape for found in tensors(pair)] for pair in pairs]
-    gradients = _gradients(pairs, depends, loss, ledger, scaled)
-    at_the_end = random()
-    before.model()
-    before.random()  # And not the scaler: it has scaled, and keeps what it made for that.
-    second_pass()
-    for place, micro_batch in enumerate(feed()):
-        found = list(tensors(encode(micro_batch)))
+    shapes = [[tensor.shape for tensor in tensors(pair)] for pair in pairs]
+    gradients = _output_gradients(pairs, depends, loss, losses, scale)
+    restore_random_after_loss = random_state()
+    # The scaler is not restored: it keeps what it has made for scaling the loss.
+    before.restore_model()
+    before.restore_random()
+    before_second_pass()
+    for index, micro_batch in enumerate(micro_batches()):
+        outputs = list(tensors(encode(micro_batch)))
         del micro_batch
-        _refuse_another_pass(found, shapes[place], depends)
-        _backward(found, gradients[place], first=place == 0)
-        del found
+        _check_outputs(outputs, shapes[index], depends)
+        _backward(outputs, gradients[index], first=index == 0)
+        del outputs
         if after_backward is not None:
             after_backward()
-    at_the_end()
+    restore_random_after_loss()
 
 
 def _first_pass(
-    feed: Prefetcher, encode: Encode
+    micro_batches: MicroBatches, encode: Encode
 ) -> tuple[list[tuple[BatchTree, BatchTree]], list[bool]]:
-    """Outputs and targets of every micro-batch; which of their tensors depend on a parameter."""
+    """Return the outputs and targets of each micro-batch, and which tensors need a gradient."""
     pairs: list[tuple[BatchTree, BatchTree]] = []
     depends: list[bool] = []
-    for micro_batch in feed():
-        # The graph of the first one says it: a forward may make the targets of parameters too.
+    for micro_batch in micro_batches():
+        # Only the first graph is built, to see which tensors depend on parameters; targets may too.
         with torch.set_grad_enabled(not pairs):
             outputs, targets = encode(micro_batch)
         if not pairs:
@@ -79,48 +84,53 @@ def _first_pass(
     return pairs, depends
 
 
-def _refuse_another_pass(
-    found: Sequence[Tensor], shapes: Sequence[torch.Size], depends: Sequence[bool]
+def _check_outputs(
+    outputs: Sequence[Tensor], first_shapes: Sequence[torch.Size], depends: Sequence[bool]
 ) -> None:
-    now = [tensor.shape for tensor in found]
-    depend = [tensor.requires_grad for tensor in found]
-    unknown = any(more and not known for more, known in zip_longest(depend, depends))
-    if now != shapes or unknown:
+    """Refuse outputs of the second pass that differ in kind from those of the first pass."""
+    shapes = [tensor.shape for tensor in outputs]
+    depends_now = [tensor.requires_grad for tensor in outputs]
+    more_depend = any(now and not first for now, first in zip_longest(depends_now, depends))
+    if shapes != first_shapes or more_depend:
+        others = ", and others depend on parameters" if more_depend else ""
         raise InexactStepError(
-            f"a WholeBatch runs the model twice, and its outputs differ: shapes {shapes} first, "
-            f"{now} then{', and others depend on parameters' if unknown else ''}; it must depend "
-            "on nothing but its inputs, its buffers and random numbers"
+            f"a WholeBatch runs the model twice, and its outputs differ: shapes {first_shapes} "
+            f"first, {shapes} then{others}; it must depend on nothing but its inputs, its buffers "
+            "and random numbers"
         )
 
 
-def _gradients(
+def _output_gradients(
     pairs: list[tuple[BatchTree, BatchTree]],
     depends: Sequence[bool],
     loss: FullBatchLoss,
-    ledger: LossRecord,
-    scaled: Callable[[Tensor], Tensor] | None,
+    losses: LossRecord,
+    scale: Callable[[Tensor], Tensor] | None,
 ) -> list[list[Tensor | None]]:
-    """By micro-batch, the loss's gradient for each tensor; None where none is needed."""
+    """Return the loss's gradients for the tensors of each micro-batch; None where none is needed.
+
+    ``pairs`` is emptied, to save memory.
+    """
     leaves: list[Tensor | None] = []
 
-    def grown(tensor: Tensor) -> Tensor:
+    def leaf(tensor: Tensor) -> Tensor:
         if len(leaves) < len(depends):
-            wanted = depends[len(leaves)]
-            leaves.append(tensor.detach().requires_grad_() if wanted else None)
+            needs_gradient = depends[len(leaves)]
+            leaves.append(tensor.detach().requires_grad_() if needs_gradient else None)
             return tensor if leaves[-1] is None else leaves[-1]
         return tensor
 
     outputs, targets = joined(pairs)
     sizes = [size_of(pair) for pair in pairs]
-    pairs.clear()  # Joined, they lie here once more.
-    value = loss(map_tensors(grown, outputs), map_tensors(grown, targets))
-    ledger.add(value.detach(), None)
+    pairs.clear()  # The joined tensors are copies.
+    value = loss(map_tensors(leaf, outputs), map_tensors(leaf, targets))
+    losses.add(value.detach(), None)
     if value.requires_grad:
-        seed = torch.ones_like(value)
-        # Into .grad, for the loss may have parameters of its own.
-        value.backward(gradient=seed if scaled is None else scaled(seed))
-    found = [_by_part(None if leaf is None else leaf.grad, sizes) for leaf in leaves]
-    return [[row[place] for row in found] for place in range(len(sizes))]
+        start = torch.ones_like(value)
+        # backward(), not autograd.grad(), because the loss may have parameters of its own.
+        value.backward(gradient=start if scale is None else scale(start))
+    rows = [_by_micro_batch(None if one is None else one.grad, sizes) for one in leaves]
+    return [[row[index] for row in rows] for index in range(len(sizes))]
 
 
 def joined(pairs: Sequence[tuple[BatchTree, BatchTree]]) -> tuple[BatchTree, BatchTree]:
@@ -140,18 +150,21 @@ def joined(pairs: Sequence[tuple[BatchTree, BatchTree]]) -> tuple[BatchTree, Bat
     return both[0], both[1]
 
 
-def _by_part(gradient: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+def _by_micro_batch(gradient: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
     if gradient is None or not gradient.ndim:
         return [gradient] * len(sizes)
     return list(gradient.split(list(sizes)))
 
 
-def _backward(found: Sequence[Tensor], gradients: Sequence[Tensor | None], *, first: bool) -> None:
-    """Take the gradients of one micro-batch's outputs back to the parameters."""
+def _backward(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], *, first: bool
+) -> None:
+    """Backpropagate the gradients of one micro-batch's outputs to the parameters."""
     pairs = [
         (output, gradient)
-        for output, gradient in zip(found, gradients, strict=False)  # Not of targets from the data.
-        # A scalar is one for all micro-batches: its gradient counts once.
+        # There are fewer gradients than tensors where targets come from the data.
+        for output, gradient in zip(outputs, gradients, strict=False)
+        # A scalar is the same for all micro-batches, so its gradient counts once.
         if gradient is not None and output.requires_grad and (first or output.ndim)
     ]
     if pairs:

@@ -1,4 +1,4 @@
-"""Gradients summed in a wider type than that of the parameters."""
+"""A buffer that sums 16-bit gradients in a wider dtype."""
 
 from collections.abc import Sequence
 
@@ -7,24 +7,24 @@ from torch import Tensor
 
 
 class GradientBuffer:
-    """Adds up 16-bit gradients in another dtype, and rounds the sum once.
+    """Sums 16-bit gradients in another dtype, and rounds the sum once.
 
-    A ``.grad`` of bfloat16 holds 8 bits: the part of a 300th micro-batch is rounded away. The sums
-    take one more copy of the gradients, in the wider type, for the length of a window.
+    A ``.grad`` of bfloat16 holds 8 significant bits, so what the 300th micro-batch adds is rounded
+    away. The sums need memory for one more copy of the gradients, in the wider dtype.
 
     Args:
-        parameters: The parameters to sum for; those that are not of 16 bits are skipped.
-        dtype: The type of the sums.
+        parameters: The parameters whose gradients are summed; all that are not 16-bit are skipped.
+        dtype: The dtype of the sums.
     """
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self._narrow = [p for p in parameters if p.dtype.itemsize == 2]
+        self._parameters = [p for p in parameters if p.dtype.itemsize == 2]
         self._dtype = dtype
         self._sums: dict[Tensor, Tensor] = {}
 
-    def absorb(self) -> None:
-        """Add every ``.grad`` to its sum, and empty it."""
-        for parameter in self._narrow:
+    def add_gradients(self) -> None:
+        """Add every ``.grad`` to its sum, and set ``.grad`` to None."""
+        for parameter in self._parameters:
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -39,8 +39,8 @@ class GradientBuffer:
         """The sums so far."""
         return list(self._sums.values())
 
-    def give_back(self) -> None:
-        """Store the sums in ``.grad``, in the parameters' own dtype."""
+    def write_gradients(self) -> None:
+        """Write the sums to ``.grad``, rounded to the parameters' own dtype."""
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()

@@ -1,4 +1,4 @@
-"""When a learning-rate scheduler is stepped, and on what."""
+"""When a learning-rate scheduler is stepped, and with which loss."""
 
 import inspect
 from collections.abc import Callable
@@ -13,17 +13,17 @@ _INTERVALS: Final = ("step", "epoch")
 
 
 class Scheduler(Protocol):
-    """What a scheduler of torch can do, or any other object that can do it."""
+    """The methods of a learning-rate scheduler, of torch or of the user."""
 
     @property
     def step(self) -> Callable[..., object]:
-        """Moves the learning rate; ReduceLROnPlateau's is told a loss."""
+        """Changes the learning rate; ReduceLROnPlateau's takes a loss."""
 
     def state_dict(self) -> dict[str, object]:
         """Return what ``load_state_dict`` takes."""
 
     def load_state_dict(self, state_dict: dict[str, object], /) -> object:
-        """Go on from there."""
+        """Continue from what ``state_dict`` returned."""
 
 
 SchedulerFactory = Callable[[Optimizer], Scheduler]
@@ -31,26 +31,26 @@ SchedulerFactory = Callable[[Optimizer], Scheduler]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """A scheduler and its rhythm.
+    """A scheduler and how often it is stepped.
 
     Attributes:
-        scheduler: None where the learning rate is nobody's business.
-        interval: After each optimizer step, or after each epoch.
+        scheduler: None if there is no scheduler.
+        interval: ``"step"`` after each optimizer step, ``"epoch"`` after each epoch.
     """
 
     scheduler: Scheduler | None = None
     interval: Interval = "step"
 
     def after_step(self) -> None:
-        """Say that an optimizer step was taken; one that was skipped does not count."""
+        """Step the scheduler if its interval is a step; called after each step that was taken."""
         if self.scheduler is not None and self.interval == "step":
             self.scheduler.step()
 
     def after_epoch(self, loss: float) -> None:
-        """Say that an epoch has ended.
+        """Step the scheduler if its interval is an epoch; called after each epoch.
 
         Args:
-            loss: The evaluation's, or where there is none the epoch's own mean.
+            loss: The evaluation's loss; without an evaluation the epoch's mean training loss.
         """
         if self.scheduler is None or self.interval != "epoch":
             return
@@ -66,14 +66,14 @@ def resolve_schedule(given: object, optimizer: Optimizer, interval: object = "st
 
     Raises:
         TypeError: If it is neither.
-        ValueError: If the interval is unknown, the scheduler drives another optimizer, or it needs
-            a loss and is to be stepped after each step.
+        ValueError: If the interval is unknown, the scheduler belongs to another optimizer, or it
+            needs a loss and the interval is ``"step"``.
     """
     if interval not in _INTERVALS:
         raise ValueError(f"scheduler_interval must be one of {_INTERVALS}, got {interval!r}")
-    rhythm: Interval = "epoch" if interval == "epoch" else "step"
+    checked_interval: Interval = "epoch" if interval == "epoch" else "step"
     if given is None:
-        return Schedule(interval=rhythm)
+        return Schedule(interval=checked_interval)
     if not _is_scheduler(given):
         given = given(optimizer) if callable(given) else given
     if not _is_scheduler(given):
@@ -83,16 +83,16 @@ def resolve_schedule(given: object, optimizer: Optimizer, interval: object = "st
         )
     if getattr(given, "optimizer", optimizer) is not optimizer:
         raise ValueError(
-            f"{type(given).__name__} drives another optimizer than the one that steps; make it "
-            "for this one, or pass a factory (optimizer) -> scheduler"
+            f"{type(given).__name__} belongs to another optimizer than the one that steps; make "
+            "it for this one, or pass a factory (optimizer) -> scheduler"
         )
     scheduler: object = given
-    if isinstance(scheduler, ReduceLROnPlateau) and rhythm == "step":
+    if isinstance(scheduler, ReduceLROnPlateau) and checked_interval == "step":
         raise ValueError(
             "ReduceLROnPlateau is stepped on a loss after each epoch: pass "
             'scheduler_interval="epoch" to find_and_train, or step it yourself'
         )
-    return Schedule(scheduler=given, interval=rhythm)
+    return Schedule(scheduler=given, interval=checked_interval)
 
 
 def _is_scheduler(given: object) -> TypeGuard[Scheduler]:

@@ -32,40 +32,41 @@ class MicroBatchLoop(Passes):
     """Runs the micro-batches of one logical batch, forward and backward.
 
     Attributes:
-        parts: The micro-batches, on the host.
-        denominator: What the summed loss of the logical batch is divided by.
-        record: Keeps the losses.
-        feed: Brings micro-batches to the device.
-        precision: What forward passes compute in.
-        snapshot: Takes what a forward pass changes, so that it can be put back.
-        generators: The model's own random number generators.
-        scaler: Multiplies the first gradient of each backward pass, or None.
+        micro_batches: On the host, or on any device.
+        denominator: The number that the summed loss of the logical batch is divided by.
+        losses: Records the losses.
+        prefetcher: Copies micro-batches to the device.
+        precision: The precision of forward passes.
+        snapshot: Copies what a forward pass changes, so that it can be restored.
+        generators: The model's own random generators.
+        scaler: Scales the gradient that a backward pass starts with, or None.
         pool: Pools the running statistics of BatchNorm, or None.
-        sums: Adds up gradients in a wider type, or None.
-        lends_context: Whether a single example runs beside its neighbor.
-        only_reads_targets: Whether nothing writes to the targets.
-        more_follow: Whether these micro-batches stand for a longer logical batch.
-        mark: Called before the second micro-batch and after the last one. Not called where outputs
-            are computed first: their memory belongs to no single micro-batch.
+        buffer: Sums gradients in a wider dtype, or None.
+        adds_context: True if a single example runs together with an example of its neighbor.
+        only_reads_targets: True if nothing writes to the targets.
+        more_follow: True if these are the first micro-batches of a longer logical batch.
+        end_phase: Called before the second micro-batch and after the last one: a trial then reads
+            the memory. Not called if outputs are computed first, because their memory belongs to
+            no single micro-batch.
     """
 
-    parts: Sequence[BatchTree]
+    micro_batches: Sequence[BatchTree]
     denominator: float
-    record: LossRecord
-    feed: Prefetcher
+    losses: LossRecord
+    prefetcher: Prefetcher
     precision: Precision
     snapshot: Callable[[], WindowSnapshot]
     generators: Sequence[object]
     scaler: GradScaler | None = None
     pool: StatisticsPool | None = None
-    sums: GradientBuffer | None = None
-    lends_context: bool = False
+    buffer: GradientBuffer | None = None
+    adds_context: bool = False
     only_reads_targets: bool = False
     more_follow: bool = False
-    mark: Callable[[], None] = field(default=lambda: None)
+    end_phase: Callable[[], None] = field(default=lambda: None)
 
     def one_by_one(self, loss: MicroBatchLoss) -> None:
-        """Run each micro-batch forward and backward, and let go of it before the next."""
+        """Run each micro-batch forward and backward, and release it before the next."""
 
         def loss_of(micro_batch: MicroBatch) -> tuple[Tensor, Terms]:
             self._begin_statistics(micro_batch)
@@ -75,28 +76,28 @@ class MicroBatchLoop(Passes):
             return result
 
         accumulate(
-            self._micro_batches(self.mark),
+            self._on_device(self.end_phase),
             loss_of,
             denominator=self.denominator,
-            ledger=self.record,
-            scaled=self._scaled,
-            after_backward=self._absorb,
+            losses=self.losses,
+            scale=self._scale,
+            after_backward=self._after_backward,
         )
-        self.mark()
+        self.end_phase()
 
     def outputs_first(self, encode: Encode, loss: FullBatchLoss) -> None:
-        """Run forward without a graph, take the loss of all outputs, and run each part again."""
-        if len(self.parts) == 1:
+        """Run all micro-batches without a graph, compute the loss, and run each again."""
+        if len(self.micro_batches) == 1:
             self.one_by_one(lambda micro_batch: (loss(*encode(micro_batch)), None))
             return
-        counts = False
+        is_second_pass = False  # Only the second pass counts for BatchNorm's statistics.
 
         def outputs_of(micro_batch: MicroBatch) -> tuple[BatchTree, BatchTree]:
-            if counts:
+            if is_second_pass:
                 self._begin_statistics(micro_batch)
             with self.precision.forward():
                 result = encode(micro_batch)
-            if counts:
+            if is_second_pass:
                 self._end_statistics()
             return result
 
@@ -105,31 +106,33 @@ class MicroBatchLoop(Passes):
                 return loss(outputs, targets)
 
         def begin_second_pass() -> None:
-            nonlocal counts
-            counts = True
+            nonlocal is_second_pass
+            is_second_pass = True
 
         accumulate_cached(
-            lambda: self._micro_batches(lambda: None),
+            lambda: self._on_device(lambda: None),
             outputs_of,
             loss_of,
-            start=self.snapshot,
-            random=functools.partial(random_state, self.generators),
-            ledger=self.record,
-            scaled=self._scaled,
-            after_backward=self._absorb,
-            second_pass=begin_second_pass,
+            snapshot=self.snapshot,
+            random_state=functools.partial(random_state, self.generators),
+            losses=self.losses,
+            scale=self._scale,
+            after_backward=self._after_backward,
+            before_second_pass=begin_second_pass,
         )
 
-    def _micro_batches(self, before_second: Callable[[], None]) -> Iterator[MicroBatch]:
-        """The micro-batches on the device, and the same on the host."""
-        parts, context = self.parts, [0] * len(self.parts)
-        if self.lends_context and len(parts) > 1 and any(size_of(p) == 1 for p in parts):
-            parts, context = _with_neighbors(parts)
-        on_device = self.feed(
-            parts, targets_are_read=self.only_reads_targets, more_follow=self.more_follow
+    def _on_device(self, before_second: Callable[[], None]) -> Iterator[MicroBatch]:
+        """Yield each micro-batch, on the device and on the host."""
+        micro_batches, context = self.micro_batches, [0] * len(self.micro_batches)
+        if self.adds_context and any(size_of(one) == 1 for one in micro_batches):
+            micro_batches, context = _with_neighbors(micro_batches)
+        on_device = self.prefetcher(
+            micro_batches,
+            only_reads_targets=self.only_reads_targets,
+            more_follow=self.more_follow,
         )
-        for place, (host, count) in enumerate(zip(parts, context, strict=True)):
-            if place == 1:
+        for index, (host, count) in enumerate(zip(micro_batches, context, strict=True)):
+            if index == 1:
                 before_second()
             yield MicroBatch(next(on_device), host, count)
 
@@ -142,27 +145,31 @@ class MicroBatchLoop(Passes):
             self.pool.end()
 
     @property
-    def _scaled(self) -> Callable[[Tensor], Tensor] | None:
+    def _scale(self) -> Callable[[Tensor], Tensor] | None:
         return None if self.scaler is None else self.scaler.scale
 
     @property
-    def _absorb(self) -> Callable[[], None] | None:
-        return None if self.sums is None else self.sums.absorb
+    def _after_backward(self) -> Callable[[], None] | None:
+        return None if self.buffer is None else self.buffer.add_gradients
 
 
-def _with_neighbors(parts: Sequence[BatchTree]) -> tuple[list[BatchTree], list[int]]:
-    """Put the last example of the part before in front of each part that has only one example.
+def _with_neighbors(micro_batches: Sequence[BatchTree]) -> tuple[list[BatchTree], list[int]]:
+    """Put one example of a neighbor in front of each micro-batch that has a single example.
 
-    BatchNorm cannot normalize a single example. Where all parts have one, nothing larger fits.
+    BatchNorm cannot normalize a single example. If the neighbor has one example too, the
+    micro-batch stays as it is: nothing larger fits.
+
+    Returns:
+        The micro-batches, and how many examples each has from its neighbor: 0 or 1.
     """
-    found, context = list(parts), [0] * len(parts)
-    sizes = [size_of(nest) for nest in parts]
-    for place, size in enumerate(sizes):
-        neighbor = place - 1 if place else 1
+    extended, context = list(micro_batches), [0] * len(micro_batches)
+    sizes = [size_of(micro_batch) for micro_batch in micro_batches]
+    for index, size in enumerate(sizes):
+        neighbor = index - 1 if index else 1
         if len(sizes) > 1 and size == 1 < sizes[neighbor]:
-            last = part(parts[neighbor], sizes[neighbor] - 1, sizes[neighbor])
+            last = part(micro_batches[neighbor], sizes[neighbor] - 1, sizes[neighbor])
             try:
-                found[place], context[place] = join([last, parts[place]]), 1
-            except ValueError:  # The neighbor has another shape: the example stays alone.
+                extended[index], context[index] = join([last, micro_batches[index]]), 1
+            except ValueError:  # The neighbor's examples have another shape.
                 continue
-    return found, context
+    return extended, context

@@ -1,4 +1,4 @@
-"""What happens to a step whose loss or gradient is not finite."""
+"""Decide what happens to a step whose loss or gradient is not finite."""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from autobatch.errors import NonFiniteLossError
 from autobatch.training.engine.loss_record import StepNumbers
 
 NonFinite = Literal["raise", "skip", "ignore"]
-Fault = Literal["", "not finite", "overflow"]
+NonFiniteReason = Literal["", "not finite", "overflow"]
 
 MOST_SKIPPED: Final = 100  # Steps in a row.
 
 
 def check_nonfinite(mode: object) -> None:
-    """Refuse what is no mode.
+    """Raise unless ``mode`` is one of the three modes.
 
     Raises:
-        ValueError: With the value that came.
+        ValueError: With the value that was passed.
     """
     if mode not in get_args(NonFinite):
         raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {mode!r}")
@@ -25,52 +25,56 @@ def check_nonfinite(mode: object) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class NonFinitePolicy:
-    """Raises, skips or ignores, and counts the steps that were skipped in a row.
+    """Raises, skips or ignores steps that are not finite, and counts skipped steps in a row.
 
     Attributes:
-        mode: What the user wants.
-        scales: Whether a GradScaler is in use, which asks for a smaller scale by an overflow.
-        skipped: Steps in a row that were skipped.
+        mode: ``"raise"``, ``"skip"`` or ``"ignore"``, as the user chose.
+        uses_scaler: True if a GradScaler is in use. It makes gradients overflow to find the largest
+            possible scale, so such a step is skipped in every mode.
+        skipped: Skipped steps since the last one that was taken.
     """
 
     mode: NonFinite
-    scales: bool
+    uses_scaler: bool
     skipped: int = 0
 
     @property
-    def reads_loss(self) -> bool:
-        """True if the loss has to be read before each step, which waits for the device."""
-        return self.mode != "ignore" or self.scales
+    def reads_numbers(self) -> bool:
+        """True if loss and norm are read before each step, which waits for the device."""
+        return self.mode != "ignore" or self.uses_scaler
 
-    def judge(self, numbers: StepNumbers, *, step: int, terms: float) -> Fault:
-        """Return why the step is skipped, or ``""`` if it is taken.
+    def judge(self, numbers: StepNumbers, *, step: int, terms: float) -> NonFiniteReason:
+        """Return why the step must be skipped, or ``""`` if it is to be taken.
 
         Args:
             numbers: The losses of the micro-batches, and the gradient's norm.
             step: The number of the step, counted from 1.
-            terms: What the summed loss is divided by.
+            terms: The number of loss terms of the logical batch.
 
         Raises:
-            NonFiniteLossError: If the user wants that, or too many steps in a row were skipped.
+            NonFiniteLossError: If ``mode`` is ``"raise"``, or too many steps in a row were skipped.
         """
-        fault = self._fault(numbers)
-        if not fault:
+        reason = self._reason(numbers)
+        if not reason:
             return ""
-        self.skipped += fault != "raise"
-        if fault != "raise" and self.skipped <= MOST_SKIPPED:
-            return fault
+        if reason == "overflow" or self.mode == "skip":
+            self.skipped += 1
+            if self.skipped <= MOST_SKIPPED:
+                return reason
         finite = [math.isfinite(loss) for loss in numbers.losses]
         first = None if all(finite) else finite.index(False) + 1
         raise NonFiniteLossError(step, numbers.loss_sum / terms, terms, first, len(finite))
 
-    def _fault(self, numbers: StepNumbers) -> Fault | Literal["raise"]:
+    def step_taken(self) -> None:
+        """Record that a step was taken: no step in a row is skipped any more."""
+        self.skipped = 0
+
+    def _reason(self, numbers: StepNumbers) -> NonFiniteReason:
         losses_are_finite = all(map(math.isfinite, numbers.losses))
         gradient_is_finite = numbers.norm is None or math.isfinite(numbers.norm)
         if losses_are_finite and gradient_is_finite:
             return ""
-        scaled = self.scales and not gradient_is_finite
-        if scaled and (losses_are_finite or self.mode == "ignore"):
+        overflow = self.uses_scaler and not gradient_is_finite
+        if overflow and (losses_are_finite or self.mode == "ignore"):
             return "overflow"
-        if self.mode == "ignore":
-            return ""
-        return "raise" if self.mode == "raise" else "not finite"
+        return "" if self.mode == "ignore" else "not finite"

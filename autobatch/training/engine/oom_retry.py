@@ -1,4 +1,4 @@
-"""What happens when memory runs out in a logical batch: whether it runs again, and how small."""
+"""Decide whether a logical batch runs again after an out-of-memory error, and in which size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,48 +16,54 @@ MOST_RETRIES: Final = 16  # For one logical batch: by then it is cut into 65536 
 
 @dataclass(slots=True, kw_only=True)
 class OomRetry:
-    """Decides for one logical batch.
+    """The retries of one logical batch.
 
     Attributes:
         batch: The logical batch.
-        size: The micro-batch size in use, which becomes smaller.
-        device: Read after each failure, for the error that names them all.
-        limit_bytes: What a step may allocate, or None.
-        failures: What the device held after each failure, oldest first.
+        micro_batch_size: The micro-batch size in use; it becomes smaller with each failure.
+        device: Its memory is read after each failure, for the message of ``ReplayLimitError``.
+        limit_bytes: The memory limit of a step, or None.
+        failures: The device's memory after each failure, oldest first.
     """
 
     batch: BatchTree
-    size: MicroBatchSize
+    micro_batch_size: MicroBatchSize
     device: MemoryDevice
     limit_bytes: int | None
     failures: list[dict[str, int]] = field(default_factory=list)
 
     def is_memory_error(self, error: Exception, sizes: Sequence[int]) -> bool:
-        """Return whether smaller micro-batches may be the answer to ``error``.
+        """Return whether smaller micro-batches may avoid ``error``.
 
         Args:
             error: Raised while micro-batches of ``sizes`` ran.
             sizes: Examples in each micro-batch.
         """
         verdict = verdict_of(error)
-        if verdict is Verdict.SUSPECT:  # Perhaps memory. If one example fails as well, it is not.
+        if (
+            verdict is Verdict.SUSPECT
+        ):  # If it occurs with one example too, memory is not the cause.
             return max(sizes) > 1
-        # BatchNorm refuses a single example. Where a retry has come to that, memory is the reason.
+        # BatchNorm refuses a single example. After a retry the cause of that is missing memory.
         cut_to_one = bool(self.failures) and min(sizes) == 1 and isinstance(error, ValueError)
         return verdict in MEMORY_VERDICTS or cut_to_one
 
     def smaller_size(self, failed: int, message: str) -> int:
-        """Return the micro-batch size to try next, after the failed one was released.
+        """Record a failure, and return the micro-batch size to try next.
+
+        Call it after the memory of the failed attempt was released.
 
         Args:
-            failed: The largest micro-batch of the attempt that failed.
-            message: What its error said.
+            failed: Examples in the largest micro-batch of the failed attempt.
+            message: The text of its error.
 
         Raises:
-            DoesNotFitError: If one example failed twice.
-            ReplayLimitError: If the logical batch has failed too often.
+            DoesNotFitError: If a micro-batch of one example failed twice.
+            ReplayLimitError: If the logical batch has failed more than ``MOST_RETRIES`` times.
         """
-        twice_alone = failed == 1 and bool(self.failures) and self.failures[-1]["micro_batch"] == 1
+        twice_with_one = (
+            failed == 1 and bool(self.failures) and self.failures[-1]["micro_batch"] == 1
+        )
         reading = self.device.read()
         self.failures.append(
             {
@@ -67,8 +73,8 @@ class OomRetry:
                 "free": reading.free_bytes,
             }
         )
-        if twice_alone:
+        if twice_with_one:
             raise DoesNotFitError(1, self.limit_bytes, message=message)
         if len(self.failures) > MOST_RETRIES:
             raise ReplayLimitError(describe(self.batch), self.failures, message)
-        return self.size.failed(size_of(self.batch), failed, len(self.failures))
+        return self.micro_batch_size.failed(size_of(self.batch), failed, len(self.failures))

@@ -1,6 +1,6 @@
-"""From a finished gradient to the optimizer's step, taken whole or not at all."""
+"""Take the optimizer step from a finished gradient, completely or not at all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,17 @@ from autobatch.state.snapshot import PLAIN_TYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
-    """How the gradient of a logical batch becomes a step: unscale, clip, step, update the scale.
+    """Turns the gradient of a logical batch into a step: unscale, clip, step, update the scale.
 
     Attributes:
         optimizer: Over some or all of the model's parameters.
-        device: Where they are.
-        scaler: Of fp16; None where nothing is scaled.
+        device: The device of the parameters.
+        scaler: The GradScaler, or None.
         clip_grad_norm: The largest 2-norm of the gradient of the optimizer's parameters.
-        clip_grad_value: The largest element.
-        needs_norm: Whether the norm has to be known though nothing is clipped by it.
-        snapshot: Whether a step that fails half done is undone from a copy.
+        clip_grad_value: The largest absolute value of an element of that gradient.
+        needs_norm: True if the norm is computed even if it is not used for clipping.
+        snapshot: True if parameters and optimizer state are copied to the host before each step,
+            so that an interrupted step can be undone.
     """
 
     optimizer: Optimizer
@@ -43,20 +44,17 @@ class OptimizerStep:
         """Return the optimizer's parameters."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def scaled(self) -> Callable[[Tensor], Tensor] | None:
-        """Return what multiplies the beginning of a backward pass."""
-        return None if self.scaler is None else self.scaler.scale
-
     def finish_gradient(self) -> Tensor | None:
-        """Unscale the gradient, once, then clip it, once; return its norm in between, if needed.
+        """Unscale the gradient once, then clip it once; does not wait for the device.
 
-        Nothing here waits for the device.
+        Returns:
+            The norm between the two, a scalar; None if nothing needs it.
         """
         if self.scaler is not None and any(p.grad is not None for p in self.parameters()):
-            self.scaler.unscale_(self.optimizer)  # It asserts that it has scaled something.
+            self.scaler.unscale_(self.optimizer)  # It asserts that there is a gradient.
         norm = None
         if self.needs_norm or self.clip_grad_norm is not None or self.scaler is not None:
-            norm = nn.utils.get_total_norm(_elements(self.parameters()))
+            norm = nn.utils.get_total_norm(_gradient_values(self.parameters()))
         if norm is not None and self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_grad_norm, norm)
         if self.clip_grad_value is not None:
@@ -75,16 +73,16 @@ class OptimizerStep:
             )
 
     def take(self) -> None:
-        """Take one optimizer step; if memory runs out before anything moved, try once more.
+        """Take one optimizer step; if memory runs out before anything changed, try once more.
 
         Raises:
-            StepInterruptedError: If memory ran out after a parameter or its state had moved, or
-                twice.
+            StepInterruptedError: If memory ran out twice, or after a parameter or its state in the
+                optimizer had changed.
         """
-        before = _Before(self.optimizer, copied=self.snapshot)
-        if not self._stepped(before):
-            self.device.release_cached()  # The failed attempt's temporaries are gone only now.
-            if not self._stepped(before):
+        snapshot = _OptimizerSnapshot(self.optimizer, copy_values=self.snapshot)
+        if not self._try_step(snapshot):
+            self.device.release_cached()  # Only now are the failed attempt's temporaries free.
+            if not self._try_step(snapshot):
                 raise StepInterruptedError(
                     "memory ran out twice in the optimizer's step; all parameters and their state "
                     "are as they were before it. Its temporaries do not depend on the micro-batch: "
@@ -93,105 +91,108 @@ class OptimizerStep:
         if self.scaler is not None:
             self.scaler.update()
 
-    def rehearse(self) -> None:
-        """Take a step whatever a scaler thinks of it: a trial must prove that it runs."""
-        before = _Before(self.optimizer, copied=self.snapshot)  # Held as training holds it.
+    def take_in_trial(self) -> None:
+        """Take a step even if a scaler would skip it, because a trial must measure its memory."""
+        snapshot = _OptimizerSnapshot(self.optimizer, copy_values=self.snapshot)  # As in training.
         self.optimizer.step()
-        del before
+        del snapshot
 
-    def leave_out(self) -> None:
-        """Take no step, and say so to the scaler, which lowers its scale."""
+    def skip(self) -> None:
+        """Take no step; a scaler then lowers its scale if the gradient is not finite."""
         if self.scaler is not None:
             self.scaler.update()
 
-    def _stepped(self, before: "_Before") -> bool:
-        """Whether the step was taken. False: memory ran out, and everything is as it was."""
+    def _try_step(self, snapshot: "_OptimizerSnapshot") -> bool:
+        """Return True if the step was taken, False if memory ran out and everything is as before.
+
+        Raises:
+            StepInterruptedError: If memory ran out after something had changed.
+        """
         try:
-            # A scaler looks once more whether all is finite; the device has nothing left to do.
+            # A scaler waits for the device; the gradient's norm has been read already.
             self.optimizer.step() if self.scaler is None else self.scaler.step(self.optimizer)
         except Exception as error:
             if verdict_of(error) is not Verdict.OUT_OF_MEMORY:
                 raise
         else:
             return True
-        if before.put_back():
+        if snapshot.restore():
             return False
         raise StepInterruptedError(
             "memory ran out with the optimizer's step half done: some parameters, or their state "
-            "in the optimizer, may have moved and others not; go back to the last checkpoint. "
+            "in the optimizer, may have changed and others not; go back to the last checkpoint. "
             "snapshot_steps=True keeps a copy of both and undoes such a step"
         )
 
 
-def _elements(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Every gradient's elements; a sparse gradient has only some, and torch no norm for it."""
+def _gradient_values(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the values of every gradient; torch computes no norm of a sparse gradient."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return [g.coalesce().values() if g.is_sparse else g for g in gradients]
 
 
-class _Before:
-    """What an optimizer holds before its step.
+class _OptimizerSnapshot:
+    """An optimizer's parameter groups and state as they are before its step.
 
     Args:
         optimizer: Its state may be empty.
-        copied: Whether parameters and state are copied to the host, so that a step half done can
-            be undone.
+        copy_values: True copies the tensors to the host, so that an interrupted step can be undone.
+            False only records their versions.
     """
 
-    def __init__(self, optimizer: Optimizer, *, copied: bool) -> None:
+    def __init__(self, optimizer: Optimizer, *, copy_values: bool) -> None:
         self._optimizer = optimizer
         state = optimizer.state
         holders: list[dict[Any, Any]] = [state, *optimizer.param_groups]
         holders += [entry for entry in state.values() if isinstance(entry, dict)]
         self._contents = [(holder, dict(holder)) for holder in holders]
-        # Each once: what an entry is found by is in a group as well.
-        found: dict[int, Tensor] = {}
-        _gather([*optimizer.param_groups, *state.values()], found)
-        self._tensors = list(found.values())
-        self._versions = self._written()
+        tensors: dict[int, Tensor] = {}  # By id, because groups and state share tensors.
+        _gather([*optimizer.param_groups, *state.values()], tensors)
+        self._tensors = list(tensors.values())
+        self._versions = self._current_versions()
         self._copies: list[Tensor] | None = None
-        if copied:
+        if copy_values:
             self._copies = [tensor.detach().to(HOST, copy=True) for tensor in self._tensors]
 
     @torch.no_grad()
-    def put_back(self) -> bool:
-        """Put everything back, or return False: values have moved, and there is no copy."""
-        moved = self._moved()
+    def restore(self) -> bool:
+        """Restore everything; return False if values have changed and there is no copy of them."""
+        changed = self._changed()
         for holder, content in self._contents:
             holder.clear()
             holder.update(content)
-        if moved and self._copies is not None:
+        if changed and self._copies is not None:
             for tensor, value in zip(self._tensors, self._copies, strict=True):
                 tensor.copy_(value)
-        return not moved or self._copies is not None
+        return not changed or self._copies is not None
 
-    def _moved(self) -> bool:
-        """Whether a tensor was written to, or replaced, or a plain number such as a step count."""
+    def _changed(self) -> bool:
+        """Return whether a tensor was written to, or an entry of a group or state replaced."""
         return (
-            self._written() != self._versions
+            self._current_versions() != self._versions
             or any(
                 holder.get(name) is not value
                 for holder, content in self._contents
                 for name, value in content.items()
             )
-            or self._may_be_moved_unseen()
+            or self._may_have_uncounted_writes()
         )
 
-    def _written(self) -> list[int]:
-        """How often each tensor was written to."""
+    def _current_versions(self) -> list[int]:
+        """Return how often each tensor was written to."""
         return [tensor._version for tensor in self._tensors]
 
-    def _may_be_moved_unseen(self) -> bool:
-        """Whether a kernel may have written to tensors without counting it as writing.
+    def _may_have_uncounted_writes(self) -> bool:
+        """Return whether a kernel may have written to a tensor without raising its version.
 
-        Fused ones do not count, but before they run the steps are counted; only SGD counts none.
-        On some devices those of many tensors at once do not count either where a dispatch mode,
-        such as the CPU's meter, looks on.
+        Fused kernels do not raise versions. The optimizer increases its step counts before it runs
+        them, and these are compared; SGD has no step counts. On some devices foreach kernels do
+        not raise versions either under a dispatch mode, such as the CPU's memory meter.
         """
         groups = self._optimizer.param_groups
         fused = [p for group in groups if group.get("fused") for p in group["params"]]
-        at_once = fused + [p for group in groups if group.get("foreach") for p in group["params"]]
-        if any(not backend_of(p.device).counts_foreach_writes for p in at_once):
+        foreach = [p for group in groups if group.get("foreach") for p in group["params"]]
+        if any(not backend_of(p.device).counts_foreach_writes for p in fused + foreach):
             return True
         if isinstance(self._optimizer, torch.optim.SGD):
             return bool(fused)
@@ -202,14 +203,14 @@ class _Before:
         )
 
 
-def _gather(values: Iterable[object], found: dict[int, Tensor]) -> None:
-    """Find every tensor among them, and in the containers among them, however deep."""
+def _gather(values: Iterable[object], tensors: dict[int, Tensor]) -> None:
+    """Collect the tensors among the values and in their nested containers, by id."""
     for value in values:
         if isinstance(value, Tensor):
-            found[id(value)] = value
-        elif type(value) in PLAIN_TYPES:  # Most of what a group holds.
+            tensors[id(value)] = value
+        elif type(value) in PLAIN_TYPES:  # Most values of a group.
             continue
         elif isinstance(value, dict):
-            _gather(value.values(), found)
+            _gather(value.values(), tensors)
         elif isinstance(value, list | tuple):
-            _gather(value, found)
+            _gather(value, tensors)

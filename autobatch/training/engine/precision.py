@@ -14,10 +14,11 @@ _DTYPES: Final = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """Autocast for one device, or none.
+    """Autocast on one device, or no autocast.
 
     Attributes:
-        name: ``"fp32"`` means no autocast: the model's own dtype is used, float64 too.
+        name: ``"fp32"`` means no autocast: forward passes run in the model's own dtype, which may
+            be another, such as float64.
         device_type: As in ``torch.device``.
     """
 
@@ -32,9 +33,9 @@ class Precision:
     def window(self) -> AbstractContextManager[object]:
         """Return the context for all micro-batches between two optimizer steps.
 
-        Autocast keeps its casts of the weights until the outermost context ends. Inside this
-        context weights are therefore cast once a window, not once a micro-batch. The context must
-        end before the optimizer changes the weights.
+        Autocast caches its casts of the weights until the outermost context ends. Inside this
+        context each weight is therefore cast once a window, not once a micro-batch. The context
+        must end before the optimizer changes the weights.
         """
         if _DTYPES[self.name] is None:
             return nullcontext()
@@ -54,7 +55,7 @@ def check_precision(precision: object) -> PrecisionName:
 
 
 def scaler_for(precision: PrecisionName, scaler: object, device_type: str) -> GradScaler | None:
-    """Return the user's GradScaler, a new one where fp16 needs it, or None.
+    """Return the user's GradScaler, a new one for ``"fp16"``, or None.
 
     Raises:
         TypeError: If ``scaler`` is no GradScaler.

@@ -1,4 +1,4 @@
-"""The micro-batches of a window on the device: one is copied while another computes."""
+"""Copy micro-batches to the device, the next one while the current one computes."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,75 +10,81 @@ from autobatch.devices.base import MemoryDevice
 
 
 class Prefetcher:
-    """Moves host batches to one device.
+    """Copies batches to one device.
 
-    Where the device copies ahead, one more micro-batch than computes is there at any time. On any
-    other GPU each is copied when it is needed, and on the CPU there is one place for all.
+    If the device copies ahead, the next micro-batch is on it while the current one computes. On any
+    other device each micro-batch is copied when it is needed.
 
     Args:
-        device: Where micro-batches go.
+        device: The device of the model.
     """
 
     def __init__(self, device: MemoryDevice) -> None:
         self._device = device
-        self._place = device.torch_device
+        self._torch_device = device.torch_device
 
     @property
-    def sends_ahead(self) -> bool:
-        """Whether the next micro-batch is on the device while the current one computes."""
+    def copies_ahead(self) -> bool:
+        """True if the next micro-batch is on the device while the current one computes."""
         return self._device.copies_ahead
 
-    def move(self, nest: BatchTree, *, targets_are_read: bool = False) -> BatchTree:
-        """Return a copy on the device: a model that works in place must not reach the original.
+    def move(self, batch: BatchTree, *, only_reads_targets: bool = False) -> BatchTree:
+        """Return a copy on the device, because a model may work in place on its inputs.
 
         Args:
-            nest: On the host, or wherever it is.
-            targets_are_read: Whether nobody writes to the last item of a tuple. Such an item is not
-                copied if it lies on the device already.
+            batch: On the host or on any device.
+            only_reads_targets: True if nothing writes to the last item of a tuple. If that item is
+                on the device already, it is not copied.
         """
-        if type(nest) is tuple and all(map(self._is_here, nest)):  # The short way on the CPU.
-            copied = len(nest) - targets_are_read
-            return (*(tensor.clone() for tensor in nest[:copied]), *nest[copied:])
-        return unwrapped(map_tensors(self._moved, nest))
+        if type(batch) is tuple and all(map(self._is_on_device, batch)):  # A shortcut on the CPU.
+            copied = len(batch) - only_reads_targets
+            return (*(tensor.clone() for tensor in batch[:copied]), *batch[copied:])
+        return unwrapped(map_tensors(self._copied, batch))
 
-    def _is_here(self, item: object) -> bool:
-        return type(item) is Tensor and item.device == self._place
+    def _is_on_device(self, item: object) -> bool:
+        return type(item) is Tensor and item.device == self._torch_device
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.device == self._place else self._device.copied(tensor)
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self._torch_device:
+            return tensor.clone()
+        return self._device.copied(tensor)
 
     def __call__(
         self,
-        parts: Sequence[BatchTree],
+        micro_batches: Sequence[BatchTree],
         *,
-        targets_are_read: bool = False,
+        only_reads_targets: bool = False,
         more_follow: bool = False,
     ) -> Iterator[BatchTree]:
-        """Return the parts, on the device, in order.
+        """Return the micro-batches on the device, in order.
 
         Args:
-            parts: On the host, or wherever they are.
-            targets_are_read: As for ``move``.
-            more_follow: Whether the parts stand for a longer window, so that another one is on its
-                way behind the last one: a trial's memory must be that of training.
+            micro_batches: On the host or on any device.
+            only_reads_targets: As for ``move``.
+            more_follow: True if these are the first micro-batches of a longer logical batch. Then
+                one more copy is made behind the last one, so that a trial needs as much memory as
+                training.
         """
-        if not self.sends_ahead:
-            return map(functools.partial(self.move, targets_are_read=targets_are_read), parts)
-        return self._ahead(parts, more_follow=more_follow)
+        if not self.copies_ahead:
+            move = functools.partial(self.move, only_reads_targets=only_reads_targets)
+            return map(move, micro_batches)
+        return self._copy_ahead(micro_batches, more_follow=more_follow)
 
-    def _ahead(self, parts: Sequence[BatchTree], *, more_follow: bool) -> Iterator[BatchTree]:
-        ahead = self._sent(parts[0])
-        for part in (*parts[1:], *(parts[-1:] if more_follow else ())):
-            current, ahead = ahead, self._sent(part)
-            yield self._arrived(*current)
+    def _copy_ahead(
+        self, micro_batches: Sequence[BatchTree], *, more_follow: bool
+    ) -> Iterator[BatchTree]:
+        following = self._start_copy(micro_batches[0])
+        for micro_batch in (*micro_batches[1:], *(micro_batches[-1:] if more_follow else ())):
+            current, following = following, self._start_copy(micro_batch)
+            yield self._finish_copy(*current)
             del current
         if not more_follow:
-            yield self._arrived(*ahead)
+            yield self._finish_copy(*following)
 
-    def _sent(self, part: BatchTree) -> tuple[BatchTree, Callable[[], None]]:
-        """Begin to copy one; with what must be called before it is used."""
-        return self._device.start_copy(lambda copied: map_tensors(copied, part))
+    def _start_copy(self, micro_batch: BatchTree) -> tuple[BatchTree, Callable[[], None]]:
+        """Begin to copy a micro-batch; return it with a function that waits for the copy."""
+        return self._device.start_copy(lambda copied: map_tensors(copied, micro_batch))
 
-    def _arrived(self, nest: BatchTree, wait: Callable[[], None]) -> BatchTree:
+    def _finish_copy(self, micro_batch: BatchTree, wait: Callable[[], None]) -> BatchTree:
         wait()
-        return unwrapped(nest)
+        return unwrapped(micro_batch)

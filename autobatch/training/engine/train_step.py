@@ -1,4 +1,4 @@
-"""What a training step is made of: a gradient and the optimizer's step. A trial takes the same."""
+"""The two halves of a training step: the gradient of a logical batch and the optimizer step."""
 
 from dataclasses import dataclass
 
@@ -13,32 +13,32 @@ from autobatch.training.losses.objective import Objective
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStep:
-    """The two halves of a training step.
+    """What a training step consists of; a trial runs the same one.
 
     Attributes:
-        gradient: Computes the gradient of a logical batch.
-        update: Makes a step of the gradient.
+        gradient_pass: Computes the gradient of a logical batch.
+        optimizer_step: Turns the gradient into a step.
     """
 
-    gradient: GradientPass
-    update: OptimizerStep
+    gradient_pass: GradientPass
+    optimizer_step: OptimizerStep
 
     @property
     def model(self) -> nn.Module:
         """The model that is trained."""
-        return self.gradient.model
+        return self.gradient_pass.model
 
     @property
     def objective(self) -> Objective:
         """What is minimized."""
-        return self.gradient.objective
+        return self.gradient_pass.objective
 
     @property
     def device(self) -> MemoryDevice:
-        """Where the model is."""
-        return self.gradient.device
+        """The device of the model."""
+        return self.gradient_pass.device
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer over some or all of the model's parameters."""
-        return self.update.optimizer
+        return self.optimizer_step.optimizer

@@ -65,7 +65,7 @@ class EvaluationData:
             limited: Returns the context in which memory may be used.
         """
         return Evaluator(
-            gradient=step.gradient,
+            gradient=step.gradient_pass,
             objective=step.objective.for_evaluation(),
             source=self.source,
             desired=self.desired,

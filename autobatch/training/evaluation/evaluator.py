@@ -235,4 +235,4 @@ class _EvaluationPasses(Passes):
         return objective.denominator(part) if terms is None else float(terms)
 
     def _on_device(self, part: BatchTree) -> MicroBatch:
-        return MicroBatch(self._evaluator.gradient.feed.move(part), part)
+        return MicroBatch(self._evaluator.gradient.prefetcher.move(part), part)

@@ -57,6 +57,6 @@ def inference(
 
     def run(batch: BatchTree) -> None:
         with gradient.precision.forward():
-            call(gradient.model, gradient.feed.move(batch))
+            call(gradient.model, gradient.prefetcher.move(batch))
 
     return Inference(run, sample)

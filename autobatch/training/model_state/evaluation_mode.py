@@ -1,4 +1,4 @@
-"""A model that is only tried, or evaluated: it is as it was afterwards."""
+"""Run a model in evaluation mode, and restore its state afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,31 +10,30 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from autobatch.devices.cpu import eagerly
 from autobatch.state.rng import generators_in
-from autobatch.training.model_state.mutations import parameters_at_rest
+from autobatch.training.model_state.mutations import refuse_parameter_changes
 from autobatch.training.model_state.window_snapshot import window_snapshot
 
 
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Evaluation mode and no gradient until the end; then modes, buffers and RNG as before.
+    """Set evaluation mode and disable gradients inside; restore modes, buffers and RNG at the end.
 
     Args:
         model: In any mode.
-        training: For what only trains, such as a detector that returns its losses in training mode
-            alone: all is in that mode, but for layers that normalise by the batch or drop out.
+        training: True sets training mode for every module except normalization and dropout. A model
+            needs this if it computes its loss in training mode only, as torchvision's detectors do.
 
     Raises:
-        InexactStepError: If parameters have moved inside.
+        InexactStepError: If the model's forward pass changed parameters.
     """
-    start = window_snapshot(
-        list(model.modules()), generators_in(model)
-    )  # The mode is an attribute as others are.
+    # The snapshot also holds the modes: they are plain attributes.
+    snapshot = window_snapshot(list(model.modules()), generators_in(model))
     try:
         model.eval()
         for module in model.modules() if training else ():
             module.training = not isinstance(module, _NormBase | _DropoutNd)
-        # Compiled for one example and for two, it would be compiled again for what it trains on.
-        with torch.no_grad(), eagerly(), parameters_at_rest(model):
+        # A model compiled for one example and for two would be compiled again for training.
+        with torch.no_grad(), eagerly(), refuse_parameter_changes(model):
             yield
     finally:
-        start.put_back()
+        snapshot.restore()

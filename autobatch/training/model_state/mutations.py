@@ -1,4 +1,7 @@
-"""What a forward pass moves, by name: cut, it moves once a micro-batch instead of once a step."""
+"""Names of the buffers, parameters and attributes that a forward pass changes.
+
+In a batch that is cut these change once a micro-batch instead of once a step.
+"""
 
 import weakref
 from collections.abc import Collection, Iterator, Mapping
@@ -12,80 +15,85 @@ from autobatch.errors import InexactStepError
 _STANDARD: Final = frozenset(vars(nn.Module()))
 _NUMBERS: Final = (bool, int, float, type(None))
 
-Marks = Mapping[str, object]  # By name: equal as long as nothing has moved.
+VersionStamps = Mapping[str, object]  # By name; a stamp compares equal while its value is the same.
 
 
-def marks_of(model: nn.Module, besides: Collection[Tensor] = ()) -> Marks:
-    """Return a mark of every buffer and parameter, and of attributes that are numbers or tensors.
+def version_stamps(model: nn.Module, excluded: Collection[Tensor] = ()) -> VersionStamps:
+    """Return a stamp of every buffer, every parameter and every number or tensor attribute.
 
-    Tensors with a graph are left out: they are made of parameters in each forward pass, as the
-    weight norm of old does. So are weights that an embedding keeps short, which a second pass moves
-    no further. No tensor is kept alive.
+    Two kinds of tensors are skipped. A tensor with a graph is recomputed from parameters in each
+    forward pass, as by the old weight norm. The weight of an embedding with ``max_norm`` is
+    renormalized, and a second forward pass changes it no further. No tensor is kept alive.
 
     Args:
-        model: With all its modules.
-        besides: Buffers that are looked after.
+        model: The root module.
+        excluded: Tensors to skip.
     """
-    known = set(map(id, besides))
-    found: dict[str, object] = {}
-    for name, value in _held(model):
+    excluded_ids = set(map(id, excluded))
+    stamps: dict[str, object] = {}
+    for name, value in _attributes(model):
         if isinstance(value, _NUMBERS):
-            found[name] = repr(value)  # nan is no other nan.
-        elif isinstance(value, Tensor) and value.grad_fn is None and id(value) not in known:
-            found[name] = _Mark(value)
-    return found
+            stamps[name] = repr(value)  # As text, because nan != nan.
+        elif isinstance(value, Tensor) and value.grad_fn is None and id(value) not in excluded_ids:
+            stamps[name] = _TensorStamp(value)
+    return stamps
 
 
-def moved(before: Marks, now: Marks) -> set[str]:
-    """Return the names whose marks differ; what is new was not there to be moved."""
-    return {name for name, mark in before.items() if name in now and now[name] != mark}
+def changed_names(before: VersionStamps, now: VersionStamps) -> set[str]:
+    """Return the names whose stamps differ. A name that is in only one of the two is skipped."""
+    return {name for name, stamp in before.items() if name in now and now[name] != stamp}
 
 
 @contextmanager
-def parameters_at_rest(model: nn.Module) -> Iterator[None]:
-    """Refuse a model whose forward pass moves its parameters even in evaluation mode.
+def refuse_parameter_changes(model: nn.Module) -> Iterator[None]:
+    """Refuse a model whose forward pass changes its parameters even in evaluation mode.
 
     Raises:
-        InexactStepError: At the end, with their names. They stay moved: a copy of all parameters
-            may not fit.
+        InexactStepError: At the end of the block, with the names of the parameters. Their values
+            stay changed, because a copy of all parameters may not fit into memory.
     """
-    held = _held(model)
-    before = [(name, p, _written(p)) for name, p in held if isinstance(p, nn.Parameter)]
+    before = [
+        (name, value, _version(value))
+        for name, value in _attributes(model)
+        if isinstance(value, nn.Parameter)
+    ]
     yield
-    found = [name for name, parameter, written in before if _written(parameter) != written]
-    if found:
+    changed = [name for name, parameter, version in before if _version(parameter) != version]
+    if changed:
         raise InexactStepError(
-            f"the model's forward pass moves its parameters {', '.join(found)}, in evaluation mode "
-            "too, so that a check or an evaluation moves them, and a batch that is cut more than "
-            "once; move them after the step instead (on_step=, or in the optimizer's step)"
+            f"the model's forward pass changes its parameters {', '.join(changed)} in evaluation "
+            "mode too: a check or an evaluation would change them, and a batch that is cut would "
+            "change them more than once; change them after the step instead (on_step=, or in the "
+            "optimizer's step)"
         )
 
 
-class _Mark:
-    """Of a tensor: equal to another of the same one, unless it was written to in between."""
+class _TensorStamp:
+    """Version stamp of a tensor; compares unequal once the tensor is written to in place."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)  # Two of the same are one object; == asks the tensors.
-        self._written = _written(tensor)
+        # Weak references to one tensor are one object. Comparing them with == compares tensors.
+        self._tensor = weakref.ref(tensor)
+        self._version = _version(tensor)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Mark):
+        if not isinstance(other, _TensorStamp):
             return False
-        return self._tensor is other._tensor and self._written == other._written
+        return self._tensor is other._tensor and self._version == other._version
 
 
-def _written(tensor: Tensor) -> int:
-    """How often it was written to, as far as it counts that."""
+def _version(tensor: Tensor) -> int:
+    """Return how often the tensor was written to; inference tensors do not count that."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, object]]:
-    """Yield what modules hold by name: parameters, buffers, attributes of their own.
+def _attributes(model: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield the parameters, buffers and own attributes of all modules, by name.
 
-    But for weights that an embedding keeps short.
+    The weight of an embedding with ``max_norm`` is skipped.
     """
-    for place, module in model.named_modules():
-        shortened = getattr(module, "max_norm", None) is not None
+    for prefix, module in model.named_modules():
+        renormalized = getattr(module, "max_norm", None) is not None
         for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
-            if name not in _STANDARD and not (shortened and name == "weight"):
-                yield (f"{place}.{name}" if place else name), value
+            if name not in _STANDARD and not (renormalized and name == "weight"):
+                yield (f"{prefix}.{name}" if prefix else name), value

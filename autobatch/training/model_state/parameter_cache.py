@@ -1,4 +1,4 @@
-"""The modules and parameters that a training step works on, looked up once a step."""
+"""The modules and parameters of a training step, looked up once a step."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,15 +10,14 @@ class ParameterCache:
     """Modules and parameters of the model and the loss, as of the last ``refresh``.
 
     Args:
-        model: The root of most modules.
-        others: More roots: the loss, where it is a module.
-        more_parameters: Returns parameters that may belong to none of these modules: the
-            optimizer's.
+        model: The model.
+        others: Further root modules: the loss, if it is a module.
+        more_parameters: Returns parameters that may belong to no module: the optimizer's.
 
     Attributes:
         batch_norms: The model's BatchNorm layers.
-        modules: Every module of the model and of the others, once.
-        parameters: Every tensor whose ``.grad`` a step owns, once.
+        modules: Every module of the model and of ``others``, once.
+        parameters: Every tensor whose ``.grad`` the step owns, once.
     """
 
     def __init__(
@@ -33,11 +32,11 @@ class ParameterCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again: layers, parameters and parameter groups may have been added."""
-        of_model = list(self._model.modules())
-        self.batch_norms = [module for module in of_model if isinstance(module, _BatchNorm)]
+        """Look everything up again; layers and parameter groups may have been added or replaced."""
+        model_modules = list(self._model.modules())
+        self.batch_norms = [module for module in model_modules if isinstance(module, _BatchNorm)]
         others = [module for other in self._others for module in other.modules()]
-        self.modules = list(dict.fromkeys([*of_model, *others]))
+        self.modules = list(dict.fromkeys([*model_modules, *others]))
         own = [p for m in self.modules for p in m._parameters.values() if p is not None]
-        found = {id(parameter): parameter for parameter in (*own, *self._more_parameters())}
-        self.parameters: list[Tensor] = list(found.values())
+        by_id = {id(parameter): parameter for parameter in (*own, *self._more_parameters())}
+        self.parameters: list[Tensor] = list(by_id.values())

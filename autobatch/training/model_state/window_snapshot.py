@@ -1,4 +1,4 @@
-"""Running a window again, from its beginning, with smaller micro-batches."""
+"""A snapshot of everything that the forward and backward passes of a logical batch may change."""
 
 import functools
 from collections.abc import Hashable, Iterable, Sequence
@@ -11,115 +11,117 @@ from torch.amp import GradScaler
 
 from autobatch.state.rng import Restore, random_state
 from autobatch.state.snapshot import attributes_of, contents_of, reachable
-from autobatch.training.batchnorm.statistics import STATISTICS, Statistics
+from autobatch.training.batchnorm.statistics import STATISTICS, RunningStatistics
 
-# What every module has; of these a forward pass moves only buffers.
+# Attributes of every module; a forward pass changes only the buffers among them.
 _STANDARD: Final = frozenset(vars(nn.Module()))
 _FIXED: Final = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowSnapshot:
-    """What a window may move, as it was before: each function puts its part back.
+    """What a logical batch may change, as it was before; each function restores its part.
+
+    Every function may be called several times.
 
     Attributes:
-        model: Buffers and plain attributes.
-        scaler: What a GradScaler notes about gradients that it has unscaled.
-        random: Generators.
-        statistics: BatchNorm's, where a window that is cut pools them; ``model`` puts them back.
+        restore_model: Restores buffers and plain attributes, the BatchNorm statistics among them.
+        restore_scaler: Restores what a GradScaler records about unscaled gradients.
+        restore_random: Restores the random generators.
+        statistics: The BatchNorm statistics, if they are pooled where the batch is cut.
     """
 
-    model: Restore
-    scaler: Restore
-    random: Restore
-    statistics: Statistics | None = None
+    restore_model: Restore
+    restore_scaler: Restore
+    restore_random: Restore
+    statistics: RunningStatistics | None = None
 
-    def put_back(self) -> None:
-        """Put everything back."""
-        self.model()
-        self.scaler()
-        self.random()
+    def restore(self) -> None:
+        """Restore everything."""
+        self.restore_model()
+        self.restore_scaler()
+        self.restore_random()
 
 
 def window_snapshot(
     modules: Sequence[nn.Module],
     generators: Iterable[object] = (),
     scaler: GradScaler | None = None,
-    statistics: Statistics | None = None,
+    statistics: RunningStatistics | None = None,
 ) -> WindowSnapshot:
-    """Take what a window may move: buffers, plain attributes, random generators, a scaler's stage.
+    """Copy what a logical batch may change: buffers, plain attributes, generators, the scaler.
 
-    The copies lie beside the originals, on the device. A window starts often: for a layer of torch
-    this costs a look at its attributes.
+    The copies are on the same device as the originals. This runs once a step, so for a layer of
+    torch it only looks at the layer's attributes.
 
     Args:
-        modules: All of the model's. Parameters are left out: only the optimizer moves them, after
-            the window.
-        generators: The model's own ones.
-        scaler: Notes what it has unscaled.
-        statistics: Of layers of BatchNorm, taken already.
+        modules: All modules of the model and the loss. Parameters are skipped: only the optimizer
+            changes them, after the backward passes.
+        generators: The model's own random generators.
+        scaler: The GradScaler, or None.
+        statistics: Of BatchNorm layers; already copied.
     """
-    dicts, containers = _held(modules, statistics.layers if statistics else ())
-    moving = reachable(containers) if containers else []
-    tensors = [t for t in moving if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
-    put_others_back = [contents_of(moving)]
+    dicts, containers = _mutable_attributes(modules, statistics.layers if statistics else ())
+    values = reachable(containers) if containers else []
+    tensors = [v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)]
+    restores = [contents_of(values)]
     if tensors:
-        put_others_back.append(_values_of(tensors))
+        restores.append(_values_of(tensors))
     if statistics is not None:
-        put_others_back.append(statistics.put_back)
+        restores.append(statistics.restore)
 
-    def put_model_back() -> None:
-        for own, before in dicts:
-            own.clear()
-            own.update(before)
-        for put_back in put_others_back:
-            put_back()
+    def restore_model() -> None:
+        for attributes, copied in dicts:
+            attributes.clear()
+            attributes.update(copied)
+        for restore in restores:
+            restore()
 
     return WindowSnapshot(
-        model=put_model_back,
+        restore_model=restore_model,
         statistics=statistics,
-        scaler=attributes_of(scaler) if scaler is not None else _nothing,
-        random=random_state(generators),
+        restore_scaler=attributes_of(scaler) if scaler is not None else _nothing,
+        restore_random=random_state(generators),
     )
 
 
-def _held(
-    modules: Sequence[nn.Module], taken: Iterable[nn.Module]
+def _mutable_attributes(
+    modules: Sequence[nn.Module], copied: Iterable[nn.Module]
 ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[object]]:
-    """Return the modules' dictionaries with a copy of each, and what in them may move by itself.
+    """Return each module's dictionaries with a copy, and the values in them that are mutable.
 
     Args:
-        modules: All.
-        taken: Those whose statistics are taken already.
+        modules: All modules.
+        copied: Modules whose BatchNorm statistics are already copied.
     """
-    known = set(taken)
+    has_statistics = set(copied)
     dicts, containers = [], []
     for module in modules:
-        own = vars(module)
-        dicts.append((own, own.copy()))
-        buffers = own["_buffers"]
-        if module in known and len(buffers) == len(STATISTICS):
+        attributes = vars(module)
+        dicts.append((attributes, attributes.copy()))
+        buffers = attributes["_buffers"]
+        if module in has_statistics and len(buffers) == len(STATISTICS):
             dicts.append((buffers, buffers.copy()))
         elif buffers:
             containers.append(buffers)
         kind: Hashable = type(module)  # type: ignore[assignment]  # A class is hashable.
-        for name in _own_names(kind, tuple(own)):
-            value = own[name]
+        for name in _variable_names(kind, tuple(attributes)):
+            value = attributes[name]
             if type(value) not in _FIXED and not _is_fixed_tuple(value):
                 containers.append(value)
     return dicts, containers
 
 
 def _nothing() -> None:
-    """Put nothing back: there was nothing to take."""
+    """Restore nothing: there is no scaler."""
 
 
 @functools.lru_cache
-def _own_names(kind: Hashable, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those whose values may move by themselves; layers of one kind ask for the same.
+def _variable_names(kind: Hashable, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the attribute names whose values may be mutated in place.
 
-    Not what every module has, nor what torch's own layers are built with and TorchScript takes for
-    constant: strides, sizes.
+    Skipped are the attributes of every module and, for torch's own layers, the constants that
+    TorchScript knows: strides, sizes. The result is cached by class.
     """
     fixed = _STANDARD
     if getattr(kind, "__module__", "").startswith("torch.nn.modules."):
@@ -132,17 +134,17 @@ def _is_fixed_tuple(value: object) -> bool:
 
 
 def _values_of(tensors: Sequence[Tensor]) -> Restore:
-    """Take the values of each, bit for bit; most are BatchNorm's, and are copied together."""
-    alike: dict[object, list[Tensor]] = {}
+    """Copy the tensors bit for bit. Small tensors of one kind are copied together."""
+    groups: dict[object, list[Tensor]] = {}
     for t in tensors:
         together = t.ndim < 2 and t.layout is torch.strided
-        alike.setdefault((t.dtype, t.device, t.ndim) if together else id(t), []).append(t)
+        groups.setdefault((t.dtype, t.device, t.ndim) if together else id(t), []).append(t)
     with torch.no_grad():
-        taken = [(group, _joined(group)) for group in alike.values()]
+        copies = [(group, _joined(group)) for group in groups.values()]
 
-    def put_back() -> None:
+    def restore() -> None:
         with torch.no_grad():
-            for group, values in taken:
+            for group, values in copies:
                 if len(group) == 1:
                     group[0].copy_(values)
                 elif group[0].ndim:
@@ -150,7 +152,7 @@ def _values_of(tensors: Sequence[Tensor]) -> Restore:
                 else:
                     torch._foreach_copy_(group, values.unbind())
 
-    return put_back
+    return restore
 
 
 def _joined(group: Sequence[Tensor]) -> Tensor:

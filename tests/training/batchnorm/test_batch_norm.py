@@ -23,11 +23,11 @@ from autobatch.training.batchnorm import pooling
 from autobatch.training.batchnorm.modes import (
     check_batch_norm,
     frozen_statistics,
-    moving_layers,
     normalises_by_batch,
+    updating_layers,
 )
 from autobatch.training.batchnorm.pooling import StatisticsPool, pooled_statistics
-from autobatch.training.batchnorm.statistics import Statistics
+from autobatch.training.batchnorm.statistics import RunningStatistics
 
 
 def rows(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def test_momentum_and_forward_are_put_back_also_after_an_error(kind: type[nn.Bat
     before = fingerprint(model)
 
     def fail() -> None:
-        with pooled_statistics(Statistics([model])):
+        with pooled_statistics(RunningStatistics([model])):
             assert "forward" in vars(model)
             assert model.momentum == (1.0 if kind is Own else 0.1)
             raise KeyError("mine")
@@ -139,7 +139,7 @@ def test_an_error_while_statistics_are_applied_leaves_the_layers_as_they_were(
     def fail(*_: object) -> Tensor:
         raise KeyError("mine")
 
-    monkeypatch.setattr(pooling, "_moved", fail)
+    monkeypatch.setattr(pooling, "_updated", fail)
     model = First()
     before = fingerprint(model)
     with pytest.raises(KeyError):
@@ -214,8 +214,12 @@ def pooled_over(
     model: nn.Module, micro_batches: int
 ) -> AbstractContextManager[StatisticsPool | None]:
     """What a window of so many does with the model's statistics."""
-    layers = moving_layers(model.modules())
-    return pooled_statistics(Statistics(layers)) if micro_batches > 1 and layers else nullcontext()
+    layers = updating_layers(model.modules())
+    return (
+        pooled_statistics(RunningStatistics(layers))
+        if micro_batches > 1 and layers
+        else nullcontext()
+    )
 
 
 def pool(model: nn.Module, parts: Sequence[Tensor], borrowed: Sequence[int] = ()) -> list[Tensor]:
@@ -224,7 +228,7 @@ def pool(model: nn.Module, parts: Sequence[Tensor], borrowed: Sequence[int] = ()
     with pooled_over(model, len(parts)) as pooled:
         for part, count in zip(parts, every, strict=True):
             if pooled is not None:
-                pooled.begin(borrowed=count)
+                pooled.begin(context=count)
             model(part)
             if pooled is not None:
                 pooled.end()
@@ -425,7 +429,7 @@ def test_a_layer_that_no_longer_tracks_keeps_its_statistics() -> None:
     layer.track_running_stats = False
     before = statistics(layer)
     assert_exact(pool(layer, drifting(6, (4,)).split(2)), before)
-    assert moving_layers([layer]) == []
+    assert updating_layers([layer]) == []
     assert normalises_by_batch([layer])
 
 
@@ -481,7 +485,7 @@ def test_after_an_error_the_layers_are_what_they_were_with_the_same_tensors() ->
     before, objects = fingerprint(model), identities(model)
 
     def fail() -> None:
-        with pooled_statistics(Statistics([model.norm])) as pooled:
+        with pooled_statistics(RunningStatistics([model.norm])) as pooled:
             pooled.begin()
             model(rows(4)[0])
             pooled.end()
@@ -628,7 +632,7 @@ def test_statistics_that_move_unseen_are_refused_in_pieces() -> None:
     batch = torch.randn(8, 5, dtype=torch.float64), torch.randint(0, 3, (8,))
     Accumulator(model, optimizer).step(batch)
     before = fingerprint(model)
-    with pytest.raises(InexactStepError, match="unseen"):
+    with pytest.raises(InexactStepError, match="not tracked"):
         Accumulator(model, optimizer, micro_batch=4).step(batch)
     assert fingerprint(model) == before
 
@@ -675,7 +679,7 @@ def test_what_only_looks_like_a_call_is_refused_and_leaves_no_trace(kind: str) -
         norm.new_statistics = True
     model = Twice(norm.double(), by_hand="hand" in kind)
     before, own = fingerprint(model), list(model.buffers())
-    with pytest.raises(InexactStepError, match="unseen"):
+    with pytest.raises(InexactStepError, match="not tracked"):
         pool(model, drifting(8, (5,)).split(4))
     assert fingerprint(model) == before
     assert all(map(operator.is_, model.buffers(), own))
@@ -695,7 +699,7 @@ def test_a_hidden_call_in_the_last_micro_batch_alone_is_refused(kind: type[nn.Ba
                 model(part)
                 pooled.end()
 
-    with pytest.raises(InexactStepError, match="unseen"):
+    with pytest.raises(InexactStepError, match="not tracked"):
         last_by_hand()
     model.by_hand = False
     assert fingerprint(model) == before
@@ -747,7 +751,7 @@ def test_the_table_of_how_far_micro_batches_are_is_what_comes_out() -> None:
             model = twin(base)
             assert isinstance(model, nn.Sequential)
             if name == "rescaled":
-                for layer in moving_layers(model.modules()):
+                for layer in updating_layers(model.modules()):
                     layer.momentum = 1 - (1 - 0.1) ** 0.5
             halves = list(zip(x.split(8), y.split(8), strict=True))
             loss, gradient = far_run(model, halves, pooled=name == "pooled")

@@ -68,7 +68,7 @@ def test_any_training_is_the_plain_one(
     for place, batch in enumerate(batches):
         # Once, at any operation of any window, outside of the optimizer's own step.
         fails = Fails(failure) if failure and place == seed % len(batches) else Fails()
-        step_hook = accumulator._runner.update.optimizer.register_step_pre_hook(
+        step_hook = accumulator._runner.optimizer_step.optimizer.register_step_pre_hook(
             lambda *_, fails=fails: setattr(fails, "enabled", False)
         )
         try:

@@ -32,12 +32,12 @@ class Waiting(CpuDevice):
     reads_at_once = False
 
 
-class DeviceLedger(LossRecord):
+class DeviceLossRecord(LossRecord):
     """Goes the way of a device other than the CPU, with tensors that are on the CPU."""
 
     def __init__(self, micro_batches: int, _: MemoryDevice) -> None:
         super().__init__(micro_batches, Waiting())
-        assert self._held is not None
+        assert self._on_device is not None
 
 
 class Waits:
@@ -118,7 +118,7 @@ def seen(step: Callable[[], StepResult]) -> tuple[StepResult, int, int]:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient_pass, "LossRecord", DeviceLedger)
+    monkeypatch.setattr(gradient_pass, "LossRecord", DeviceLossRecord)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 10])
@@ -232,7 +232,7 @@ def test_the_counter_of_waits_sees_them() -> None:
     assert waits.count == 0
 
 
-# The ledger by itself.
+# The record by itself.
 
 finite = st.floats(-1e6, 1e6)
 
@@ -243,12 +243,12 @@ def filled(
     terms: Sequence[float] | None,
     norm: float | None,
 ) -> LossRecord:
-    ledger = kind(len(losses), CPU)
+    record = kind(len(losses), CPU)
     for loss, count in itertools.zip_longest(losses, terms or ()):
-        ledger.add(torch.tensor(loss, dtype=torch.float64), count)
+        record.add(torch.tensor(loss, dtype=torch.float64), count)
     if norm is not None:
-        ledger.note_norm(torch.tensor(norm))
-    return ledger
+        record.add_norm(torch.tensor(norm))
+    return record
 
 
 @given(
@@ -260,7 +260,7 @@ def test_both_ways_read_the_same(
     rows: list[tuple[float, float]], counted: bool, norm: float | None
 ) -> None:
     losses, terms = [loss for loss, _ in rows], [count for _, count in rows] if counted else None
-    one, other = (filled(kind, losses, terms, norm) for kind in (LossRecord, DeviceLedger))
+    one, other = (filled(kind, losses, terms, norm) for kind in (LossRecord, DeviceLossRecord))
     assert one.read().losses == other.read().losses == losses
     assert one.read().norm == other.read().norm == norm
     assert one.read().loss_sum == other.read().loss_sum
@@ -272,29 +272,29 @@ def test_both_ways_read_the_same(
 
 
 def test_terms_of_some_micro_batches_only_are_the_terms_of_all() -> None:
-    for kind, terms in itertools.product((LossRecord, DeviceLedger), ([None, 3], [3, None])):
-        ledger = kind(2, CPU)
+    for kind, terms in itertools.product((LossRecord, DeviceLossRecord), ([None, 3], [3, None])):
+        record = kind(2, CPU)
         for loss, count in zip((1.0, 2.0), terms, strict=True):
-            ledger.add(torch.tensor(loss), count)
-        assert ledger.read() == StepNumbers(losses=[1.0, 2.0], terms=3.0, norm=None)
+            record.add(torch.tensor(loss), count)
+        assert record.read() == StepNumbers(losses=[1.0, 2.0], terms=3.0, norm=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_many_small_losses_of_few_bits_are_not_lost(dtype: torch.dtype) -> None:
     losses = [torch.tensor(1.0, dtype=dtype)] * 2500
-    for kind in (LossRecord, DeviceLedger):
-        ledger = kind(len(losses), CPU)
+    for kind in (LossRecord, DeviceLossRecord):
+        record = kind(len(losses), CPU)
         for loss in losses:
-            ledger.add(loss, loss)
-        assert ledger.read().loss_sum == 2500
-        assert float(ledger.terms or 0) == ledger.read().terms == 2500
+            record.add(loss, loss)
+        assert record.read().loss_sum == 2500
+        assert float(record.terms or 0) == record.read().terms == 2500
     if dtype is not torch.float32:
         assert float(sum(losses[1:], losses[0])) < 2500, "the control: one by one they are lost"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_sum_that_is_not_finite_is_read_as_such(bad: float) -> None:
-    for kind in (LossRecord, DeviceLedger):
+    for kind in (LossRecord, DeviceLossRecord):
         entries = filled(kind, [1.0, bad, 2.0], None, None).read()
         assert entries.loss_sum == pytest.approx(bad, nan_ok=True)
     both = filled(LossRecord, [float("inf"), -float("inf")], None, None).read()
@@ -305,21 +305,21 @@ def test_a_sum_that_is_not_finite_is_read_as_such(bad: float) -> None:
 def test_a_result_that_is_kept_keeps_neither_the_device_nor_tensors(sent: bool) -> None:
     held = torch.ones(1)
     device = Waiting(lambda: [held])
-    ledger = LossRecord(1, device)
-    ledger.add(torch.tensor(2.0), None)
+    record = LossRecord(1, device)
+    record.add(torch.tensor(2.0), None)
     if sent:
-        ledger.send()
+        record.start_reading()
     else:
-        ledger.read()
+        record.read()
     gone = weakref.ref(device)
     del device
     assert gone() is None
-    assert ledger.read().losses == [2.0]
-    assert not any(isinstance(value, Tensor) for value in vars(ledger).values())
+    assert record.read().losses == [2.0]
+    assert not any(isinstance(value, Tensor) for value in vars(record).values())
 
 
 def test_it_waits_once_however_often_it_is_read() -> None:
-    ledger = filled(DeviceLedger, [1.0, 2.0], [1, 2], 0.5)
+    record = filled(DeviceLossRecord, [1.0, 2.0], [1, 2], 0.5)
     with Waits() as waits:
-        assert ledger.read() is ledger.read()
+        assert record.read() is record.read()
     assert waits.count == 1

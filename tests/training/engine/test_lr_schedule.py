@@ -233,8 +233,8 @@ def lambda_of_a_class(_: torch.optim.Optimizer) -> object:
         (3, TypeError, "got int"),
         (lambda_of_a_class, TypeError, "got type"),
         (lambda _: None, TypeError, "got NoneType"),
-        (halved(sgd(small_model())), ValueError, "drives another optimizer"),
-        (lambda _: halved(sgd(small_model())), ValueError, "drives another optimizer"),
+        (halved(sgd(small_model())), ValueError, "belongs to another optimizer"),
+        (lambda _: halved(sgd(small_model())), ValueError, "belongs to another optimizer"),
         (lr_scheduler.ReduceLROnPlateau, ValueError, "ReduceLROnPlateau is stepped on a loss"),
     ],
 )

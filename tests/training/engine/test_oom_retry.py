@@ -386,7 +386,7 @@ def tried_sizes(size: MicroBatchSize, examples: int, room: int) -> list[int]:
     while tried[-1] > room:
         smaller = size.failed(examples, tried[-1], len(tried))
         tried.append(largest_part(examples, smaller))
-    size.ran()
+    size.succeeded()
     return tried
 
 
@@ -395,7 +395,7 @@ def largest_part(examples: int, tolerable: int) -> int:
 
 
 @given(wished=WISHED, course=WINDOWS)
-def test_no_size_is_larger_than_wished_and_every_failure_is_followed_by_a_smaller_one(
+def test_no_size_is_larger_than_requested_and_every_failure_is_followed_by_a_smaller_one(
     wished: int | None, course: list[tuple[int, int]]
 ) -> None:
     size = MicroBatchSize(wished)
@@ -703,16 +703,18 @@ class Prepared:
         self.optimizer = OPTIMIZERS[self.kind](groups)
         device = CpuDevice(self.model.parameters)
         device.read()  # It knows of all there is, and need not collect garbage.
-        self.update = OptimizerStep(optimizer=self.optimizer, device=device, snapshot=self.snapshot)
+        self.optimizer_step = OptimizerStep(
+            optimizer=self.optimizer, device=device, snapshot=self.snapshot
+        )
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter).cumsum(0)
         for _ in range(self.steps_before):
-            self.update.take()
+            self.optimizer_step.take()
 
     def taken(self, *, fails_at: int = 0, attempts: int = 1) -> bool:
         """Take one more step; return whether the operation at which to fail was reached."""
         with FailsInStep(self.optimizer, fails_at, attempts) as failing:
-            self.update.take()
+            self.optimizer_step.take()
         return bool(failing.attempts < 0)
 
     def values(self) -> dict[str, object]:
@@ -782,7 +784,7 @@ def test_a_copy_is_part_of_what_a_trial_measures() -> None:
             parameter.grad = torch.ones_like(parameter)
         with device.limited_to(10**9):
             device.reset_peak()
-            update.rehearse()
+            update.take_in_trial()
         peaks.append(device.read().peak_bytes)
     assert peaks[1] - peaks[0] == 4 * (100 * 100 + 100)
 

@@ -426,17 +426,17 @@ def test_a_search_leaves_the_scaler_as_it_was_and_steps_though_it_would_not() ->
     optimizer.register_step_pre_hook(lambda *_: steps.append(1))
     before = fingerprint(scaler, vars(scaler))
     found: list[dict[str, object]] = []
-    rehearsed: list[int] = []
+    in_trials: list[int] = []
 
     def observe(event: object) -> None:
         if isinstance(event, TrainingStarted):
             found.append(fingerprint(scaler, vars(scaler)))
-            rehearsed.append(len(steps))
+            in_trials.append(len(steps))
 
     find_and_train(model, [(x * 1e6, y)], 32, optimizer=optimizer, scaler=scaler, progress=observe)
     assert [state["0:GradScaler"] for state in found] == [before["0:GradScaler"]]
     assert [state["1:dict"] for state in found] == [before["1:dict"]]
-    assert rehearsed[0] > 0
+    assert in_trials[0] > 0
     assert scaler.get_scale() == 2.0**126, "the control: in training it overflows"
 
 
@@ -469,11 +469,11 @@ def test_fp16_trains() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_update_takes_the_scale_s_step_only_where_a_scaler_is() -> None:
+def test_a_step_is_skipped_without_a_scaler_too() -> None:
     model = small()
-    update = OptimizerStep(optimizer=sgd(model), device=CpuDevice())
-    assert update.scaled() is None
-    update.leave_out()
+    before = twin(model)
+    OptimizerStep(optimizer=sgd(model), device=CpuDevice()).skip()
+    assert same(model, before)
 
 
 # Gradients of 16 bits, summed in more.
@@ -567,11 +567,11 @@ def test_frozen_and_wide_parameters_are_left_alone(wide: torch.dtype) -> None:
 
 def test_only_gradients_of_16_bits_cost_a_sum() -> None:
     narrow, wide = (nn.Parameter(torch.ones(2, dtype=t)) for t in (torch.float16, torch.float32))
-    sums = GradientBuffer([narrow, wide], torch.float32)
+    buffer = GradientBuffer([narrow, wide], torch.float32)
     narrow.grad, wide.grad = torch.ones_like(narrow), torch.ones_like(wide)
-    sums.absorb()
+    buffer.add_gradients()
     assert [parameter.grad is None for parameter in (narrow, wide)] == [True, False]
-    assert [total.dtype for total in sums.sums] == [torch.float32]
+    assert [total.dtype for total in buffer.sums] == [torch.float32]
 
 
 def test_a_replay_begins_its_wide_sums_anew() -> None:
