@@ -21,8 +21,9 @@ if importlib.util.find_spec("hypothesis"):  # A GPU machine need not have it: se
     settings.load_profile("seeded")
 
 
-def pytest_collection_finish() -> None:
-    """Thousands of collected tests stay: garbage is collected after each failure, not in them."""
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_the_module_s_own() -> None:
+    """Garbage is collected after each failure: not in thousands of tests and whole libraries."""
     gc.collect()
     gc.freeze()
 
