@@ -3,9 +3,12 @@
 import gc
 import importlib.util
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+from forked_workers import Servers
 
 from autobatch.training.losses.batch_independence import BatchIndependenceCheck
 
@@ -21,10 +24,26 @@ if importlib.util.find_spec("hypothesis"):  # A GPU machine need not have it: se
     settings.load_profile("seeded")
 
 
-def pytest_collection_finish() -> None:
-    """Thousands of collected tests stay: garbage is collected after each failure, not in them."""
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_the_module_s_own() -> None:
+    """Garbage is collected after each failure: not in thousands of tests and whole libraries."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[Servers]:
+    with Servers() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_of_predictions_are_forked(
+    request: pytest.FixtureRequest, _servers: Servers
+) -> Iterator[None]:
+    """A fresh worker takes two to three seconds to import torch; predictions start many."""
+    with _servers.serving() if request.path.parent.name == "prediction" else nullcontext():
+        yield
 
 
 @pytest.fixture
