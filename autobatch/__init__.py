@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from autobatch.api.accumulator import Accumulator
     from autobatch.api.batch_size import check, find_batch_size
-    from autobatch.api.callable import find_largest
+    from autobatch.api.find_largest import find_largest
     from autobatch.api.train import find_and_train
     from autobatch.data.markers import Shared
     from autobatch.devices.oom import verdict_of
@@ -105,7 +105,7 @@ _HOMES: Final = {
     "check": "autobatch.api.batch_size",
     "find_and_train": "autobatch.api.train",
     "find_batch_size": "autobatch.api.batch_size",
-    "find_largest": "autobatch.api.callable",
+    "find_largest": "autobatch.api.find_largest",
     "peak": "autobatch.prediction.predict",
     "predict": "autobatch.prediction.predict",
     "verdict_of": "autobatch.devices.oom",

@@ -23,7 +23,7 @@ from autobatch.training.losses.resolve import LossLike
 from autobatch.training.options import StepOptions
 from autobatch.training.request import TrainingRequest
 from autobatch.training.result import finished_before
-from autobatch.training.start import begin_or_resume
+from autobatch.training.resume import begin_or_resume
 from autobatch.training.step_arguments import StepArguments, shows_step_options, step_options
 from autobatch.training.trainer import Trainer
 from autobatch.training.workload import OptimizerFactory, Workload

@@ -5,9 +5,9 @@ from typing import Final
 from autobatch.results.plan import BatchPlan
 from autobatch.results.search import SearchResult
 from autobatch.results.training import TrainingResult
-from autobatch.training.epochs import keeps_workers
+from autobatch.training.epoch_batches import keeps_workers
 from autobatch.training.request import TrainingRequest
-from autobatch.training.start import TrainingStart
+from autobatch.training.resume import TrainingStart
 
 _PERSISTENT_WORKERS: Final = (
     "the loader's workers persist: after a checkpoint, their own random generators do not continue "

@@ -18,7 +18,7 @@ from autobatch.training.fit_loop import FitLoop
 from autobatch.training.notes import notes
 from autobatch.training.request import TrainingRequest
 from autobatch.training.result import training_result
-from autobatch.training.start import TrainingStart, plain_search
+from autobatch.training.resume import TrainingStart, plain_search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

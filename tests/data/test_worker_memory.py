@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch import find_and_train
 from autobatch.data.worker_memory import worker_memory_warning
-from autobatch.training import start
+from autobatch.training import resume as start
 
 ROWS = TensorDataset(torch.randn(64, 256), torch.randint(0, 3, (64,)))  # 1032 bytes each.
 FIRST = ROWS[:8]

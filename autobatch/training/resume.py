@@ -12,7 +12,7 @@ from autobatch.events import Observer, Resumed
 from autobatch.results.search import SearchResult, Upper
 from autobatch.training.checkpointing.manager import CheckpointManager, Fields
 from autobatch.training.checkpointing.resume_diff import changed, overruled, settings_of
-from autobatch.training.epochs import Epochs
+from autobatch.training.epoch_batches import Epochs
 from autobatch.training.progress import DataPosition, Progress
 from autobatch.training.request import TrainingRequest
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from autobatch import CheckpointError
 from autobatch.data.source import open_source
 from autobatch.data.tree import BatchTree
-from autobatch.training.epochs import Epochs, keeps_workers
+from autobatch.training.epoch_batches import Epochs, keeps_workers
 from autobatch.training.progress import DataPosition
 
 Random = dict[str, object]
