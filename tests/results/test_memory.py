@@ -273,7 +273,7 @@ def job_on(device: object, memory_limit: int | None, headroom: int | None) -> Wo
         headroom=headroom,
     )
     gradient = replace(made.step.gradient_pass, device=device)  # type: ignore[arg-type]  # It is read only.
-    return replace(made, step=replace(made.step, gradient=gradient))
+    return replace(made, step=replace(made.step, gradient_pass=gradient))
 
 
 TRIAL = Trial(size=4, fits=True, peak_bytes=400, reserved_bytes=450)

@@ -144,7 +144,8 @@ def test_gradients_that_were_there_are_replaced_and_a_loss_of_all_outputs_is_exa
 
 def test_a_batch_without_a_valid_term_has_no_gradient() -> None:
     model = token_model()
-    model[0].weight.grad = torch.ones_like(model[0].weight)
+    parameter = next(model.parameters())
+    parameter.grad = torch.ones_like(parameter)
     x, y = ragged_text(6, 1)
     assert gradient_of(model, 2).compute((x, torch.full_like(y, -100))) is None
     assert gradients(model) == [None] * len(gradients(model))

@@ -171,14 +171,14 @@ def test_a_second_pass_with_other_random_numbers_takes_another_step(
     one_graph_step(whole, sgd(whole), info_nce, triples(), SIZES)
     torch.manual_seed(5)
     accumulator = Accumulator(ours, sgd(ours), WholeBatch(info_nce), micro_batch=4)
-    gradients = grad_cache._gradients
+    gradients = grad_cache._output_gradients
 
     def and_a_draw(*args: object) -> object:
         found = gradients(*args)  # type: ignore[arg-type]
         monkeypatch.setattr(torch, "set_rng_state", lambda _: None)
         return found
 
-    monkeypatch.setattr(grad_cache, "_gradients", and_a_draw)
+    monkeypatch.setattr(grad_cache, "_output_gradients", and_a_draw)
     accumulator.step(triples())
     with pytest.raises(AssertionError, match="not close"):
         assert_same_parameters(ours, whole)
