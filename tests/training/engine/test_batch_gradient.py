@@ -144,8 +144,8 @@ def test_gradients_that_were_there_are_replaced_and_a_loss_of_all_outputs_is_exa
 
 def test_a_batch_without_a_valid_term_has_no_gradient() -> None:
     model = token_model()
-    parameter = next(model.parameters())
-    parameter.grad = torch.ones_like(parameter)
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
     x, y = ragged_text(6, 1)
     assert gradient_of(model, 2).compute((x, torch.full_like(y, -100))) is None
     assert gradients(model) == [None] * len(gradients(model))

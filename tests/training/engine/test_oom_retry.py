@@ -304,7 +304,7 @@ def test_other_errors_in_a_window_pass_through() -> None:
         Accumulator(model, adam(model)).step((torch.zeros(4, 9).double(), torch.zeros(4).long()))
 
 
-def test_without_retries_the_error_is_raised_and_nothing_has_changed() -> None:
+def test_whoever_wants_no_replay_gets_the_error_and_nothing_has_moved() -> None:
     """USERS 1.1.11 and 1.1.12: half a window leaves nothing, and another size may be tried."""
     ours, whole = Flaky(), Flaky()
     optimizer = adam(ours)
