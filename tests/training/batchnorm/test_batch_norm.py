@@ -1,4 +1,4 @@
-"""Running statistics over a window that is cut: moved once as by the whole batch, or frozen."""
+"""Running statistics of a batch that is cut: updated once as by the whole batch, or frozen."""
 
 import functools
 import operator
@@ -77,7 +77,7 @@ def step(model: nn.Module, micro_batch: int | None, examples: int = 11) -> StepR
     calls=st.integers(1, 3),
     windows=st.integers(1, 3),
 )
-def test_a_layer_with_the_undivided_inputs_moves_as_for_the_undivided_batch(
+def test_a_layer_with_the_undivided_inputs_is_updated_as_by_the_undivided_batch(
     micro_batch: int, momentum: float | None, calls: int, windows: int
 ) -> None:
     ours, whole = First(momentum, calls), First(momentum, calls)
@@ -222,9 +222,9 @@ def pooled_over(
     )
 
 
-def pool(model: nn.Module, parts: Sequence[Tensor], borrowed: Sequence[int] = ()) -> list[Tensor]:
-    """The statistics after one window of forward passes; the last ones may borrow examples."""
-    every = [0] * (len(parts) - len(borrowed)) + list(borrowed)
+def pool(model: nn.Module, parts: Sequence[Tensor], context: Sequence[int] = ()) -> list[Tensor]:
+    """The statistics after a logical batch; the last micro-batches may have context examples."""
+    every = [0] * (len(parts) - len(context)) + list(context)
     with pooled_over(model, len(parts)) as pooled:
         for part, count in zip(parts, every, strict=True):
             if pooled is not None:
@@ -254,18 +254,18 @@ def drifting(examples: int, shape: tuple[int, ...]) -> Tensor:
         (nn.BatchNorm3d, (4, 3, 2, 2)),
     ],
 )
-def test_borrowed_examples_are_not_counted(
+def test_context_examples_are_not_counted(
     layer: Callable[[int], nn.Module], shape: tuple[int, ...]
 ) -> None:
     x = drifting(5, shape)
     parts = [x[:2], x[2:4], x[3:5]]  # The last one's neighbour comes with it.
     whole = undivided(layer(4).double(), x)
-    assert_exact(pool(layer(4).double(), parts, borrowed=[1]), whole)
+    assert_exact(pool(layer(4).double(), parts, context=[1]), whole)
     with pytest.raises(AssertionError, match="not close"):
         assert_exact(pool(layer(4).double(), parts), whole)
 
 
-def test_borrowed_examples_are_not_counted_in_any_call_nor_where_an_example_has_several_rows() -> (
+def test_context_examples_are_not_counted_in_any_call_nor_where_an_example_has_several_rows() -> (
     None
 ):
     class Rows(nn.Module):
@@ -279,10 +279,10 @@ def test_borrowed_examples_are_not_counted_in_any_call_nor_where_an_example_has_
 
     x = drifting(5, (3, 4))
     parts = [x[:2], x[2:4], x[3:5]]
-    assert_exact(pool(Rows(), parts, borrowed=[1]), undivided(Rows(), x))
+    assert_exact(pool(Rows(), parts, context=[1]), undivided(Rows(), x))
 
 
-def test_a_window_that_saw_one_value_moves_the_mean_and_leaves_the_variance() -> None:
+def test_a_window_that_saw_one_value_updates_the_mean_and_leaves_the_variance() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -293,7 +293,7 @@ def test_a_window_that_saw_one_value_moves_the_mean_and_leaves_the_variance() ->
             return result
 
     parts = [torch.tensor([[0.0], [1.0]]), torch.tensor([[9.0], [4.0]])]
-    mean, variance, batches = pool(Last(), parts, borrowed=[1])
+    mean, variance, batches = pool(Last(), parts, context=[1])
     assert (mean.item(), variance.item(), batches.item()) == (2.0, 1.0, 1)
 
 
@@ -333,7 +333,7 @@ def test_calls_that_some_micro_batches_do_not_make_are_pooled_over_those_that_do
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, None])
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_layer_that_counts_no_batches_moves_as_torch_moves_it(
+def test_a_layer_that_counts_no_batches_is_updated_as_by_torch(
     momentum: float | None, affine: bool
 ) -> None:
     def model() -> nn.Module:
@@ -444,7 +444,7 @@ def test_a_layer_may_be_given_its_input_by_name_and_hooks_may_change_it() -> Non
 
     x = drifting(5, (4,))
     parts = [x[:2], x[2:4], x[3:5]]
-    assert_exact(pool(Named(), parts, borrowed=[1]), undivided(Named(), x))
+    assert_exact(pool(Named(), parts, context=[1]), undivided(Named(), x))
 
     def changed() -> nn.Module:
         layer = nn.BatchNorm1d(4, dtype=torch.float64)
@@ -453,7 +453,7 @@ def test_a_layer_may_be_given_its_input_by_name_and_hooks_may_change_it() -> Non
         )
         return layer
 
-    assert_exact(pool(changed(), parts, borrowed=[1]), undivided(changed(), x))
+    assert_exact(pool(changed(), parts, context=[1]), undivided(changed(), x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -489,7 +489,7 @@ def test_after_an_error_the_layers_are_what_they_were_with_the_same_tensors() ->
             pooled.begin()
             model(rows(4)[0])
             pooled.end()
-            model.norm.eval()  # And left so: the mode is the caller's.
+            model.norm.eval()  # It stays so: the mode is the caller's.
             model(rows(4)[0])
             model.norm.train()
             raise KeyError("mine")
@@ -608,7 +608,7 @@ def test_another_mode_is_named_with_the_choices(mode: object) -> None:
 
 
 class ByHand(nn.Module):
-    """Calls its layer past the layer's hooks, and, if it is told to, past the layer itself."""
+    """Calls its layer past the layer's hooks, and, optionally, past the layer itself."""
 
     def __init__(self, *, past_itself: bool) -> None:
         super().__init__()
@@ -625,7 +625,7 @@ def test_a_layer_whose_forward_is_called_by_hand_is_pooled_like_any_other() -> N
     assert_exact(pool(ours, x.split(3)), undivided(whole, x))
 
 
-def test_statistics_that_move_unseen_are_refused_in_pieces() -> None:
+def test_untracked_updates_of_statistics_are_refused_in_a_cut_batch() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(ByHand(past_itself=True), nn.Linear(5, 3).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -718,7 +718,7 @@ class Twice(nn.Module):
 
 
 def test_a_call_with_others_buffers_is_not_the_layer_s_own() -> None:
-    """torch.func.functional_call lends them; undivided, the layer's do not move either."""
+    """functional_call passes other buffers; the layer keeps its own unchanged."""
 
     class Lent(nn.Module):
         def __init__(self) -> None:

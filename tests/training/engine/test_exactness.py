@@ -1,4 +1,4 @@
-"""The law, through the public engine: any split takes the undivided batch's step."""
+"""Any split of a batch takes the step of the undivided batch, through the public API."""
 
 from dataclasses import dataclass
 
@@ -165,7 +165,7 @@ def test_sum_and_terms_is_exact_for_a_masked_mean() -> None:
     assert step.terms == float((masked_part()[1] != -100).sum())
 
 
-def test_a_mean_over_anything_but_examples_is_refused_and_nothing_has_moved() -> None:
+def test_a_mean_over_anything_but_examples_is_refused_and_nothing_has_changed() -> None:
     model, before = token_model(), token_model()
     with pytest.raises(InexactStepError, match=r"\(sum, terms\)"):
         Accumulator(model, sgd(model), masked_mean, micro_batch=3).step(masked_part())

@@ -1,4 +1,4 @@
-"""The law, all of it at once: any loss, split, epochs and point of failure give the plain run."""
+"""Any loss, split, number of epochs and point of failure give the result of the plain loop."""
 
 import functools
 from collections.abc import Callable
@@ -65,16 +65,16 @@ def test_any_training_is_the_plain_one(
     ]
     accumulator = Accumulator(ours, ADAM(ours.parameters()), given_loss, micro_batch=micro_batch)
     losses = []
-    for place, batch in enumerate(batches):
+    for index, batch in enumerate(batches):
         # Once, at any operation of any window, outside of the optimizer's own step.
-        fails = Fails(failure) if failure and place == seed % len(batches) else Fails()
+        fails = Fails(failure) if failure and index == seed % len(batches) else Fails()
         step_hook = accumulator._runner.optimizer_step.optimizer.register_step_pre_hook(
             lambda *_, fails=fails: setattr(fails, "enabled", False)
         )
         try:
             with fails:
                 losses.append(accumulator.step(batch).loss)
-        except torch.OutOfMemoryError:  # Where terms are counted, on the host: nothing has moved.
+        except torch.OutOfMemoryError:  # Where terms are counted, on the host: nothing has changed.
             losses.append(accumulator.step(batch).loss)
         step_hook.remove()
     assert_exact(losses, undivided_steps(whole, ADAM(whole.parameters()), reference, batches))

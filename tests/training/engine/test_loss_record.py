@@ -1,4 +1,4 @@
-"""A window's numbers cost one wait for the device, or none, and are those of the CPU's path."""
+"""The numbers of a step cost at most one wait for the device, and are those of the CPU."""
 
 import itertools
 import pickle
@@ -176,7 +176,7 @@ def test_terms_that_only_the_loss_knows_cost_no_second_wait(nonfinite: NonFinite
 
 
 @pytest.mark.usefixtures("device")
-def test_a_batch_that_counts_no_term_is_left_out_on_a_device_too() -> None:
+def test_a_batch_that_counts_no_term_is_skipped_on_a_device_too() -> None:
     model, before = small_model(), small_model()
 
     def nothing(model: nn.Module, batch: object) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_each_step_is_taken_at_the_rate_that_a_plain_loop_has() -> None:
     assert_exact(ours.state_dict(), whole.state_dict())
 
 
-def test_a_step_that_is_left_out_does_not_step_it() -> None:
+def test_a_step_that_is_skipped_does_not_step_it() -> None:
     model = small_model()
     optimizer = sgd(model)
     accumulator = Accumulator(model, optimizer, micro_batch=4, scheduler=halved, nonfinite="skip")
@@ -111,7 +111,7 @@ def test_one_cycle_takes_the_steps_that_it_was_made_for_however_the_batch_is_cut
 
 
 class Plateau(lr_scheduler.ReduceLROnPlateau):
-    """Keeps what it is told."""
+    """Records the losses that it is stepped with."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer, factor=0.5, patience=0)
@@ -158,7 +158,7 @@ def test_find_and_train_steps_it_after_each_epoch() -> None:
     assert rate(optimizer) == 0.25
 
 
-def test_a_plateau_is_told_the_epoch_s_loss() -> None:
+def test_a_plateau_is_stepped_with_the_epoch_s_loss() -> None:
     model = small_model()
     optimizer = sgd(model)
     plateau = Plateau(optimizer)

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite: said, left out or taken, and nothing spoilt."""
+"""A step that is not finite is refused, skipped or taken, and nothing else is changed."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def spoilt(row: int = 5, value: float = math.nan) -> Pair:
 
 
 class Moving(nn.Module):
-    """Has running statistics, dropout and a plain number, all of which a forward pass moves."""
+    """Has running statistics, dropout and a plain number, all of which a forward pass changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Squared(nn.Module):
 # "raise", the default.
 
 
-def test_raise_names_the_step_the_micro_batch_and_the_terms_and_nothing_has_moved() -> None:
+def test_raise_names_the_step_the_micro_batch_and_the_terms_and_nothing_has_changed() -> None:
     model = Moving()
     optimizer = adam(model)
     accumulator = Accumulator(model, optimizer, micro_batch=4)
@@ -214,7 +214,7 @@ def test_more_than_a_hundred_in_a_row_are_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(policy, "MOST_SKIPPED", 5)
     model = small_model()
     accumulator = Accumulator(model, sgd(model), nonfinite="skip")
-    for _ in range(2):  # A step in between begins the count anew.
+    for _ in range(2):  # A step in between starts the count again.
         for _ in range(5):
             assert accumulator.step(spoilt()).skipped
         accumulator.step(samples())
@@ -300,7 +300,7 @@ def test_an_unknown_loss_that_is_nan_throughout_is_a_bad_batch() -> None:
     assert accumulator.step((x * math.nan, y)).reason == "not finite"
 
 
-def test_a_batch_whose_loss_counts_no_term_has_moved_nothing() -> None:
+def test_a_batch_whose_loss_counts_no_term_has_changed_nothing() -> None:
     def pair(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(outputs, targets, reduction="sum"), (targets != -100).sum()
 

@@ -1,4 +1,4 @@
-"""Memory running out in the middle of training costs a replay, never an example."""
+"""An out-of-memory error in the middle of training costs a retry, never an example."""
 
 import itertools
 import json
@@ -133,7 +133,7 @@ def test_running_out_once_with_one_example_is_no_reason_to_stop() -> None:
 
 
 class Moving(nn.Module):
-    """Moves everything that a forward pass may move, and then runs out of memory in one call."""
+    """Changes everything that a forward pass may change, then runs out of memory in one call."""
 
     def __init__(self, fails_at: int) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_a_replay_finds_everything_where_the_window_found_it() -> None:
     assert results[0] == results[1]
 
 
-def test_a_short_window_that_ran_out_says_nothing_of_the_full_ones() -> None:
+def test_a_failed_short_window_does_not_shrink_the_full_ones() -> None:
     model = Flaky(calls=(3,))
     batches = [*windows(2), (windows()[2][0][:3], windows()[2][1][:3]), *windows(1)]
     steps = run(model, None, batches)
@@ -225,7 +225,7 @@ def test_batch_norm_that_refuses_one_example_is_no_reason_to_crash_in_a_replay()
         run(model, None, windows())
 
 
-def test_running_out_forever_is_an_error_and_nothing_has_moved() -> None:
+def test_running_out_forever_is_an_error_and_nothing_has_changed() -> None:
     model = nn.Sequential(Flaky(above=0), nn.BatchNorm1d(3).double())
     optimizer = adam(model)
     before = fingerprint(model, optimizer)
@@ -255,7 +255,7 @@ def test_buffers_and_random_generators_are_rolled_back_before_a_replay() -> None
 
 
 def fail_once(errors: Iterator[BaseException], inputs: tuple[Tensor, ...]) -> None:
-    if len(inputs[0]) < 4:  # In the second micro-batch, when buffers and masks have moved.
+    if len(inputs[0]) < 4:  # In the second micro-batch, when buffers and masks have changed.
         for error in errors:
             raise error
 
@@ -279,7 +279,7 @@ def test_running_out_at_any_operation_changes_nothing(point: int, micro_batch: i
                 failing.enabled = False
                 assert fingerprint(ours) == before
                 steps.append(accumulator.step(batch))
-            except StepInterruptedError:  # In the optimizer's step, and after something moved.
+            except StepInterruptedError:  # In the optimizer's step, and after something changed.
                 return
     reference = torch.optim.SGD(whole.parameters(), lr=0.5)
     losses = undivided_steps(whole, reference, F.cross_entropy, batches)
@@ -339,7 +339,7 @@ def test_training_without_replays_ends_with_the_error() -> None:
             find_and_train(model, windows(), 10, replay=bad)  # type: ignore[arg-type]
 
 
-def test_replays_are_counted_told_and_noted() -> None:
+def test_retries_are_counted_reported_and_noted() -> None:
     model = Flaky()
 
     events: list[object] = []
@@ -442,7 +442,7 @@ def test_an_attempt_that_fails_goes_back_to_the_size_before_and_waits_twice_as_l
     room=st.integers(1, 200),
     before=st.integers(0, PATIENCE - 1),  # No attempt at a larger size is under way.
 )
-def test_a_short_window_that_ran_out_says_nothing_of_larger_ones(
+def test_a_failed_short_window_does_not_shrink_larger_ones(
     full: int, short: int, room: int, before: int
 ) -> None:
     size, control = MicroBatchSize(None), MicroBatchSize(None)
@@ -461,7 +461,7 @@ def test_a_wish_larger_than_any_window_is_given_up_once_and_not_in_every_window(
     assert [tried_sizes(size, 256, room=200) for _ in range(3)] == [[256, 128], [128], [128]]
 
 
-def test_an_attempt_is_remembered_through_a_short_window_that_ran_out() -> None:
+def test_an_attempt_is_remembered_through_a_failed_short_window() -> None:
     size = MicroBatchSize(None)
     tried_sizes(size, 10, room=4)
     for _ in range(PATIENCE):
@@ -580,7 +580,7 @@ def test_only_one_example_that_fails_twice_does_not_fit(again: int) -> None:
 
 @dataclass
 class Step:
-    """An optimizer's step that runs out of memory before, in the middle of, or after moving."""
+    """An optimizer step that runs out of memory before, during or after its changes."""
 
     model: nn.Module
     fails: list[str] = field(default_factory=list)
@@ -605,7 +605,7 @@ class Step:
 
 
 @pytest.mark.parametrize("how", ["at once", "state first"])
-def test_a_step_that_ran_out_before_anything_moved_is_taken_again(how: str) -> None:
+def test_a_step_that_failed_before_anything_changed_is_taken_again(how: str) -> None:
     ours, whole = small_model(), small_model()
     optimizer = Step(ours, [how]).optimizer()
     Accumulator(ours, optimizer, micro_batch=4).step(windows()[0])
@@ -615,7 +615,7 @@ def test_a_step_that_ran_out_before_anything_moved_is_taken_again(how: str) -> N
     assert not optimizer.state
 
 
-def test_a_step_that_ran_out_half_way_is_an_error_and_not_repeated() -> None:
+def test_a_step_that_failed_half_way_is_an_error_and_not_repeated() -> None:
     model = small_model()
     optimizer = Step(model, ["moved"]).optimizer()
     with pytest.raises(StepInterruptedError, match="half done"):
@@ -687,7 +687,7 @@ class FailsInStep(Fails):
 
 @dataclass
 class Prepared:
-    """A model with a gradient, an optimizer of two groups, and their update."""
+    """A model with a gradient, an optimizer of two groups, and their optimizer step."""
 
     kind: str
     steps_before: int
@@ -733,7 +733,7 @@ def operations_of(kind: str, steps_before: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_with_a_copy_a_step_that_ran_out_anywhere_is_undone_and_taken_once(
+def test_with_a_copy_a_step_that_failed_anywhere_is_undone_and_taken_once(
     kind: str, steps_before: int
 ) -> None:
     plain = Prepared(kind, steps_before)
@@ -752,7 +752,7 @@ def test_with_a_copy_a_step_that_ran_out_anywhere_is_undone_and_taken_once(
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_without_a_copy_a_step_that_ran_out_anywhere_is_taken_once_or_is_an_error(
+def test_without_a_copy_a_step_that_failed_anywhere_is_taken_once_or_is_an_error(
     kind: str, steps_before: int
 ) -> None:
     plain = Prepared(kind, steps_before)
@@ -768,7 +768,7 @@ def test_without_a_copy_a_step_that_ran_out_anywhere_is_taken_once_or_is_an_erro
         else:
             assert broken.values() == plain.values(), operation
             outcomes.add("taken")
-    # Where nothing says what has moved (many tensors at once), or what says so comes first.
+    # Foreach kernels may not count writes, or the step counts change first.
     assert outcomes == ({"error", "taken"} if kind in ("sgd", "adam") else {"error"})
 
 

@@ -212,7 +212,7 @@ def test_find_and_train_clips_as_a_plain_loop_over_undivided_batches() -> None:
 
 
 class Breaking(torch.optim.Adam):
-    """Runs out of memory when it has moved the first parameter and its state."""
+    """Runs out of memory when it has changed the first parameter and its state."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], breaks: int) -> None:
         super().__init__(parameters, lr=0.1)

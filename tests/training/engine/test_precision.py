@@ -1,4 +1,4 @@
-"""Autocast, a GradScaler and wide sums: what a plain loop does by hand, once a window."""
+"""Autocast, a GradScaler and the gradient buffer equal a plain loop written by hand."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -280,7 +280,7 @@ def test_a_gradient_that_stays_scaled_is_seen() -> None:
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
 @pytest.mark.parametrize("how", ["scale", "gradient"])
-def test_an_overflow_is_left_out_lowers_the_scale_and_the_next_step_works(
+def test_an_overflow_is_skipped_lowers_the_scale_and_the_next_step_works(
     how: str, nonfinite: str
 ) -> None:
     model, optimizer, (x, y) = overflowing()
@@ -574,7 +574,7 @@ def test_only_gradients_of_16_bits_cost_a_sum() -> None:
     assert [total.dtype for total in buffer.sums] == [torch.float32]
 
 
-def test_a_replay_begins_its_wide_sums_anew() -> None:
+def test_a_retry_begins_with_an_empty_gradient_buffer() -> None:
     model, batch = tiny()
     expected = summed_in_float32(model, batch, 1.0, lambda total: total)
     once = iter([out_of_memory()])

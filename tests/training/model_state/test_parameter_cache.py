@@ -1,4 +1,4 @@
-"""What a step is made of is seen anew in every step, however it came to be another."""
+"""The parameter cache sees every change of the model and the optimizer between two steps."""
 
 from collections.abc import Callable
 
@@ -80,8 +80,8 @@ def of(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def told(members: ParameterCache) -> list[list[int]]:
-    kinds = (members.batch_norms, members.modules, members.parameters)
+def contents(cache: ParameterCache) -> list[list[int]]:
+    kinds = (cache.batch_norms, cache.modules, cache.parameters)
     return [sorted(map(id, kind)) for kind in kinds]
 
 
@@ -89,11 +89,11 @@ def told(members: ParameterCache) -> list[list[int]]:
 def test_a_change_between_two_steps_is_seen_and_one_more_on_top(change: Change) -> None:
     net, loss = model(), nn.BCEWithLogitsLoss(weight=torch.ones(3))
     optimizer = SGD(net.parameters(), lr=0.1)
-    members = ParameterCache(net, [loss], lambda: of(optimizer))
+    cache = ParameterCache(net, [loss], lambda: of(optimizer))
     for altered in (change, lambda net, _: net.append(nn.Linear(3, 3)), change):
         try:
             altered(net, optimizer)
         except (RuntimeError, IndexError):  # Not every one can be made twice.
             continue
-        members.refresh()
-        assert told(members) == told(ParameterCache(net, [loss], lambda: of(optimizer)))
+        cache.refresh()
+        assert contents(cache) == contents(ParameterCache(net, [loss], lambda: of(optimizer)))
