@@ -20,6 +20,20 @@ EXAMPLES = [
     "find_batch_size",
     "find_largest",
 ]
+VALUES = [
+    "BatchPlan",
+    "Evaluation",
+    "Phase",
+    "SearchOptions",
+    "SearchResult",
+    "Shared",
+    "Speed",
+    "StepResult",
+    "TrainingResult",
+    "Trial",
+    "Upper",
+    "Verdict",
+]
 
 
 def example_of(name: str) -> str:
@@ -34,13 +48,23 @@ def example_of(name: str) -> str:
     return textwrap.dedent("\n".join(lines))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_of_a_docstring_runs(name: str) -> None:
+def run_example(name: str) -> None:
     public: dict[str, Any] = {each: getattr(autobatch, each) for each in autobatch.__all__}
     torches = {"torch": torch, "nn": nn, "DataLoader": DataLoader, "TensorDataset": TensorDataset}
-    code = example_of(name)
-    assert f"{name}(" in code
-    exec(compile(code, f"the example of {name}", "exec"), public | torches)
+    namespace = public | torches | {"autobatch": autobatch}
+    exec(compile(example_of(name), f"the example of {name}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_docstring_runs(name: str) -> None:
+    assert f"{name}(" in example_of(name)
+    run_example(name)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_shows_an_example_that_runs_and_describes_its_attributes(name: str) -> None:
+    run_example(name)
+    assert "\nAttributes:\n" in (inspect.getdoc(getattr(autobatch, name)) or "")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -28,7 +28,7 @@ NEEDS = {
     "buffers": 10,
     "gradients": 100,
     "optimizer state": 200,
-    "what state names": 0,
+    "tensors in state": 0,
 }
 LIES = st.integers(-(2**64), 2**64)
 
@@ -124,7 +124,7 @@ def test_it_prints_as_a_table_with_shares_that_leaves_out_what_is_empty() -> Non
     assert str(Breakdown()) == "in all          0 B   100.0%"
     assert str(replace(told, missing_bytes=MIB)).splitlines()[3:] == [
         "at least             128.0 MiB",
-        "there is             127.0 MiB",
+        "available            127.0 MiB",
         "missing, at least      1.0 MiB",
     ]
 

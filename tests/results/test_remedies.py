@@ -92,8 +92,8 @@ def test_memory_in_pieces_that_would_have_been_enough_is_a_way_out(
     some = Breakdown(parameter_bytes=MIB, missing_bytes=MIB)
     error = DoesNotFitError(1, 70 * 2**30, some, TORN)
     told = (
-        "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts: may join 6.9 GiB "
-        "that are reserved, in pieces too small for what was asked for"
+        "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts: may make 6.9 GiB "
+        "usable that are reserved but fragmented"
     )
     assert str(error.remedies[0]) == told
     assert told in str(error)
