@@ -8,8 +8,8 @@ from typing import Final, Literal, get_args
 
 from torch import Tensor
 
-from autobatch.data.source import Source
 from autobatch.data.sample import read_sample
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, map_tensors, size_of
 from autobatch.data.worst_case import worst_case_of
 from autobatch.errors import DoesNotFitError

@@ -219,7 +219,7 @@ def test_finding_says_where_the_memory_goes(run: Run) -> None:
 def test_finding_draws_memory_over_size_and_says_so(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("find", *TINY, "--ceiling", "7", "--quiet", "--plot", "memory.svg")
     assert code == ExitCode.DONE
-    assert out.splitlines()[-1] == "memory over size is drawn in memory.svg"
+    assert out.splitlines()[-1] == "memory over size is plotted in memory.svg"
     assert "<svg" in (tmp_path / "memory.svg").read_text()
 
 
@@ -233,7 +233,7 @@ def test_what_was_found_is_told_though_it_cannot_be_drawn(
     code, out, _ = run("find", *TINY, "--ceiling", "7", "--plot", "memory.png")
     assert code == ExitCode.DONE
     assert out.startswith("tolerable batch 7")
-    assert out.endswith("could not be drawn: [Errno 28] No space left on device\n")
+    assert out.endswith("could not be plotted: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_each_way_to_end_has_its_code(
         ([], "interrupted before the first trial"),
         (TRIALS, "interrupted in the search, after 2 trials: the largest size that ran is 4"),
         (TRIALS[1:], "interrupted in the search, after 1 trial: none ran"),
-        ([STARTED], "interrupted in epoch 1 of 3, before its first step was done"),
+        ([STARTED], "interrupted in epoch 1 of 3, before the first optimizer step"),
         (
             [STARTED, *steps(4)],
             "interrupted in epoch 1 of 3, after 4 of 15 optimizer steps (400 examples): "
@@ -491,7 +491,7 @@ def test_a_failure_in_training_says_what_was_done(
     ends(monkeypatch, STARTED, *steps(2), error=RuntimeError("gone"))
     code, _, err = run("train", *TINY)
     assert code == ExitCode.FAILED
-    assert "it happened in epoch 1 of 3, after 2 of 15 optimizer steps" in err
+    assert "the error occurred in epoch 1 of 3, after 2 of 15 optimizer steps" in err
 
 
 @pytest.mark.slow
@@ -555,7 +555,7 @@ def test_predict_infers_within_the_data_and_draws(
     text = capsys.readouterr().out
     assert text.startswith("80.0 GiB, bf16, inference: tolerable batch 1437\n")
     assert "note: the ceiling is 1437; memory alone would allow " in text
-    assert text.endswith(f"the peak over the batch is drawn in {picture}\n")
+    assert text.endswith(f"the peak over the batch is plotted in {picture}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -572,7 +572,7 @@ def test_predict_wants_one_way_of_naming_the_card(
     card: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", "torchvision:resnet18", *card]) == 2
-    assert "pass one of --gpu" in capsys.readouterr().err
+    assert "pass either --gpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -560,4 +560,5 @@ def test_an_error_of_the_model_says_where_it_was_seen() -> None:
 
     with pytest.raises(IndexError, match="out of bounds") as caught:
         Machine(happens=fails).largest()
-    assert caught.value.__notes__ == ["raised in the first step of the search, on 2 examples of the data"]
+    where = "raised in the first step of the search, on 2 examples of the data"
+    assert caught.value.__notes__ == [where]

@@ -9,8 +9,8 @@ import torch
 
 from autobatch.data.micro_batches import cut_to, largest_piece
 from autobatch.data.rebatch import logical_batches
-from autobatch.data.source import Source
 from autobatch.data.sample import read_sample
+from autobatch.data.source import Source
 from autobatch.data.tree import BatchTree, size_of, take
 from autobatch.devices.factory import in_widest
 from autobatch.devices.oom import MEMORY_VERDICTS, verdict_of
