@@ -313,7 +313,7 @@ def _package(frame: FrameType) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether autobatch raised ``error``, and not the user's code."""
+    """Return whether autobatch raised ``error``, and not the user's code."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _package(frames[-1]) == "autobatch"
 

@@ -4,7 +4,7 @@ import enum
 
 
 class Verdict(enum.Enum):
-    """What an error says about the batch size that raised it.
+    """The meaning of an error for the batch size that raised it.
 
     Attributes:
         OUT_OF_MEMORY: Memory ran out. A smaller size may fit.

@@ -90,11 +90,11 @@ def test_training_as_json_is_one_document(run: Run) -> None:
         "--device", "cpu",
     )  # fmt: skip
     assert code == ExitCode.DONE
-    told = json.loads(out)
-    assert told["plan"]["micro_batch_sizes"] == [100]
-    assert told["search"]["trials"][0]["fits"] is True
-    assert (told["steps"], len(told["losses"]), told["replays"]) == (3, 3, 0)
-    assert 0 <= told["test_accuracy"]["before"] <= 1
+    written = json.loads(out)
+    assert written["plan"]["micro_batch_sizes"] == [100]
+    assert written["search"]["trials"][0]["fits"] is True
+    assert (written["steps"], len(written["losses"]), written["replays"]) == (3, 3, 0)
+    assert 0 <= written["test_accuracy"]["before"] <= 1
 
 
 def test_data_without_a_test_part_is_trained_without_an_accuracy(run: Run) -> None:
@@ -203,8 +203,8 @@ def test_training_can_prefer_the_fastest(run: Run) -> None:
 def test_finding_says_where_the_memory_goes(run: Run) -> None:
     arguments = ("find", *TINY, "--memory-limit", "200kB", "--device", "cpu", "--quiet")
     _, out, _ = run(*arguments)
-    told, gap, *rows = out.splitlines()
-    assert told.startswith("tolerable batch ")
+    written, gap, *rows = out.splitlines()
+    assert written.startswith("tolerable batch ")
     assert gap == ""
     assert [row.split("  ")[0] for row in rows] == [
         *["parameters", "gradients", "optimizer state", "activations and temporaries", "free"],
@@ -388,10 +388,12 @@ def test_help_and_slips_are_answered_before_torch_is_there(arguments: list[str])
 
 
 def test_an_error_names_options_and_what_the_user_says_stays() -> None:
-    told = cli._with_options("data must be digits, or a larger memory_limit; max_steps=3; my_data")
-    assert told == "--data must be digits, or a larger --memory-limit; --max-steps=3; my_data"
-    told = cli._with_options('headroom=0 frees 300.0 MiB, precision="bf16", frozen=True')
-    assert told == '--headroom=0 frees 300.0 MiB, --precision="bf16", frozen=True'
+    written = cli._with_options(
+        "data must be digits, or a larger memory_limit; max_steps=3; my_data"
+    )
+    assert written == "--data must be digits, or a larger --memory-limit; --max-steps=3; my_data"
+    written = cli._with_options('headroom=0 frees 300.0 MiB, precision="bf16", frozen=True')
+    assert written == '--headroom=0 frees 300.0 MiB, --precision="bf16", frozen=True'
     assert cli._with_options("the data must hold a model") == "the data must hold a model"
     assert cli._with_options("model must be a module") == "model must be a module"
 
@@ -457,9 +459,9 @@ def test_each_way_to_end_has_its_code(
     assert (ended, out) == (code, "")
     assert str(error) in err
     ended, out, _ = run("train", *TINY, "--json")
-    told = json.loads(out)
-    assert (ended, told["error"]["exit_code"]) == (code, code)
-    assert told["error"]["kind"] == type(error).__name__
+    written = json.loads(out)
+    assert (ended, written["error"]["exit_code"]) == (code, code)
+    assert written["error"]["kind"] == type(error).__name__
 
 
 @pytest.mark.parametrize(
