@@ -1,6 +1,6 @@
-"""The demo: a ResNet-18 learns real digits from batches that its memory cannot hold.
+"""The demo: a ResNet-18 learns handwritten digits from batches that exceed its memory limit.
 
-Run it as ``python -m autobatch.demo``. It is ``autobatch train`` with a judgement of the outcome.
+Run it with ``python -m autobatch.demo``. It runs ``autobatch train`` and judges the result.
 """
 
 import sys
@@ -12,23 +12,23 @@ import typer
 from autobatch.cli.app import ExitCode, conclude
 from autobatch.cli.arguments import OutputArguments, TrainArguments
 from autobatch.cli.commands import train
-from autobatch.cli.reports import ForwardTracker, Report, TrainingReport
+from autobatch.cli.reports import ProgressLog, Report, TrainingReport
 from autobatch.devices.base import HOST
 from autobatch.devices.factory import choose_device, open_device
 from autobatch.units import format_bytes
 
 BUDGET_BYTES: Final = 384 * 2**20
-ENOUGH: Final = 0.9  # Of the test digits, afterwards.
+ENOUGH: Final = 0.9  # The accuracy on the test digits that the demo must exceed.
 
 
 def main() -> int:
-    """Run the demo and return its exit code; the demo fails too if too little was learned."""
+    """Run the demo and return its exit code; it also fails if the test accuracy is too low."""
     reports: list[TrainingReport] = []
 
-    def work(watch: ForwardTracker) -> Report:
+    def work(progress: ProgressLog) -> Report:
         outside = outside_bytes()
-        watch.log(introduction(outside))
-        reports.append(train(the_arguments(outside), watch))
+        progress.log(introduction(outside))
+        reports.append(train(the_arguments(outside), progress))
         return Report(text=judgement(reports[0]), fields=reports[0].fields)
 
     try:
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def the_arguments(outside: int) -> TrainArguments:
-    """Return the arguments of the demo's training, with ``outside`` bytes added to the budget."""
+    """Return the arguments of the training, with ``outside`` bytes added to the memory limit."""
     return TrainArguments(
         model="torchvision:resnet18",
         data="digits",
@@ -52,10 +52,10 @@ def the_arguments(outside: int) -> TrainArguments:
 
 
 def outside_bytes() -> int:
-    """Return how many bytes a GPU holds beside this process's tensors; 0 without a GPU.
+    """Return the used memory of the GPU outside this process's tensors, in bytes; 0 without a GPU.
 
-    A ``memory_limit`` counts the driver's context and libraries, and these alone are more than the
-    demo's budget. A step runs first, because its kernels take memory when they are loaded.
+    ``memory_limit`` includes the driver's context and libraries, which alone exceed the budget of
+    the demo. A step runs before the measurement, because loading its kernels takes memory.
     """
     device = choose_device(None, HOST)
     if device == HOST:
@@ -69,34 +69,36 @@ def outside_bytes() -> int:
 
 
 def introduction(outside: int) -> str:
-    """Return what the demo is going to do, and what its limit counts."""
+    """Return an introduction for the user: what the demo does, and what its limit includes."""
     budget = format_bytes(BUDGET_BYTES)
-    aim = f"ResNet-18 learns handwritten digits, 256 to a step, in {budget} of memory."
+    aim = f"ResNet-18 learns handwritten digits, 256 per step, with {budget} of memory."
     if not outside:
         return aim
     return (
-        f"{aim} On a GPU the limit is the whole process's: {format_bytes(outside)} that are no "
-        "tensors (the driver's context, libraries, others' memory) are added."
+        f"{aim} On a GPU the limit includes memory outside tensors, so {format_bytes(outside)} are "
+        "added for the driver's context, libraries and other processes."
     )
 
 
 def judgement(report: TrainingReport) -> str:
-    """Return the outcome, and below it what was exact."""
+    """Return the result as text, followed by what was exact."""
     result = report.result
     exact = (
-        f"Exact: every step weighed its examples as one batch of {result.plan.desired} would, with "
+        f"Exact: every step weights its examples as one batch of {result.plan.desired} does, with "
         f"memory for {result.plan.tolerable} at once."
     )
-    notes = "Not exact: what the notes say." if result.notes else "Nothing was inexact."
+    notes = "The notes list what was not exact." if result.notes else "Nothing was inexact."
     text = report.text
-    if not result.replays:  # The first plan was kept, and is printed above.
+    if not result.replays:  # The plan did not change, and is printed above.
         text = text.removeprefix(f"{result.plan}\n")
-    verdict = "" if learned(report) else f"\nThe demo failed: it promises more than {ENOUGH:.0%}."
+    verdict = (
+        "" if learned(report) else f"\nThe demo failed: the accuracy must exceed {ENOUGH:.0%}."
+    )
     return f"{text}\n{exact} {notes}{verdict}"
 
 
 def learned(report: TrainingReport) -> bool:
-    """Whether enough of the test digits are right."""
+    """Return whether the test accuracy is high enough."""
     return report.after is not None and report.after > ENOUGH
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and paths that are checked before the work begins."""
+"""Write files atomically, and check output paths before the work starts."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
-    """Give a path to write to; what was written there replaces ``path`` at the end of the block.
+    """Yield a temporary path; at the end of the block its file replaces ``path`` atomically.
 
-    After an error ``path`` is as it was, and the temporary file is deleted.
+    After an error, ``path`` is unchanged and the temporary file is deleted.
 
     Args:
         path: The file to write or to replace.
-        temporary: Where to write meanwhile, in the same folder; None chooses a hidden name.
+        temporary: The temporary path, in the same folder; None chooses a hidden name.
 
     Example:
         >>> with atomic_file(Path("losses.txt")) as unfinished:
@@ -30,15 +30,14 @@ def atomic_file(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
 
 
 def check_file(path: Path, name: str) -> None:
-    """Refuse a path that no file can be written to.
+    """Raise unless a file can be written to ``path``.
 
     Args:
         path: A file, which need not exist.
         name: The name of the argument, for the error.
 
     Raises:
-        ValueError: If the path is a folder, if its folder does not exist, or if either cannot be
-            written to.
+        ValueError: If the path is a folder, its folder does not exist, or either is read-only.
     """
     folder = path.absolute().parent
     closed = [place for place in (folder, path) if place.exists() and not os.access(place, os.W_OK)]
@@ -49,11 +48,11 @@ def check_file(path: Path, name: str) -> None:
 
 
 def check_folder(path: Path, content: str) -> None:
-    """Refuse a folder that can neither be written to nor be made.
+    """Raise unless the folder can be written to or created.
 
     Args:
         path: A folder, which need not exist.
-        content: What will be written to the folder, for the error.
+        content: The files to write, in the plural, for the error: ``"checkpoints"``.
 
     Raises:
         ValueError: If the nearest existing parent, or the path itself, is a file or is read-only.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that take effect later: at the end of a block, or between two steps."""
+"""Defer Ctrl-C and SIGTERM to the end of a block, or to a point between two steps."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ _STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(slots=True)
 class GracefulStop:
-    """Whether a signal has asked the process to stop.
+    """The signal that requests this process to stop, if one has arrived.
 
     Attributes:
         signal: The first signal that arrived, or None.
@@ -23,14 +23,14 @@ class GracefulStop:
     signal: int | None = None
 
     def go(self, message: str = "") -> NoReturn:
-        """Stop as the signal demands.
+        """Stop the process as the signal requires.
 
         Args:
-            message: What the user who pressed Ctrl-C should know.
+            message: The message of the KeyboardInterrupt.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
-            SystemExit: After SIGTERM, with the status that a shell shows for SIGTERM.
+            SystemExit: After SIGTERM, with the exit status of shells, 128 + 15.
         """
         if self.signal == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
@@ -41,13 +41,13 @@ class GracefulStop:
 def deferred_signals() -> Iterator[GracefulStop]:
     """Record the first Ctrl-C or SIGTERM instead of stopping; the second one stops at once.
 
-    A recorded signal that the block has not acted on takes effect at the end of the block. In any
-    thread but the main one, which alone receives signals, nothing is deferred.
+    A recorded signal takes effect at the end of the block, unless the block calls ``go`` before.
+    Only the main thread receives signals, so nothing is deferred in other threads.
     """
     stop = GracefulStop()
 
-    def record(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # As signal calls it.
-        # A loader's worker that was forked has this handler too: Ctrl-C reaches all processes.
+    def record(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # The signature of a signal handler.
+        # Forked workers of a DataLoader inherit this handler, and Ctrl-C reaches all processes.
         if stop.signal is None:
             stop.signal = number
         else:
@@ -61,9 +61,9 @@ def deferred_signals() -> Iterator[GracefulStop]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Let Ctrl-C take effect at the end of the block, by the handler that was there before.
+    """Defer Ctrl-C to the end of the block, where the previous handler receives it.
 
-    In any thread but the main one, which alone receives signals, nothing is deferred.
+    Only the main thread receives signals, so nothing is deferred in other threads.
     """
     held: list[FrameType | None] = []
     with _handled_by(lambda _, frame: held.append(frame), (signal.SIGINT,)) as before:
@@ -77,7 +77,7 @@ def deferred_interrupt() -> Iterator[None]:
 def _handled_by(
     handler: _Handler, numbers: tuple[signal.Signals, ...]
 ) -> Iterator[dict[signal.Signals, object]]:
-    """Install a handler inside the block; give the handlers that it replaces, by their signals."""
+    """Install a handler for the block; yield the previous handlers by signal."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
@@ -86,6 +86,6 @@ def _handled_by(
         yield dict(before)
     finally:
         for number, outer in before.items():
-            # None: a handler that was not installed from Python, and cannot be from here.
+            # None: the handler was not installed from Python, so it cannot be restored.
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default if outer is None else outer)

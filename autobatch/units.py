@@ -1,4 +1,4 @@
-"""Bytes and counts to text for people, and bytes back."""
+"""Format bytes, shares and counts for people, and parse bytes."""
 
 import re
 from fractions import Fraction
@@ -16,15 +16,20 @@ _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(size: Size, *, name: str = "size") -> int:
-    """Return ``size`` in bytes: ``"24GiB"`` counts by 1024, ``"24GB"`` by 1000, a number is bytes.
+    """Return ``size`` in bytes.
 
     Args:
-        size: A positive count of bytes, or text with a unit from B to TiB, in any case.
-        name: The argument to name in an error.
+        size: A positive number of bytes, or text with a unit from B to TiB in upper or lower case:
+            ``"24GiB"`` counts by 1024, ``"24GB"`` by 1000.
+        name: The name of the argument, for the error.
 
     Raises:
-        TypeError: If it is neither an integer nor text.
-        ValueError: If the text cannot be read, or the size is not above zero.
+        TypeError: If ``size`` is neither an integer nor text.
+        ValueError: If the text cannot be parsed, or the size is below 1.
+
+    Example:
+        >>> parse_bytes("1.5KiB")
+        1536
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise TypeError(f'{name} must be bytes as an integer or text like "24GiB", got {size!r}')
@@ -35,12 +40,12 @@ def parse_bytes(size: Size, *, name: str = "size") -> int:
 
 
 def parse_headroom(size: Size) -> int:
-    """Return what is to be kept free, in bytes: as ``parse_bytes`` reads it, or nothing at all."""
+    """Return the headroom in bytes; unlike ``parse_bytes``, it may be 0."""
     return 0 if size in (0, "0") and size is not False else parse_bytes(size, name="headroom")
 
 
 def count(number: int, noun: str, nouns: str = "") -> str:
-    """Return ``number`` with its noun: ``"1 trial"``, ``"2 trials"``."""
+    """Return ``number`` with its noun in the singular or plural: ``"1 trial"``, ``"2 trials"``."""
     return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
@@ -60,7 +65,12 @@ def format_bytes(count: int) -> str:
     value = float(abs(count))
     sign = "-" if count < 0 else ""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if round(value, 1) < 1024:  # As it will be printed: 1023.96 KiB is 1.0 MiB.
+        if round(value, 1) < 1024:  # As it is printed: 1023.96 KiB is 1.0 MiB.
             return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.1f} {unit}"
         value /= 1024
     return f"{sign}{value:.2f} TiB"
+
+
+def format_share(share: float) -> str:
+    """Return a share of 1 as text for people: ``"12.5%"``; ``"<0.1%"`` if it would round to 0."""
+    return f"{share:.1%}" if share >= 0.0005 or not share else "<0.1%"

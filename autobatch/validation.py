@@ -1,6 +1,6 @@
-"""Arguments that are checked before any work begins, and refused with the reason.
+"""Check the arguments of public functions before any work starts.
 
-Torch is imported only by the functions that need it: ``autobatch --help`` waits for no torch.
+Only the functions that need torch import it, so that ``autobatch --help`` does not.
 """
 
 import math
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 _WRAPPERS: Final = {
     "DataParallel": "it splits batches by itself",
     "DistributedDataParallel": "its ranks would have to agree on every size",
-    "FullyShardedDataParallel": "memory running out leaves its parameters unsharded",
-    "FSDPModule": "memory running out leaves its parameters unsharded",
-    "ScriptModule": "TorchScript hides its buffers, so they could not be put back",
+    "FullyShardedDataParallel": "an out-of-memory error leaves its parameters unsharded",
+    "FSDPModule": "an out-of-memory error leaves its parameters unsharded",
+    "ScriptModule": "TorchScript hides its buffers, so they cannot be restored",
 }
 
 
@@ -28,8 +28,8 @@ def check_size(name: str, size: object) -> int:
         size: The count.
 
     Raises:
-        TypeError: If it is not an integer; a ``bool`` is none.
-        ValueError: If it is below 1.
+        TypeError: If ``size`` is not an integer, or a ``bool``.
+        ValueError: If ``size`` is below 1.
 
     Example:
         >>> check_size("desired", numpy.int64(256))
@@ -38,7 +38,7 @@ def check_size(name: str, size: object) -> int:
     if isinstance(size, bool):
         raise TypeError(f"{name} must be an integer of at least 1, got {size!r}")
     try:
-        count = operator.index(size)  # type: ignore[arg-type]  # Refusing what is not one is its job.
+        count = operator.index(size)  # type: ignore[arg-type]  # It raises TypeError for other types.
     except TypeError:
         raise TypeError(f"{name} must be an integer of at least 1, got {size!r}") from None
     if count < 1:
@@ -54,8 +54,8 @@ def check_positive(name: str, value: object) -> float | None:
         value: The number, or None.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not above 0.
+        TypeError: If ``value`` is no number.
+        ValueError: If ``value`` is not above 0.
     """
     if value is None:
         return None
@@ -67,12 +67,12 @@ def check_positive(name: str, value: object) -> float | None:
 
 
 def check_model(model: object) -> "nn.Module":
-    """Return the model if it can be trained exactly.
+    """Return the model, or raise if its gradient cannot be accumulated exactly.
 
     Raises:
         TypeError: If the model is no module, or a wrapper that splits batches itself.
-        ValueError: If no parameter of the model can be trained, or if its parameters lie on
-            several devices or on the meta device.
+        ValueError: If no parameter requires a gradient, or if the parameters are on several devices
+            or on the meta device.
     """
     from torch import nn
 
@@ -109,16 +109,16 @@ def _check_parameters(model: "nn.Module") -> None:
         raise ValueError("the model is on the meta device and has no values; initialise it first")
     if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
         raise ValueError(
-            "the model has post-accumulate-gradient hooks, which would run once a micro-batch "
-            "instead of once a step; remove them"
+            "the model has post-accumulate-gradient hooks, which would run once per micro-batch "
+            "instead of once per step; remove them"
         )
 
 
 def check_optimizer(optimizer: object, model: "nn.Module") -> "Optimizer":
-    """Return the optimizer if it can train the model exactly.
+    """Return the optimizer, or raise if it cannot train the model by gradient accumulation.
 
     Raises:
-        TypeError: If it is no optimizer of torch, or evaluates the loss several times a step.
+        TypeError: If it is no torch optimizer, or if it evaluates the loss several times per step.
         ValueError: If it holds none of the model's parameters.
     """
     import torch
@@ -140,10 +140,10 @@ def check_optimizer(optimizer: object, model: "nn.Module") -> "Optimizer":
 
 
 def check_one_process() -> None:
-    """Refuse distributed training, where all ranks would have to agree on sizes.
+    """Raise in distributed training, which is not supported yet.
 
     Raises:
-        ValueError: If the world has more than one rank.
+        ValueError: If the world size is above 1.
     """
     import torch
 

@@ -122,7 +122,7 @@ def test_without_a_terminal_there_are_whole_lines_and_nothing_else() -> None:
         "      4   fits              188.7 MiB      73.7%       0.2\n"
         "    256   out of memory             -          -       0.2\n"
         "     93   fits              250.0 MiB      97.7%       0.2\n"
-        "tolerable batch 93, limited by memory (ran out at 103)\n"
+        "tolerable batch 93, limited by memory (103 failed)\n"
         "256 = 86 + 85 + 85: 3 accumulation steps, tolerable batch 93\n"
         "memory ran out with micro-batches of 86: the logical batch runs again with 64\n"
         "epoch 1/2  loss 1.5000     256 examples/s\n"
@@ -166,8 +166,8 @@ def test_other_processes_on_the_device_are_named() -> None:
 @pytest.mark.parametrize(
     ("limited_by", "upper", "words"),
     [
-        ("memory", 103, "limited by memory (ran out at 103)"),
-        ("kernel", 103, "limited by a kernel (ran out at 103)"),
+        ("memory", 103, "limited by memory (103 failed)"),
+        ("kernel", 103, "limited by a kernel (103 failed)"),
         ("data", None, "limited by the data"),
         ("ceiling", None, "limited by the ceiling"),
     ],
@@ -185,7 +185,7 @@ def test_memory_that_a_kernels_limit_leaves_unused_is_said() -> None:
     out, file = console(terminal=False)
     limited = replace(found("kernel"), breakdown=Breakdown(free_bytes=3 * MIB))
     Display(out)(SearchEnded(search=limited))
-    assert "limited by a kernel and not by memory: 3.0 MiB unused (ran out at" in file.getvalue()
+    assert "limited by a kernel and not by memory: 3.0 MiB unused (103 failed)" in file.getvalue()
 
 
 def test_what_was_let_go_of_and_what_is_to_be_known_is_said() -> None:

@@ -48,8 +48,8 @@ RANKS = (
     "pass the module inside it"
 )
 SHARDS = (
-    "{} is not supported yet: memory running out leaves its parameters unsharded; pass the module "
-    "inside it"
+    "{} is not supported yet: an out-of-memory error leaves its parameters unsharded; pass the "
+    "module inside it"
 )
 LAZY = "the model has lazy parameters without shapes; run one forward first"
 
@@ -114,8 +114,8 @@ BAD_MODELS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "post-accumulate hooks": (
         hooked,
         ValueError,
-        "the model has post-accumulate-gradient hooks, which would run once a micro-batch instead "
-        "of once a step; remove them",
+        "the model has post-accumulate-gradient hooks, which would run once per micro-batch "
+        "instead of once per step; remove them",
     ),
 }
 

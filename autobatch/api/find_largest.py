@@ -107,7 +107,7 @@ def find_largest(
             device=memory,
             limit_bytes=lambda: budget.limit_bytes(memory.read()),
             breakdown=lambda limit_bytes, trial: account_for(
-                {"what state names": sum(t.nbytes for t in parts.tensors())},
+                {"tensors in state": sum(t.nbytes for t in parts.tensors())},
                 device=memory,
                 budget=budget,
                 limit_bytes=limit_bytes,

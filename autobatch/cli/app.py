@@ -1,7 +1,7 @@
-"""The commands of the command line: arguments in, an exit code out.
+"""The commands of the command line: parse arguments, run a command, return an exit code.
 
-The modules that import torch are imported when a command runs with good arguments: that import
-takes seconds, and help or a wrong argument should be answered at once.
+Modules that import torch are imported when a command with valid arguments runs. Importing torch
+takes seconds, and ``--help`` and invalid arguments are answered without it.
 """
 
 import enum
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from types import FrameType
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, Final, TextIO, TypeVar
 
 import typer
 
@@ -30,8 +30,8 @@ from autobatch.cli.arguments import (
 )
 from autobatch.cli.reports import (
     Fields,
-    ForwardTracker,
     Journal,
+    ProgressLog,
     Report,
     failure_fields,
     plan_fields,
@@ -43,7 +43,7 @@ from autobatch.results.plan import BatchPlan
 
 
 class ExitCode(enum.IntEnum):
-    """How a command ended."""
+    """The exit codes of the commands."""
 
     DONE = 0
     FAILED = 1
@@ -54,10 +54,15 @@ class ExitCode(enum.IntEnum):
 
 Arguments = TypeVar("Arguments", bound=ModelArguments)
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
+_ABOUT: Final = (
+    "Find the largest batch that fits into memory, and train on batches of any size by exact "
+    "gradient accumulation."
+)
 
 app = typer.Typer(
     name="autobatch",
-    help="Find the largest batch a device tolerates, and train on the batch you want.",
+    help=_ABOUT,
+    context_settings={"max_content_width": 100},
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,9 +71,9 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; None takes the process's own arguments."""
+    """Run a command and return its exit code; None reads the arguments of this process."""
     try:
-        # Calling ``app`` itself would replace ``sys.excepthook``, and leave it replaced.
+        # Calling ``app`` would replace ``sys.excepthook`` for good.
         command = typer.main.get_command(app)
         command(args=None if arguments is None else list(arguments), prog_name="autobatch")
     except SystemExit as end:
@@ -78,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(
     kind: type[Arguments],
-) -> Callable[[Callable[[Arguments, ForwardTracker], Report]], None]:
-    """Register a function of ``kind`` as a command whose options are the fields of ``kind``."""
+) -> Callable[[Callable[[Arguments, ProgressLog], Report]], None]:
+    """Register a function as a command whose options are the fields of ``kind``."""
 
-    def register(run: Callable[[Arguments, ForwardTracker], Report]) -> None:
+    def register(run: Callable[[Arguments, ProgressLog], Report]) -> None:
         def command(**given: Any) -> None:
             output = OutputArguments(**{f.name: given.pop(f.name) for f in fields(OutputArguments)})
-            conclude(lambda watch: run(kind(**given), watch), output)
+            conclude(lambda progress: run(kind(**given), progress), output)
 
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # Typer reads it.
@@ -100,43 +105,69 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 
 
 @_command(TrainArguments)
-def train(arguments: TrainArguments, watch: ForwardTracker) -> Report:
-    """Train MODEL on the batch you want, in pieces that fit."""
+def train(arguments: TrainArguments, progress: ProgressLog) -> Report:
+    """Train MODEL on batches of any size.
+
+    The command finds the largest batch that fits into memory, cuts each batch of --desired examples
+    into micro-batches of at most that size, and accumulates their exact gradient.
+
+    Example: autobatch train torchvision:resnet18 --desired 256 --memory-limit 1GiB
+    """
     from autobatch.cli import commands
 
-    return commands.train(arguments, watch)
+    return commands.train(arguments, progress)
 
 
 @_command(FindArguments)
-def find(arguments: FindArguments, watch: ForwardTracker) -> Report:
-    """Find the largest batch with which MODEL can train, or infer."""
+def find(arguments: FindArguments, progress: ProgressLog) -> Report:
+    """Find the largest batch of MODEL that fits into memory.
+
+    The command runs real training steps, or forward passes with --mode inference, at a few sizes.
+
+    Example: autobatch find torchvision:resnet18 --memory-limit 1GiB
+    """
     from autobatch.cli import commands
 
-    return commands.find(arguments, watch)
+    return commands.find(arguments, progress)
 
 
 @_command(PredictArguments)
-def predict(arguments: PredictArguments, watch: ForwardTracker) -> Report:
-    """Predict the largest batch with which MODEL can train, or infer, on a GPU not here."""
+def predict(arguments: PredictArguments, progress: ProgressLog) -> Report:
+    """Predict the largest batch on other GPUs.
+
+    No GPU is needed: the command simulates the memory of a training step of MODEL, or of a forward
+    pass with --mode inference. Pass either --gpu or --memory.
+
+    Example: autobatch predict torchvision:resnet18 --gpu "RTX 4090"
+    """
     from autobatch.cli import commands
 
-    return commands.predict(arguments, watch)
+    return commands.predict(arguments, progress)
 
 
 @app.command()
 def plan(
-    tolerable: Annotated[int, typer.Option(min=1, help="The most examples that fit at once.")],
+    tolerable: Annotated[
+        int, typer.Option(min=1, help="The most examples that fit into memory at once.")
+    ],
     desired: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = 256,
     as_json: Json = False,
 ) -> None:
-    """Show how a desired batch is cut."""
+    """Show how a batch is cut into micro-batches.
+
+    Example: autobatch plan --desired 256 --tolerable 100
+    """
     cut = BatchPlan(desired=desired, tolerable=tolerable)
     _write(Report(text=str(cut), fields=plan_fields(cut)), as_json=as_json)
 
 
 @app.command()
 def devices(as_json: Json = False) -> None:
-    """Show the GPUs as NVML and torch see them, side by side."""
+    """Show the GPUs of this machine and their memory.
+
+    NVML, the library of the NVIDIA driver, and torch may number GPUs differently. The table shows
+    both, with the memory that processes use.
+    """
     from autobatch.cli.device_table import HEADERS, take_inventory
 
     inventory = take_inventory()
@@ -166,11 +197,11 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions."),
     ] = False,
 ) -> None:
-    """Find the largest batch a device tolerates, and train on the batch you want."""
+    """Define the options of ``autobatch`` itself."""
 
 
-class _Watch:
-    """Writes every event into a journal, and shows it unless the command is quiet."""
+class _JournaledProgress:
+    """Records every event in a journal, and displays it unless the command is quiet."""
 
     def __init__(self, journal: Journal, display: Display | None) -> None:
         self._journal = journal
@@ -186,18 +217,18 @@ class _Watch:
             self._display.log(text)
 
 
-def conclude(work: Callable[[ForwardTracker], Report], output: OutputArguments) -> None:
-    """Run ``work`` and write its report, or write why it failed and what was done until then.
+def conclude(work: Callable[[ProgressLog], Report], output: OutputArguments) -> None:
+    """Run ``work`` and write its report; after a failure, write the error and the progress so far.
 
     Raises:
-        typer.Exit: With the code of the failure, if there was one.
+        typer.Exit: With the exit code, if ``work`` failed.
     """
     journal = Journal()
     display = None if output.quiet else Display()
     failure: BaseException | None = None
     try:
         with display or nullcontext():
-            report = work(_Watch(journal, display))
+            report = work(_JournaledProgress(journal, display))
     except (Exception, KeyboardInterrupt) as ended:  # noqa: BLE001  # Each failure has an exit code.
         failure = ended
     if failure is None:
@@ -217,10 +248,10 @@ def conclude(work: Callable[[ForwardTracker], Report], output: OutputArguments) 
 
 
 def exit_code(error: BaseException) -> ExitCode:
-    """Return the code of a command that ``error`` ended."""
+    """Return the exit code of a command that ended with ``error``."""
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    torch = sys.modules.get("torch")  # Without torch no error of torch was raised.
+    torch = sys.modules.get("torch")  # None if torch was not imported.
     if isinstance(error, DoesNotFitError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return ExitCode.DOES_NOT_FIT
     if isinstance(error, ValueError | TypeError) and _is_ours(error):
@@ -229,23 +260,23 @@ def exit_code(error: BaseException) -> ExitCode:
 
 
 def _explained(error: BaseException, journal: Journal) -> str:
-    """Return why the command ended, and what was done until then."""
+    """Return why the command ended, and its progress until then."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted {journal}" + f"; {error}" * bool(str(error))
     notes = getattr(error, "__notes__", ())
     done = "".join(f"\n{note}" for note in notes if not note.startswith((TRACED, ISOLATED)))
     if journal.training is not None:
-        done += f"\nit happened {journal}"
+        done += f"\nthe error occurred {journal}"
     if _is_ours(error):
         return f"{_with_options(str(error))}{done}"
     return f"{type(error).__name__}: {error}{_place(error)}{done}"
 
 
 def _with_options(message: str) -> str:
-    """Replace names of the library's arguments in ``message`` by the command line's options.
+    """Replace argument names of the library in ``message`` by options of the command line.
 
-    A name with an underscore is replaced everywhere; a name without one only at the beginning of
-    the message or before a value.
+    A name with an underscore is replaced everywhere. A name without an underscore may be an
+    ordinary word, so it is replaced only at the start of the message or before a value.
     """
 
     def option(found: re.Match[str]) -> str:
@@ -257,14 +288,14 @@ def _with_options(message: str) -> str:
 
 @functools.cache
 def _options_by_name() -> dict[str, str]:
-    """Return the options of all commands by argument: ``memory_limit`` to ``--memory-limit``."""
+    """Return the options of all commands by argument name, such as ``memory_limit``."""
     commands = typer.main.get_group(app).commands.values()
     found = {p.name: p.opts[0] for command in commands for p in command.params if p.name}
     return {name: option for name, option in found.items() if option.startswith("--")}
 
 
 def _place(error: BaseException) -> str:
-    """Return the line of the user's code that led to ``error``, or ``""``."""
+    """Return the last line of the user's code in the traceback, or ``""``."""
     frames = traceback.walk_tb(error.__traceback__)
     theirs = [(frame.f_code.co_filename, line) for frame, line in frames if not _is_library(frame)]
     return f" ({theirs[-1][0]}:{theirs[-1][1]}; --debug shows more)" if theirs else ""
@@ -276,13 +307,13 @@ def _is_library(frame: FrameType) -> bool:
 
 
 def _package(frame: FrameType) -> str:
-    """Return the outermost package of the code; under ``python -m`` its name is ``__main__``."""
+    """Return the top-level package of the code; under ``python -m`` a module is ``__main__``."""
     names: dict[str, str | None] = frame.f_globals
     return (names.get("__package__") or names.get("__name__") or "").partition(".")[0]
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether autobatch itself raised ``error``: the user's code raises ValueError too."""
+    """Return whether autobatch raised ``error``, and not the user's code."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _package(frames[-1]) == "autobatch"
 
@@ -295,7 +326,7 @@ def _write(report: Report, *, as_json: bool) -> None:
 
 
 def _wrapped(text: str, stream: TextIO) -> str:
-    """Break long lines between words on a terminal; a file gets them whole."""
+    """Break long lines between words, if the stream is a terminal."""
     if not stream.isatty():
         return text
     width = min(typer.get_terminal_size().columns, 100)
@@ -303,7 +334,7 @@ def _wrapped(text: str, stream: TextIO) -> str:
 
 
 def _filled(line: str, width: int) -> str:
-    """Break one line; what follows is indented by two columns more than the line."""
+    """Break one line; the following lines are indented by two more columns."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.fill(line, width, subsequent_indent=indent)
 

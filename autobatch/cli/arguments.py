@@ -1,6 +1,6 @@
-"""What the commands can be told: every option once, with its help, and no import of torch.
+"""The options of all commands, with their help, defined without importing torch.
 
-Importing torch takes seconds, and help or a wrong argument should be answered before that.
+Importing torch takes seconds, and ``--help`` and invalid arguments are answered without it.
 """
 
 import enum
@@ -14,18 +14,18 @@ from autobatch.units import parse_bytes, parse_headroom
 
 MODEL_NAMES: Final = "torchvision:resnet18 or package.module:factory"
 DATA_NAMES: Final = "digits, imagefolder:PATH or package.module:factory"
-IMAGES: Final = "images"  # The data of a prediction that names none.
+IMAGES: Final = "images"  # The default data of a prediction.
 
 
 class OptimizerName(enum.StrEnum):
-    """The optimizers that the command line knows."""
+    """The optimizers of ``--optimizer``."""
 
     ADAMW = "adamw"
     SGD = "sgd"
 
 
 class PrecisionChoice(enum.StrEnum):
-    """What forward passes can compute in."""
+    """The number formats of ``--precision``."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -33,7 +33,7 @@ class PrecisionChoice(enum.StrEnum):
 
 
 class BatchNormChoice(enum.StrEnum):
-    """What BatchNorm can do in a batch that is cut."""
+    """The modes of ``--batch-norm``."""
 
     MICRO = "micro"
     FROZEN = "frozen"
@@ -41,14 +41,14 @@ class BatchNormChoice(enum.StrEnum):
 
 
 class PreferChoice(enum.StrEnum):
-    """Which of the sizes that fit training can take."""
+    """The choices of ``--prefer``."""
 
     LARGEST = "largest"
     FASTEST = "fastest"
 
 
 class ModeChoice(enum.StrEnum):
-    """What a search can try."""
+    """The choices of ``--mode``."""
 
     TRAIN = "train"
     INFERENCE = "inference"
@@ -56,26 +56,33 @@ class ModeChoice(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArguments:
-    """What every command that runs a model takes: the model, its data and the step's options.
+    """Options of every command that runs a model: the model, its data and the training step.
 
     Raises:
-        ValueError: If a name cannot be right, with the name.
+        ValueError: If the name of the model or of the data has an invalid form.
     """
 
-    model: Annotated[str, Argument(metavar="MODEL", help=f"{MODEL_NAMES}.", show_default=False)]
-    data: Annotated[str, Option(help=f"{DATA_NAMES}.")] = "digits"
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help=f"{MODEL_NAMES} (a function of yours).", show_default=False),
+    ]
+    data: Annotated[str, Option(help=f"Data: {DATA_NAMES}.")] = "digits"
     pixels: Annotated[int, Option(min=1, help="Height and width of the images.")] = 64
-    optimizer: Annotated[OptimizerName, Option(help="Its state takes memory as well.")] = (
+    optimizer: Annotated[OptimizerName, Option(help="The optimizer, whose state takes memory.")] = (
         OptimizerName.ADAMW
     )
-    precision: Annotated[PrecisionChoice, Option(help="What forward passes compute in.")] = (
+    precision: Annotated[PrecisionChoice, Option(help="Number format of forward passes.")] = (
         PrecisionChoice.FP32
     )
     clip_grad_norm: Annotated[
-        float | None, Option(help="Largest norm of a step's gradient. Default: no clipping.")
+        float | None, Option(help="Clip the gradient to this 2-norm. Default: no clipping.")
     ] = None
     batch_norm: Annotated[
-        BatchNormChoice, Option(help="What BatchNorm does in a batch that is cut.")
+        BatchNormChoice,
+        Option(
+            help="BatchNorm in micro-batches: normalize each alone (micro), use the running "
+            "statistics (frozen), or end with an error (refuse)."
+        ),
     ] = BatchNormChoice.MICRO
 
     def __post_init__(self) -> None:
@@ -87,24 +94,28 @@ class ModelArguments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalArguments(ModelArguments):
-    """What the commands take that run a model here: the memory, the device, the seed.
+    """Options of the commands that run a model on this machine: memory, device, seed.
 
     Raises:
-        ValueError: If a name or a size cannot be right, with its value.
+        ValueError: If a name or a size is invalid, with its value.
     """
 
     memory_limit: Annotated[
         str | None,
-        Option(help='For the whole process: "256MiB", "24GiB". Default: what the device has.'),
+        Option(help='Memory for the whole process: "256MiB", "24GiB". Default: all of the device.'),
     ] = None
     headroom: Annotated[
-        str | None, Option(help='Keep so much free: "1GiB", or 0. Default: 2 %, at least 300 MiB.')
+        str | None,
+        Option(help='Memory to keep free: "1GiB", or 0. Default: 2 %, at least 300 MiB.'),
     ] = None
     device: Annotated[
-        str | None, Option(help='"cpu", "cuda" or "cuda:1". Default: a GPU if there is one.')
+        str | None,
+        Option(help='Device: "cpu", "cuda" or "cuda:1". Default: a GPU if there is one.'),
     ] = None
     lr: Annotated[float, Option(min=0, help="Learning rate.")] = 1e-3
-    seed: Annotated[int | None, Option(help="For weights and order. Default: a new one.")] = None
+    seed: Annotated[int | None, Option(help="Seed of weights and data order. Default: random.")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         ModelArguments.__post_init__(self)
@@ -116,78 +127,87 @@ class LocalArguments(ModelArguments):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainArguments(LocalArguments):
-    """What ``autobatch train`` takes."""
+    """The options of ``autobatch train``."""
 
     desired: Annotated[int, Option(min=1, help="Examples per optimizer step.")] = 256
-    epochs: Annotated[int, Option(min=1, help="How often all data is seen.")] = 1
-    max_steps: Annotated[int | None, Option(min=1, help="End after so many steps.")] = None
+    epochs: Annotated[int, Option(min=1, help="Passes over the training data.")] = 1
+    max_steps: Annotated[
+        int | None, Option(min=1, help="Stop after this many optimizer steps.")
+    ] = None
     prefer: Annotated[
-        PreferChoice, Option(help="The fewest micro-batches, or the most examples a second.")
+        PreferChoice,
+        Option(help="Micro-batch size: the largest that fits, or the one with most examples/s."),
     ] = PreferChoice.LARGEST
     checkpoint_dir: Annotated[
         Path | None,
-        Option(help="Save here after each epoch and at Ctrl-C, and continue from what is here."),
+        Option(help="Save checkpoints here, each epoch and at Ctrl-C; resume from the last one."),
     ] = None
-    save: Annotated[Path | None, Option(help="Write the trained weights here.")] = None
+    save: Annotated[Path | None, Option(help="Write the trained weights to this file.")] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindArguments(LocalArguments):
-    """What ``autobatch find`` takes."""
+    """The options of ``autobatch find``."""
 
     ceiling: Annotated[
-        int | None, Option(min=1, help="Largest size of interest. Default: the data's.")
+        int | None, Option(min=1, help="Largest batch to try. Default: all examples of the data.")
     ] = None
     mode: Annotated[
-        ModeChoice, Option(help="A training step, or a forward pass without gradients.")
+        ModeChoice, Option(help="Run training steps, or forward passes without gradients.")
     ] = ModeChoice.TRAIN
-    multiple_of: Annotated[int, Option(min=1, help="Try only multiples of this.")] = 1
+    multiple_of: Annotated[int, Option(min=1, help="Try only multiples of this size.")] = 1
     plot: Annotated[
-        Path | None, Option(help="Draw memory over size into this file: memory.png.")
+        Path | None, Option(help="Plot memory over batch size to this file (.png, .svg, .pdf).")
     ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictArguments(ModelArguments):
-    """What ``autobatch predict`` takes."""
+    """The options of ``autobatch predict``."""
 
-    data: Annotated[str, Option(help=f"{IMAGES}: blank ones, of 1000 classes; {DATA_NAMES}.")] = (
+    data: Annotated[str, Option(help=f"Data: {IMAGES} (blank, 1000 classes), {DATA_NAMES}.")] = (
         IMAGES
     )
     pixels: Annotated[int, Option(min=1, help="Height and width of the images.")] = 224
     gpu: Annotated[
         list[str] | None,
-        Option(help='"RTX 4090"; several times for several, "all" for the catalogue.'),
+        Option(help='Name of a GPU: "RTX 4090". Repeat for several; "all" for all known GPUs.'),
     ] = None
-    memory: Annotated[
-        str | None, Option(help='Of any other card: "24GiB", in the place of --gpu.')
-    ] = None
+    memory: Annotated[str | None, Option(help='Memory of a GPU instead of its name: "24GiB".')] = (
+        None
+    )
     desired: Annotated[int | None, Option(min=1, help="Examples per optimizer step.")] = None
     ceiling: Annotated[
-        int | None, Option(min=1, help="Largest size of interest. Default: the data's.")
+        int | None, Option(min=1, help="Largest batch to try. Default: all examples of the data.")
     ] = None
     mode: Annotated[
-        ModeChoice, Option(help="A training step, or a forward pass without gradients.")
+        ModeChoice, Option(help="Run training steps, or forward passes without gradients.")
     ] = ModeChoice.TRAIN
     plot: Annotated[
-        Path | None, Option(help="Draw the peak over the batch into this file: peak.png.")
+        Path | None,
+        Option(help="Plot peak memory over batch size to this file (.png, .svg, .pdf)."),
     ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputArguments:
-    """How a command writes its result; progress goes to the standard error."""
+    """Options for the output of a command; progress goes to standard error."""
 
     as_json: Annotated[bool, Option("--json", help="Write the result as JSON.")] = False
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Write the result only.")] = False
-    debug: Annotated[bool, Option("--debug", help="Write the traceback of an error.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Write no progress.")] = False
+    debug: Annotated[bool, Option("--debug", help="Write the traceback after an error.")] = False
 
 
 def factory_of(name: str, *, what: str, names: str) -> tuple[str, list[str]]:
-    """Return the module and the attributes that ``package.module:factory`` names.
+    """Split ``package.module:attribute.attribute`` into the module and the list of attributes.
+
+    Args:
+        name: The name to split.
+        what: The name of the argument, for the error.
+        names: The valid forms, for the error.
 
     Raises:
-        ValueError: If ``name`` has another form; the message lists ``names``.
+        ValueError: If ``name`` has another form.
     """
     module, _, path = name.partition(":")
     parts = path.split(".")

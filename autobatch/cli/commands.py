@@ -1,4 +1,4 @@
-"""What the commands do: names become objects, the library runs on them, a report comes out."""
+"""Run the commands: load the model and the data by name, call the library, make a report."""
 
 import functools
 from collections.abc import Callable, Iterable, Sized
@@ -26,7 +26,7 @@ from autobatch.cli.arguments import (
 from autobatch.cli.loaders import DataSource, accuracy, load_data, load_model
 from autobatch.cli.reports import (
     Fields,
-    ForwardTracker,
+    ProgressLog,
     Report,
     TrainingReport,
     plan_fields,
@@ -51,21 +51,21 @@ from autobatch.training.options import StepOptions
 from autobatch.units import count
 
 _MOMENTUM: Final = 0.9
-_BLANK: Final = 16  # Blank images in the sample of a prediction.
+_BLANK: Final = 16  # The number of blank images in the data of a prediction.
 
 
-def train(arguments: TrainArguments, watch: ForwardTracker) -> TrainingReport:
-    """Train a model, and measure its accuracy before and after where there is test data.
+def train(arguments: TrainArguments, progress: ProgressLog) -> TrainingReport:
+    """Train a model; measure its accuracy before and after if there is test data.
 
     Raises:
-        ValueError: An argument is wrong.
+        ValueError: If an argument is invalid.
     """
     if arguments.save is not None:
         check_file(arguments.save, "save")
-    model, source = _load_here(arguments, watch)
+    model, source = _load_here(arguments, progress)
     before = _measure(model, source, arguments.device)
     if before is not None:
-        watch.log(f"test accuracy before training: {before:.1%}")
+        progress.log(f"test accuracy before training: {before:.1%}")
     result = find_and_train(
         model,
         source.train,
@@ -79,7 +79,7 @@ def train(arguments: TrainArguments, watch: ForwardTracker) -> TrainingReport:
         prefer="fastest" if arguments.prefer is PreferChoice.FASTEST else "largest",
         checkpoint_dir=arguments.checkpoint_dir,
         seed=arguments.seed,
-        progress=watch,
+        progress=progress,
         options=_step(arguments),
     )
     after = _measure(model, source, arguments.device)
@@ -99,15 +99,15 @@ def train(arguments: TrainArguments, watch: ForwardTracker) -> TrainingReport:
     )
 
 
-def find(arguments: FindArguments, watch: ForwardTracker) -> Report:
+def find(arguments: FindArguments, progress: ProgressLog) -> Report:
     """Find the tolerable batch of a model.
 
     Raises:
-        ValueError: An argument is wrong.
+        ValueError: If an argument is invalid.
     """
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    model, source = _load_here(arguments, watch)
+    model, source = _load_here(arguments, progress)
     search = find_batch_size(
         model,
         source.train,
@@ -118,8 +118,8 @@ def find(arguments: FindArguments, watch: ForwardTracker) -> Report:
         headroom=arguments.headroom,
         mode="inference" if arguments.mode is ModeChoice.INFERENCE else "train",
         search=SearchOptions(multiple_of=arguments.multiple_of),
-        # The report says how the search ended.
-        progress=lambda event: None if isinstance(event, SearchEnded) else watch(event),
+        # The report shows the end of the search.
+        progress=lambda event: None if isinstance(event, SearchEnded) else progress(event),
         options=_step(arguments),
     )
     paragraphs = [str(search), "" if search.breakdown is None else str(search.breakdown)]
@@ -131,35 +131,35 @@ def find(arguments: FindArguments, watch: ForwardTracker) -> Report:
     )
 
 
-def predict(arguments: PredictArguments, watch: ForwardTracker) -> Report:
-    """Predict the tolerable batch of a model, for each GPU that is named.
+def predict(arguments: PredictArguments, progress: ProgressLog) -> Report:
+    """Predict the tolerable batch of a model for each named GPU.
 
     Raises:
-        ValueError: An argument is wrong.
+        ValueError: If an argument is invalid.
     """
     gpus = arguments.gpu or []
     if bool(gpus) == (arguments.memory is not None):
         raise ValueError(
-            'pass one of --gpu "RTX 4090" (--gpu all is the catalogue) and --memory 24GiB, got '
+            'pass either --gpu "RTX 4090" (or --gpu all for all known GPUs) or --memory 24GiB, got '
             + ("both" if gpus else "neither")
         )
     if arguments.plot is not None:
         check_plot(arguments.plot)
     cards = gpus if arguments.memory is None else [custom_gpu(arguments.memory)]
-    held = None  # Blank images are a sample of any number.
+    examples = None  # There are as many blank images as the prediction needs.
     if arguments.data == IMAGES:
         images = torch.zeros(_BLANK, 3, arguments.pixels, arguments.pixels)
         data: Data = (images, torch.zeros(_BLANK, dtype=torch.long))
         model = load_model(arguments.model)
     else:
-        model, source = _load(arguments, watch)
-        data, held = source.train, _examples(source.train)
+        model, source = _load(arguments, progress)
+        data, examples = source.train, _examples(source.train)
     prediction = predict_batch(
         model,
         data,
         gpu="all" if cards == ["all"] else cards,
         desired=arguments.desired,
-        ceiling=held if arguments.ceiling is None else arguments.ceiling,
+        ceiling=examples if arguments.ceiling is None else arguments.ceiling,
         optimizer=_optimizer(arguments),
         mode="inference" if arguments.mode is ModeChoice.INFERENCE else "train",
         options=_step(arguments),
@@ -187,41 +187,41 @@ def _step(arguments: ModelArguments) -> StepOptions:
 def _optimizer(
     arguments: ModelArguments, lr: float = 1e-3
 ) -> Callable[[Iterable[Tensor]], Optimizer]:
-    """Return the factory of the optimizer: AdamW, or SGD with a momentum of 0.9."""
+    """Return a factory of the optimizer: AdamW, or SGD with a momentum of 0.9."""
     if arguments.optimizer is OptimizerName.SGD:
         return functools.partial(torch.optim.SGD, lr=lr, momentum=_MOMENTUM)
     return functools.partial(torch.optim.AdamW, lr=lr)
 
 
-def _load_here(arguments: LocalArguments, watch: ForwardTracker) -> tuple[nn.Module, DataSource]:
-    """Return model and data, after what is quickly refused was checked."""
+def _load_here(arguments: LocalArguments, progress: ProgressLog) -> tuple[nn.Module, DataSource]:
+    """Check the arguments that are quick to check, then return the model and the data."""
     _step(arguments)
     Budget.parse(arguments.memory_limit, arguments.headroom)
     choose_device(arguments.device, HOST)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    return _load(arguments, watch)
+    return _load(arguments, progress)
 
 
-def _load(arguments: ModelArguments, watch: ForwardTracker) -> tuple[nn.Module, DataSource]:
-    """Return the model and the data, and log what they are."""
+def _load(arguments: ModelArguments, progress: ProgressLog) -> tuple[nn.Module, DataSource]:
+    """Return the model and the data, and log their names and sizes."""
     source = load_data(arguments.data, pixels=arguments.pixels)
     model = load_model(arguments.model, source.classes)
-    watch.log(f"{arguments.model} on {arguments.data}{_described(source)}")
+    progress.log(f"{arguments.model} on {arguments.data}{_described(source)}")
     return model, source
 
 
 def _drawn(found: SearchResult | Prediction, path: Path, what: str) -> str:
-    """Draw what was found, and return a line on it; a full disk does not lose the result."""
+    """Plot the result and return a line about the file; an OSError does not lose the result."""
     try:
         found.plot(path)
     except OSError as error:
-        return f"{what} could not be drawn: {error}"
-    return f"{what} is drawn in {path}"
+        return f"{what} could not be plotted: {error}"
+    return f"{what} is plotted in {path}"
 
 
 def prediction_fields(prediction: Prediction) -> Fields:
-    """Return the prediction as JSON takes it."""
+    """Return the prediction as values for JSON."""
     return {
         "gpu": prediction.gpu.name,
         "precision": prediction.precision,
@@ -242,7 +242,7 @@ def prediction_fields(prediction: Prediction) -> Fields:
 
 
 def _described(source: DataSource) -> str:
-    """Return the known sizes of the data, as text that follows its name."""
+    """Return the known sizes of the data, as text to append to its name."""
     parts = [(source.train, "to train on"), (source.test, "to test on")]
     sizes = [f"{size} {use}" for data, use in parts if (size := _examples(data)) is not None]
     classes = [] if source.classes is None else [count(source.classes, "class", "classes")]
@@ -250,7 +250,7 @@ def _described(source: DataSource) -> str:
 
 
 def _examples(data: object) -> int | None:
-    """Return how many examples ``data`` holds, or None where it has no length."""
+    """Return the number of examples in ``data``; None if it has no length."""
     if isinstance(data, tuple) and data and isinstance(data[0], Sized):
         return len(data[0])
     dataset = getattr(data, "dataset", data)
@@ -258,7 +258,7 @@ def _examples(data: object) -> int | None:
 
 
 def _measure(model: nn.Module, source: DataSource, device: str | None) -> float | None:
-    """Return the accuracy on the test data, measured where training runs; None without labels."""
+    """Return the accuracy on the test data, on the training device; None without labels."""
     if source.test is None or source.classes is None:
         return None
     home = next((parameter.device for parameter in model.parameters()), HOST)
@@ -267,4 +267,4 @@ def _measure(model: nn.Module, source: DataSource, device: str | None) -> float 
         return accuracy(model.to(chosen), source.test)
     finally:
         model.to(home)
-        open_device(chosen).release_cached()  # The search must find the memory as it was.
+        open_device(chosen).release_cached()  # The search needs the memory.

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as NVML and torch see them, joined by UUID."""
+"""A table of the GPUs of this machine, which joins the lists of NVML and torch by UUID."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,14 +15,14 @@ HEADERS = ("GPU", "name", "in use", "by processes", "torch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """The machine at one moment.
+    """The GPUs and the host memory of this machine.
 
     Attributes:
-        nvml: The GPUs that NVML shows.
+        nvml: The GPUs that NVML lists.
         torch_gpus: The GPUs that torch can use.
-        torch_build: Torch's version, and the platform that it was built for.
-        host_total_bytes: Memory of the host that this process may use.
-        host_free_bytes: The part of it that is available.
+        torch_build: The version of torch, and the platform that it was built for.
+        host_total_bytes: The host memory that this process may use.
+        host_free_bytes: The free part of ``host_total_bytes``.
     """
 
     nvml: NvmlSurvey
@@ -33,7 +33,7 @@ class Inventory:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The lines above the table: versions, numbers of GPUs, and whether the CPU trains."""
+        """The lines above the table: versions, numbers of GPUs, and a note if there is no GPU."""
         gpus, seen = len(self.nvml.gpus), len(self.torch_gpus)
         driver = f"driver {self.nvml.driver}" if self.nvml.driver else ""
         counted = _gpus(gpus) if gpus or not self.nvml.problem else ""
@@ -48,14 +48,14 @@ class Inventory:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """A row for each GPU under ``HEADERS``; a GPU that only torch sees comes last."""
+        """The rows of the table, one per GPU; GPUs that only torch lists come last."""
         by_uuid = {_bare(gpu.uuid): gpu for gpu in self.torch_gpus}
         rows = [_row(gpu, by_uuid.pop(_bare(gpu.uuid), None)) for gpu in self.nvml.gpus]
         return rows + [("-", gpu.name, "-", "-", _seen(gpu)) for gpu in by_uuid.values()]
 
     @property
     def fields(self) -> Fields:
-        """All that is known, for JSON."""
+        """All values, for JSON."""
         by_uuid = {_bare(gpu.uuid): gpu.device for gpu in self.torch_gpus}
         gpus = [
             asdict(gpu) | {"torch_device": by_uuid.get(_bare(gpu.uuid))} for gpu in self.nvml.gpus
@@ -69,7 +69,7 @@ class Inventory:
 
 
 def take_inventory() -> Inventory:
-    """Return what NVML, torch and the host show. No CUDA context is made: it would take memory."""
+    """Return the GPUs and the host memory, without creating a CUDA context, which takes memory."""
     total, free = host_memory()
     version = torch.version
     platform = f"for CUDA {version.cuda}" if version.cuda else "without CUDA"

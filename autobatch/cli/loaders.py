@@ -1,4 +1,4 @@
-"""Models and data by the names that the command line takes."""
+"""Load models and data by the names of the command line."""
 
 import difflib
 import importlib
@@ -28,29 +28,30 @@ _IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """Data by its name.
+    """Data that was loaded by name.
 
     Attributes:
-        train: Data that ``find_and_train`` takes.
-        test: Data for the accuracy, or None.
-        classes: How many classes the labels have; None without class labels.
+        train: Training data, as ``find_and_train`` takes it.
+        test: Test data, to measure the accuracy; None without test data.
+        classes: The number of classes; None if the labels are not class labels.
     """
 
     train: Data
-    test: "Data | None" = None  # The alias is text, so that | does not work.
+    test: "Data | None" = None  # Data holds forward references, so ``|`` fails at runtime.
     classes: int | None = None
 
 
 def load_model(name: str, classes: int | None = None) -> nn.Module:
-    """Return the model called ``name``, with random weights if it is torchvision's.
+    """Return the model called ``name``.
 
     Args:
-        name: ``torchvision:resnet18``, or ``package.module:factory`` for a callable without
-            arguments; the working directory is searched first.
-        classes: Outputs of torchvision's classifiers; None leaves their own 1000.
+        name: ``torchvision:resnet18`` for a classifier of torchvision with random weights, or
+            ``package.module:factory`` for a callable without arguments. The working directory is
+            searched first.
+        classes: The number of outputs of a torchvision classifier; None keeps the default, 1000.
 
     Raises:
-        ValueError: If nothing has that name.
+        ValueError: If there is no such name.
         TypeError: If the factory returns no module.
     """
     kind, _, rest = name.partition(":")
@@ -66,18 +67,18 @@ def load_model(name: str, classes: int | None = None) -> nn.Module:
 def load_data(name: str, *, pixels: int = 64) -> DataSource:
     """Return the data called ``name``.
 
-    ``digits`` are scikit-learn's 1797 handwritten digits, 360 of them for testing.
-    ``imagefolder:PATH`` reads ``PATH/train`` and, if there is one, ``PATH/val`` or ``PATH/test``;
-    without ``PATH/train`` all of ``PATH`` is for training. ``package.module:factory`` is a callable
-    without arguments: a pair in which neither item is a tensor or an array is ``(train, test)``,
-    everything else is training data.
+    * ``digits``: the 1797 handwritten digits of scikit-learn, 360 of them for testing.
+    * ``imagefolder:PATH``: the folders ``PATH/train`` and, if it exists, ``PATH/val`` or
+      ``PATH/test``. Without ``PATH/train``, all of ``PATH`` is training data.
+    * ``package.module:factory``: a callable without arguments. A pair in which neither item is a
+      tensor or an array is ``(train, test)``; any other value is training data.
 
     Args:
-        name: One of the three above.
+        name: One of these three forms.
         pixels: Height and width of the images, for the first two.
 
     Raises:
-        ValueError: If nothing has that name, or the folder holds no image.
+        ValueError: If there is no such name, or the folder holds no image.
     """
     check_size("pixels", pixels)
     kind, colon, rest = name.partition(":")
@@ -90,7 +91,7 @@ def load_data(name: str, *, pixels: int = 64) -> DataSource:
     if isinstance(data, DataSource):
         return data
     train, test = _train_and_test(data)
-    # find_and_train refuses what is no data.
+    # find_and_train raises if ``train`` is no data.
     return DataSource(
         train=cast("Data", train),
         test=cast("Data | None", test),
@@ -99,17 +100,18 @@ def load_data(name: str, *, pixels: int = 64) -> DataSource:
 
 
 def accuracy(model: nn.Module, test: object, *, batch: int = 64) -> float:
-    """Return the accuracy of ``model`` on ``test``, in evaluation mode on the model's device.
+    """Return the accuracy of ``model`` on ``test``, a share of 1.
 
-    The outputs have the shape ``(batch, classes, ...)``. The mode of every module is restored.
+    The model runs in evaluation mode on its own device. The mode of every module is restored.
 
     Args:
-        model: Takes the inputs of a batch.
-        test: A pair of tensors or arrays, a dataset of pairs, or an iterable of such batches.
-        batch: Examples in a forward pass; the batches of a loader stay as they are.
+        model: Maps the inputs of a batch to outputs of shape ``(batch, classes, ...)``.
+        test: A pair of inputs and integer labels (tensors or arrays), a dataset of such pairs, or
+            an iterable of batches ``(inputs, labels)``.
+        batch: Examples per forward pass; an iterable keeps its own batches.
 
     Raises:
-        TypeError: If the labels are not integers, or the outputs no tensor.
+        TypeError: If the labels are not integers, or the outputs are no tensor.
         ValueError: If ``test`` is empty.
     """
     device = next((p.device for p in model.parameters()), HOST)
@@ -147,7 +149,7 @@ def _pairs(test: object, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(inputs.split(batch), labels.split(batch), strict=True)
         return
     if isinstance(test, Dataset):
-        # Opening a loader draws a seed: from this generator, not from the global one.
+        # A loader draws a seed: from this generator, so that the global one is not changed.
         test = DataLoader(test, batch_size=batch, generator=torch.Generator())
     if not isinstance(test, Iterable):
         raise TypeError(f"test data must be tensors, a dataset or a loader, got {_kind(test)}")
@@ -168,7 +170,7 @@ def _torchvision_model(name: str, classes: int | None) -> nn.Module:
 
 
 def _digits(pixels: int) -> DataSource:
-    """The digits as float32 ``(example, 3, pixels, pixels)``: 12 kB each at 32 pixels."""
+    """The digits as float32 images of shape ``(examples, 3, pixels, pixels)``."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -192,7 +194,7 @@ def _digits(pixels: int) -> DataSource:
 
 
 def _image_folder(path: Path, pixels: int) -> DataSource:
-    """Folders of images by class, resized and cropped to ``pixels`` around the centre."""
+    """Images in one folder per class, resized and center-cropped to ``pixels``."""
     parts = [path / name for name in ("train", "val", "test") if (path / name).is_dir()]
     has_train = bool(parts) and parts[0].name == "train"
     train = _read_folder(parts[0] if has_train else path, pixels)
@@ -223,11 +225,11 @@ def _read_folder(path: Path, pixels: int) -> Dataset[object]:
 
 
 def _find(name: str, *, what: str, names: str) -> object:
-    """Return what ``package.module:attribute`` names; the working directory comes first."""
+    """Return the object ``package.module:attribute``; search the working directory first."""
     module_name, parts = factory_of(name, what=what, names=names)
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # For good: the module may import more later.
+        sys.path.insert(0, here)  # Not removed later: the module may import other modules later.
     found: object = _import(module_name, name)
     for part in parts:
         if not hasattr(found, part):
@@ -240,11 +242,13 @@ def _import(module_name: str, name: str) -> object:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if f"{module_name}.".startswith(f"{error.name}."):  # The module or a package that holds it.
+        if f"{module_name}.".startswith(f"{error.name}."):  # The module or one of its packages.
             absent = error.name
         else:
             raise
-    raise ValueError(f"there is no module {absent} for {name!r}, here or among what is installed")
+    raise ValueError(
+        f"there is no module {absent} for {name!r}, in the working directory or installed"
+    )
 
 
 def _train_and_test(data: object) -> tuple[object, object | None]:
@@ -254,7 +258,7 @@ def _train_and_test(data: object) -> tuple[object, object | None]:
 
 
 def _count_classes(train: object) -> int | None:
-    """Return the length of a dataset's ``classes``, or the largest integer label plus 1."""
+    """Return the length of the dataset's ``classes``, or the largest integer label plus 1."""
     dataset = getattr(train, "dataset", train)
     if isinstance(names := getattr(dataset, "classes", None), list | tuple):
         return len(names)

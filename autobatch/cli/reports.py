@@ -1,4 +1,4 @@
-"""Reports of the command line: text for people, fields for machines."""
+"""Reports of the commands: text for people, and fields for JSON."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -15,14 +15,14 @@ from autobatch.units import count
 Fields = dict[str, object]
 
 
-class ForwardTracker(Protocol):
-    """Receives events and lines of text while a command runs."""
+class ProgressLog(Protocol):
+    """Receives the events and log lines of a running command."""
 
     def __call__(self, event: Event) -> None:
-        """Receive ``event``."""
+        """Receive an event."""
 
     def log(self, text: str) -> None:
-        """Receive a line."""
+        """Receive a line of text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,8 @@ class Report:
     """The outcome of a command.
 
     Attributes:
-        text: For people.
-        fields: The same and more, as JSON takes it.
+        text: The outcome as text for people.
+        fields: The outcome in full, as values for JSON.
     """
 
     text: str
@@ -55,7 +55,7 @@ class TrainingReport(Report):
 
 @dataclass(slots=True)
 class Journal:
-    """An observer that can say how far a command came that did not finish."""
+    """An observer that records the progress of a command, for a command that does not finish."""
 
     trials: list[Trial] = field(default_factory=list)
     training: TrainingStarted | None = None
@@ -95,7 +95,7 @@ class Journal:
     def _training_so_far(self, training: TrainingStarted) -> str:
         place = f"in epoch {min(self.epoch, training.epochs)} of {training.epochs}"
         if self.last_loss is None:
-            return f"{place}, before its first step was done"
+            return f"{place}, before the first optimizer step"
         steps = count(self.steps, "optimizer step")
         if training.steps is not None:
             steps = f"{self.steps} of {count(training.steps, 'optimizer step')}"
@@ -103,7 +103,7 @@ class Journal:
 
     @property
     def fields(self) -> Fields:
-        """What was done, as JSON takes it."""
+        """The progress, as values for JSON."""
         return {
             "trials": [trial_fields(trial) for trial in self.trials],
             "steps": self.steps,
@@ -113,7 +113,7 @@ class Journal:
 
 
 def plan_fields(plan: BatchPlan) -> Fields:
-    """Return the plan as JSON takes it."""
+    """Return the plan as values for JSON."""
     return {
         "desired": plan.desired,
         "tolerable": plan.tolerable,
@@ -123,7 +123,7 @@ def plan_fields(plan: BatchPlan) -> Fields:
 
 
 def trial_fields(trial: Trial) -> Fields:
-    """Return the trial as JSON takes it."""
+    """Return the trial as values for JSON."""
     return {
         "size": trial.size,
         "fits": trial.fits,
@@ -137,7 +137,7 @@ def trial_fields(trial: Trial) -> Fields:
 
 
 def search_fields(search: SearchResult) -> Fields:
-    """Return the search as JSON takes it."""
+    """Return the search as values for JSON."""
     return {
         "size": search.size,
         "ceiling": search.ceiling,
@@ -159,7 +159,7 @@ def search_fields(search: SearchResult) -> Fields:
 
 
 def failure_fields(error: BaseException) -> Fields:
-    """Return the facts of an error beside its message, as JSON takes them."""
+    """Return the attributes of an error, as values for JSON."""
     if not isinstance(error, DoesNotFitError) or error.breakdown is None:
         return {}
     return {
@@ -170,12 +170,12 @@ def failure_fields(error: BaseException) -> Fields:
 
 
 def breakdown_fields(breakdown: Breakdown) -> Fields:
-    """Return the breakdown as JSON takes it."""
+    """Return the breakdown as values for JSON."""
     return asdict(breakdown) | {"total_bytes": breakdown.total_bytes}
 
 
 def training_fields(result: TrainingResult) -> Fields:
-    """Return the training as JSON takes it: a loss that is not finite becomes null."""
+    """Return the training as values for JSON; a loss that is not finite becomes null."""
     return {
         "plan": plan_fields(result.plan),
         "search": search_fields(result.search),

@@ -71,7 +71,7 @@ class BatchReader:
 
 
 def _may_hold_examples(informative: Sequence[BatchTree]) -> bool:
-    """Whether all members are lists or tensors of one length, and at least one is a list."""
+    """Return whether all members are lists or tensors of one length, and at least one is a list."""
     lists = list(filter(_is_plain_list, informative))
     if not lists or not all(_is_plain_list(m) or isinstance(m, Tensor) for m in informative):
         return False
@@ -82,7 +82,7 @@ def _may_hold_examples(informative: Sequence[BatchTree]) -> bool:
 
 
 def _hold_examples(informative: Sequence[BatchTree], tree: BatchTree) -> bool:
-    """Whether the lists among ``informative`` hold one item per example; they are long enough."""
+    """Return whether the lists among ``informative`` hold one item per example."""
     lists = list(filter(_is_plain_list, informative))
     items = chain.from_iterable(lists)
     if any(isinstance(item, Mapping) or is_dataclass(item) for item in items):
@@ -96,7 +96,7 @@ def _is_plain_list(tree: BatchTree) -> TypeGuard[list[object] | tuple[object, ..
 
 
 def _is_whole(tree: BatchTree) -> bool:
-    """Whether this member belongs to the batch as a whole, so that its length says nothing."""
+    """Return whether this member belongs to the batch as a whole."""
     if isinstance(tree, Tensor):
         return not tree.ndim
     return isinstance(tree, Shared) or children_of(tree) is None

@@ -144,7 +144,7 @@ def _in_memory(data: tuple[Array, ...] | Mapping[str, Array], batch_size: int) -
 
 
 def _is_map_style(data: object) -> "TypeGuard[Dataset[Any]]":
-    """Whether this is a map-style dataset by its methods; an iterable yields batches instead."""
+    """Return whether this is a map-style dataset by its methods, and no iterable of batches."""
     return (
         isinstance(data, Sized)
         and hasattr(type(data), "__getitem__")
@@ -186,7 +186,7 @@ def _is_loader_one_pass(loader: "DataLoader[Any]") -> bool:
 
 
 def _is_loader_fresh(loader: "DataLoader[Any]") -> bool:
-    """Whether each batch is certainly new memory: torch stacks it, or a worker process sends it.
+    """Return whether each batch is certainly new memory: from torch, or from a worker process.
 
     A collate function of the user may return memory that the dataset overwrites later.
     """
@@ -196,7 +196,7 @@ def _is_loader_fresh(loader: "DataLoader[Any]") -> bool:
 
 
 def _is_one_pass(data: Iterable[object]) -> bool:
-    """Whether all iterations share one iterator. Reads nothing."""
+    """Return whether all iterations share one iterator. Reads nothing."""
     if isinstance(data, Iterator):
         return True
     if inspect.isgeneratorfunction(type(data).__iter__):

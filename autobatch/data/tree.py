@@ -200,7 +200,7 @@ def describe(tree: BatchTree) -> str:
 
 
 def _is_values(tree: BatchTree, size: int) -> TypeGuard[list[object] | tuple[object, ...]]:
-    """Whether this is a list with one item per example: ``Examples``, or plain values."""
+    """Return whether this is a list with one item per example: ``Examples``, or plain values."""
     if isinstance(tree, Examples):
         return True
     return (
@@ -309,7 +309,7 @@ def _join_shared(trees: Sequence[BatchTree]) -> BatchTree:
 
 
 def is_same(one: BatchTree, other: BatchTree) -> bool:
-    """Whether two trees have the same classes and equal values."""
+    """Return whether two trees have the same classes and equal values."""
     if one is other or type(one) is not type(other):
         return one is other
     if isinstance(one, Tensor) and isinstance(other, Tensor):

@@ -75,7 +75,7 @@ def worst_case_of(
 
 
 def _is_readable(batches: object) -> "TypeGuard[DataLoader[Any]]":
-    """Whether this process can read any row of the dataset as the loader would read it."""
+    """Return whether this process can read any row of the dataset as the loader would read it."""
     return (
         type(batches) is DataLoader
         and not isinstance(batches.dataset, IterableDataset)

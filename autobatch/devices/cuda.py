@@ -17,7 +17,7 @@ from autobatch.devices.base import HOST, MemoryDevice, MemoryReading, on_host
 from autobatch.devices.host_memory import host_memory
 from autobatch.devices.nvml import by_uuid
 from autobatch.errors import DeviceUnavailableError
-from autobatch.results.remedies import JOINED_PIECES
+from autobatch.results.remedies import EXPANDABLE_SEGMENTS
 from autobatch.results.search import OtherProcess
 
 _Copied = TypeVar("_Copied")
@@ -207,7 +207,7 @@ class CudaDevice(MemoryDevice):
     @staticmethod
     def fragmentation_remedy() -> str:
         """Return the allocator's setting, unless it is on or the platform lacks it."""
-        return "" if spilling_platform() or _expands_segments() else JOINED_PIECES
+        return "" if spilling_platform() or _expands_segments() else EXPANDABLE_SEGMENTS
 
     def _copied_from_pinned(self, tensor: Tensor) -> Tensor:
         if 0 in tensor.stride():  # Expanded: several elements in one place cannot be written to.

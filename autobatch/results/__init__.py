@@ -1,1 +1,1 @@
-"""Values that are returned: trials, plans, memory, remedies and plots."""
+"""Values that public functions return: searches, trainings, plans, memory, remedies, plots."""

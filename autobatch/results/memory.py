@@ -1,17 +1,17 @@
-"""Where a device's memory goes at one size."""
+"""The breakdown of a device's memory at one batch size."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
-from autobatch.units import format_bytes
+from autobatch.units import format_bytes, format_share
 
 _NAMES: Final = {
     "parameter_bytes": "parameters",
     "buffer_bytes": "buffers",
     "gradient_bytes": "gradients",
     "optimizer_state_bytes": "optimizer state",
-    "named_bytes": "what state names",
+    "named_bytes": "tensors in state",
     "activation_bytes": "activations and temporaries",
     "cached_bytes": "cached but unused",
     "outside_bytes": "outside the allocator",
@@ -23,25 +23,26 @@ _NAMES: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Breakdown:
-    """Where memory goes at one size, in bytes: the parts, less what is missing, are the total.
+    """Where the memory of a device goes at one batch size, in bytes.
 
-    At a size that fits, nothing is missing. At one that does not, ``activation_bytes`` and
-    ``missing_bytes`` are what is known to be needed at least.
+    The sum of the parts, minus ``missing_bytes``, is ``total_bytes``. At a size that fits,
+    ``missing_bytes`` is 0. At a size that does not fit, ``activation_bytes`` and ``missing_bytes``
+    are lower bounds.
 
     Attributes:
-        parameter_bytes: The model's, and the loss's where it is a module.
-        buffer_bytes: BatchNorm's statistics, say.
-        gradient_bytes: One for each parameter that is trained, counted as alive at the peak.
-        optimizer_state_bytes: Adam's moments, say.
-        named_bytes: The tensors that ``find_largest`` was told of as ``state``.
-        activation_bytes: The rest of the peak: activations, batches, temporaries.
-        cached_bytes: The most that the caching allocator held, less the peak.
-        outside_bytes: Held, but not by this process's allocator: the driver's context, libraries,
-            and other processes where they are not told apart.
-        other_process_bytes: What other processes hold, where the driver names them.
-        headroom_bytes: Kept free.
-        free_bytes: What a larger size could have had.
-        missing_bytes: How much more than the total is needed, at least.
+        parameter_bytes: Parameters of the model, and of the loss if it is a module.
+        buffer_bytes: Buffers, such as the running statistics of BatchNorm.
+        gradient_bytes: Gradients of all trained parameters.
+        optimizer_state_bytes: State of the optimizer, such as the moments of Adam.
+        named_bytes: Tensors in the argument ``state`` of ``find_largest``.
+        activation_bytes: The rest of the peak: activations, batches, temporary tensors.
+        cached_bytes: The most that the caching allocator held beyond the peak.
+        outside_bytes: Memory outside this process's allocator: the driver's context, libraries,
+            and other processes if the driver does not list them.
+        other_process_bytes: Memory of other processes, if the driver lists them.
+        headroom_bytes: Memory that is kept free, as ``headroom`` requests.
+        free_bytes: Memory that a larger size could use.
+        missing_bytes: How much more than ``total_bytes`` is needed, at least.
     """
 
     parameter_bytes: int = 0
@@ -64,24 +65,24 @@ class Breakdown:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Every part that is not empty, by its name for people."""
+        """The parts that are not 0, by their names in the printed table."""
         return {name: part for key, name in _NAMES.items() if (part := getattr(self, key))}
 
     @property
     def total_bytes(self) -> int:
-        """What the device has, or what a ``memory_limit`` leaves of it."""
+        """The memory of the device, or ``memory_limit`` if there is one."""
         return self.needed_bytes - self.missing_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """How much of it there must be: the total, or at least so much where some is missing."""
+        """The memory that the size needs: ``total_bytes`` plus ``missing_bytes``."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
         total, missing = self.total_bytes, self.missing_bytes
         rows = [*self.parts.items(), ("at least" if missing else "in all", self.needed_bytes)]
         if missing:
-            rows += [("there is", total), ("missing, at least", missing)]
+            rows += [("available", total), ("missing, at least", missing)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(
             f"{name:<{width}}   {format_bytes(part):>10}" + ("" if missing else _share(part, total))
@@ -99,19 +100,20 @@ def break_down(
     outside_bytes: int,
     others_bytes: int | None = None,
 ) -> Breakdown:
-    """Return where the memory goes.
+    """Return the breakdown of the measured memory.
 
     Args:
-        needs: What lives on the device whatever the size, by the names of ``Breakdown.parts``:
-            parameters, buffers, gradients, optimizer state, what state names.
-        peak_bytes: The most bytes allocated; of a size that does not fit, what it needs at least.
-        reserved_bytes: The most bytes the caching allocator held; None where nothing is cached.
-        limit_bytes: What the allocator may hold; below zero where nothing is left.
-        total_bytes: What the device has, or a ``memory_limit``.
-        outside_bytes: Held on it, but not by this process's allocator.
-        others_bytes: What other processes hold of that, or None where it is not known. More
-            than ``outside_bytes`` cannot be true (in a container the driver may not know us, and
-            name us among the others), and is not believed.
+        needs: Bytes that do not depend on the size, by the names of ``Breakdown.parts``:
+            parameters, buffers, gradients, optimizer state, tensors in state.
+        peak_bytes: The peak of allocated bytes; a lower bound for a size that does not fit.
+        reserved_bytes: The most bytes that the caching allocator held; None without a cache.
+        limit_bytes: The bytes that the allocator may hold; below 0 if other memory exceeds the
+            total.
+        total_bytes: The memory of the device, or ``memory_limit``.
+        outside_bytes: Used memory of the device outside this process's allocator.
+        others_bytes: The part of ``outside_bytes`` that other processes hold; None if unknown.
+            A larger value than ``outside_bytes`` is ignored: in a container, the driver may list
+            this process among the others.
     """
     fixed = {key: max(needs.get(name, 0), 0) for key, name in _NAMES.items()}
     fixed_bytes = sum(fixed.values())
@@ -136,6 +138,4 @@ def break_down(
 
 
 def _share(part: int, total: int) -> str:
-    percent = 100 * part / total if total else 100.0
-    told = "<0.1" if 0 < percent < 0.1 else f"{percent:.1f}"
-    return f"   {told + '%':>6}"
+    return f"   {format_share(part / total if total else 1.0):>6}"

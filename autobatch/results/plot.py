@@ -1,4 +1,4 @@
-"""The plot of a search: memory over size. Other plots share its helpers."""
+"""The plot of a search, memory over size, and helpers for similar plots."""
 
 import math
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; shapes differ as well.
+# Colours of Okabe and Ito, which colour-blind people can distinguish; shapes differ as well.
 ALLOCATED: Final = "#0072B2"
 RESERVED: Final = "#56B4E9"
 FAILED: Final = "#D55E00"
 INK: Final = "#333333"
 FAINT: Final = "#999999"
-_FAR: Final = 5.0  # A limit so many times the largest peak is written, not drawn.
-_REACH: Final = 2.0  # Failures beyond so many times the tolerable batch are counted, not drawn.
+_FAR: Final = 5.0  # A limit this many times the largest peak is written, not drawn.
+_REACH: Final = 2.0  # Failures above this many tolerable batches are counted, not drawn.
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _TICKS: Final = 6
 _FORMATS: Final = ("png", "svg", "pdf")  # The formats that matplotlib needs nothing else for.
 _ENDINGS: Final = ".png, .svg or .pdf"
 
 
-class Tried(Protocol):
-    """A trial, as a plot reads it."""
+class PlottedTrial(Protocol):
+    """The attributes of a trial that a plot needs."""
 
     @property
     def size(self) -> int:
@@ -35,26 +35,26 @@ class Tried(Protocol):
 
     @property
     def fits(self) -> bool:
-        """Whether the trial ran inside the limit."""
+        """Whether the trial ran within the limit."""
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most bytes allocated."""
+        """The most bytes allocated at once."""
 
     @property
     def reserved_bytes(self) -> int | None:
-        """The most bytes that the allocator held."""
+        """The most bytes that the caching allocator held."""
 
 
-class Searched(Protocol):
-    """A search and its trials, as a plot reads them."""
+class PlottedSearch(Protocol):
+    """The attributes of a search result that a plot needs."""
 
     @property
     def size(self) -> int:
         """The tolerable batch."""
 
     @property
-    def trials(self) -> Sequence[Tried]:
+    def trials(self) -> Sequence[PlottedTrial]:
         """All trials."""
 
     @property
@@ -67,11 +67,11 @@ class Searched(Protocol):
 
 
 def check_plot(path: str | Path) -> None:
-    """Refuse a path that no plot can be written to.
+    """Raise unless a plot can be written to ``path``.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the suffix is none of .png, .svg and .pdf, or the folder takes no file.
+        ValueError: If the suffix is none of .png, .svg and .pdf, or the file cannot be written.
     """
     path = Path(path)
     new_figure()
@@ -80,10 +80,10 @@ def check_plot(path: str | Path) -> None:
     check_file(path, "plot")
 
 
-def memory_over_size(search: Searched) -> "Figure":
-    """Return the plot of all trials under the limit: their peaks, and the sizes that failed.
+def memory_over_size(search: PlottedSearch) -> "Figure":
+    """Return a plot of all trials: the peaks, the failed sizes and the limit.
 
-    The figure belongs to no window and to no global state of matplotlib.
+    The figure opens no window and leaves the global state of matplotlib unchanged.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -109,11 +109,11 @@ def memory_over_size(search: Searched) -> "Figure":
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Write a figure to a file, whole or not at all.
+    """Write a figure to a file, completely or not at all.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the path is refused by ``check_plot``.
+        ValueError: If ``check_plot`` refuses the path.
     """
     path = Path(path)
     check_plot(path)
@@ -126,7 +126,7 @@ def _format(path: Path) -> str:
 
 
 def new_figure() -> "Figure":
-    """Return an empty figure that belongs to no window and follows no style of the user's.
+    """Return an empty figure without a window, independent of the user's matplotlib style.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -136,7 +136,7 @@ def new_figure() -> "Figure":
     except ModuleNotFoundError as error:
         missing = error.name
     else:
-        # These settings are not taken from the user's own style, which may be a dark one.
+        # Set here, because the user's own style may be dark.
         return Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
     raise ImportError(
         f"a plot needs {missing}, which is not installed: pip install 'torch-autobatch[plot]'",
@@ -145,7 +145,7 @@ def new_figure() -> "Figure":
 
 
 def _draw_trials(
-    axes: "Axes", fitting: Sequence[Tried], failed: Sequence[int], limit_bytes: int
+    axes: "Axes", fitting: Sequence[PlottedTrial], failed: Sequence[int], limit_bytes: int
 ) -> None:
     cached = [(t.size, t.reserved_bytes) for t in fitting if t.reserved_bytes is not None]
     if cached:
@@ -161,7 +161,7 @@ def _draw_trials(
             markersize=9,
             markeredgewidth=2.2,
             label="failed",
-            zorder=3,  # Below the points: a failed size may lie beside the tolerable batch.
+            zorder=3,  # Below the points: a failed size may touch the tolerable batch.
         )
 
 
@@ -174,7 +174,7 @@ def draw_points(
     marker: str = "o",
     hollow: bool = False,
 ) -> None:
-    """Draw points (size, bytes) that the legend names; hollow ones lie below the others."""
+    """Draw points (size, bytes) with an entry in the legend; hollow points lie below the others."""
     axes.plot(
         [size for size, _ in points],
         [height for _, height in points],
@@ -184,13 +184,13 @@ def draw_points(
         markerfacecolor="white" if hollow else color,
         markersize=7,
         label=name,
-        clip_on=False,  # Size 1 of a million lies on the axis.
+        clip_on=False,  # Size 1 of a million touches the axis.
         zorder=3 if hollow else 4,
     )
 
 
 def write_at(axes: "Axes", height: int, text: str, *, below: bool = False) -> None:
-    """Write at the left end of a horizontal line, above or below the line."""
+    """Write text at the left end of a horizontal line, above or below the line."""
     axes.annotate(
         text,
         (0.01, height),
@@ -199,12 +199,16 @@ def write_at(axes: "Axes", height: int, text: str, *, below: bool = False) -> No
         textcoords="offset points",
         va="top" if below else "bottom",
         color=INK,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # Over a line of the grid.
+        bbox={
+            "facecolor": "white",
+            "edgecolor": "none",
+            "pad": 1,
+        },  # Hides the grid behind the text.
     )
 
 
 def _draw_limit(axes: "Axes", limit_bytes: int, *, is_far: bool) -> None:
-    """Draw a line at the limit; only its number where the points would lie at the bottom."""
+    """Draw a line at the limit; write only its number if it is far above all points."""
     text = f"limit {format_bytes(limit_bytes)}"
     if is_far:
         axes.text(0.01, 0.97, f"↑ {text}", transform=axes.transAxes, va="top", color=INK)

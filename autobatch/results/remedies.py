@@ -1,4 +1,4 @@
-"""What helps a batch that does not fit, and by how much."""
+"""Remedies for a batch that does not fit, with the bytes that each frees."""
 
 import re
 from dataclasses import dataclass
@@ -13,20 +13,22 @@ _ALLOCATED: Final = re.compile(r"(\d+\.\d\d) ([KMGT])iB is allocated by PyTorch"
 _UNALLOCATED: Final = re.compile(
     r"(\d+\.\d\d) ([KMGT])iB is reserved by PyTorch but unallocated", re.IGNORECASE
 )
-_ROUNDED: Final = 0.005  # Of a unit: the text has two decimals.
+_ROUNDED: Final = 0.005  # The rounding error of a figure: the text has two decimals.
 
-# Torch 2.11 and later, which alone are supported, know the setting by this name.
-JOINED_PIECES: Final = "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts,"
+# The name of the setting since torch 2.11, the oldest version that is supported.
+EXPANDABLE_SEGMENTS: Final = (
+    "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts,"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """One thing that the user can change.
+    """A change that the user can make to free memory.
 
     Attributes:
-        action: The change.
-        effect: The effect of the change, and its size.
-        bytes: The figure in ``effect``.
+        action: The change, in words.
+        effect: The effect of the change, in words, with its figure.
+        bytes: The figure in ``effect``, in bytes.
     """
 
     action: str
@@ -40,15 +42,16 @@ class Remedy:
 def what_would_help(
     breakdown: Breakdown, message: str = "", *, predicted: bool = False
 ) -> tuple[Remedy, ...]:
-    """Return the remedies that the numbers suggest: the one that frees most first.
+    """Return the remedies for a size that does not fit, sorted by the bytes that each frees.
 
-    More memory comes last. Whether one remedy is enough is unknown: the missing bytes are known as
-    a lower bound only, and so is the optimizer's state, which may not have fitted either.
+    The last remedy is more memory. One remedy alone may not be enough: the missing bytes and the
+    optimizer state are lower bounds.
 
     Args:
         breakdown: The memory of a size that does not fit.
-        message: The text of its failure.
-        predicted: Whether the GPU is not here, so that there is no limit to raise.
+        message: The text of the error.
+        predicted: Whether the memory was predicted for a GPU of another machine, where no limit
+            can be raised.
     """
     gradients, state = breakdown.gradient_bytes, breakdown.optimizer_state_bytes
     activations = breakdown.activation_bytes
@@ -56,7 +59,7 @@ def what_would_help(
         _remedy(
             "SGD without momentum as the optimizer", state, "frees at least {} of optimizer state"
         ),
-        # Momentum takes as many bytes as gradients do; Adam's two moments twice as many.
+        # Momentum takes as many bytes as the gradients; Adam's two moments take twice as many.
         _remedy(
             "SGD with momentum as the optimizer",
             state - gradients,
@@ -73,15 +76,15 @@ def what_would_help(
             "lowers activations and temporaries, which take at least {}",
         ),
     ]
-    # If all bytes of the step together are less than what is missing, none of these helps.
+    # None of these helps if all bytes of the step are less than the missing bytes.
     known = of_step if breakdown.missing_bytes <= gradients + state + activations else []
     known += [
         _remedy("ending other processes", breakdown.other_process_bytes, "frees up to {}"),
         _remedy("headroom=0", breakdown.headroom_bytes, "frees {}"),
         _remedy(
-            JOINED_PIECES.rstrip(","),
-            torn_bytes(message),
-            "may join {} that are reserved, in pieces too small for what was asked for",
+            EXPANDABLE_SEGMENTS.rstrip(","),
+            fragmented_bytes(message),
+            "may make {} usable that are reserved but fragmented",
         ),
     ]
     helpful = sorted((r for r in known if r.bytes > 0), key=lambda r: r.bytes, reverse=True)
@@ -89,19 +92,21 @@ def what_would_help(
 
 
 def needed_bytes(message: str) -> int:
-    """Return the bytes that were needed, from the text of a CUDA failure; 0 if it has none.
+    """Return the needed bytes from the text of a CUDA error; 0 if the text holds no figures.
 
-    The bytes are those of all tensors and of the request, rounded down as two decimals allow.
+    The needed bytes are those of all tensors and of the failed request, at the lower end of the
+    rounding of the text.
     """
     figures = [_REQUEST.search(message), _ALLOCATED.search(message)]
     read = [_at_least(found[1], found[2]) for found in figures if found]
     return sum(read) if len(read) == len(figures) else 0
 
 
-def torn_bytes(message: str) -> int:
-    """Return the reserved and unused bytes, from the text of a CUDA failure, if they were enough.
+def fragmented_bytes(message: str) -> int:
+    """Return the reserved but unallocated bytes from the text of a CUDA error.
 
-    0 otherwise, and on Windows and WSL, where the allocator cannot join pieces (pytorch#192330).
+    Returns 0 if they are fewer than the failed request, so that fragmentation is not the cause, and
+    on Windows and WSL, where the allocator has no expandable segments (pytorch#192330).
     """
     unused, request = _UNALLOCATED.search(message), _REQUEST.search(message)
     if unused is None or request is None or spilling_platform():

@@ -1,4 +1,4 @@
-"""What the public functions return: values that print well."""
+"""The result of a search: its trials, its speeds, and the tolerable batch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +7,28 @@ from typing import TYPE_CHECKING, Final, Literal
 from autobatch.results.memory import Breakdown
 from autobatch.results.plot import memory_over_size, save
 from autobatch.results.verdict import Verdict
-from autobatch.units import count, format_bytes
+from autobatch.units import count, format_bytes, format_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_AS_FAST: Final = 0.02  # A difference that is not worth more memory.
+_AS_FAST: Final = 0.02  # A gain in throughput that is not worth more memory.
 LimitedBy = Literal["memory", "ceiling", "data", "kernel", "time", "crash"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """The memory of one stretch of a trial, in bytes: at its start, and at most."""
+    """The memory of one phase of a trial: a micro-batch, or the optimizer step.
+
+    Attributes:
+        floor_bytes: Bytes allocated when the phase starts.
+        peak_bytes: The most bytes allocated at once during the phase.
+
+    Example::
+
+        phase = Phase(floor_bytes=100, peak_bytes=250)
+        assert phase.peak_bytes - phase.floor_bytes == 150
+    """
 
     floor_bytes: int
     peak_bytes: int
@@ -26,11 +36,12 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherProcess:
-    """Another process that computes on the same device.
+    """Another process that uses the same device.
 
     Attributes:
-        pid: Its number where the driver lives: in a container, not the number known inside.
-        used_bytes: What it holds; None where that is not told.
+        pid: The process number that the driver reports. In a container, it is the number outside
+            the container.
+        used_bytes: The memory of the process; None if the driver does not report it.
     """
 
     pid: int
@@ -43,21 +54,33 @@ class OtherProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One rehearsed window at one size.
+    """The trial of one size: a few micro-batches and an optimizer step ran, or failed.
+
+    A trial is true if its size fits.
+
+    Example::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        trial = check(nn.Linear(4, 2), data, size=32)
+        if trial:
+            print(trial.peak_bytes, "bytes in", trial.seconds, "seconds")
+        else:
+            print(trial.failure, trial.message)
 
     Attributes:
-        size: Examples in each micro-batch of the rehearsal.
-        fits: Whether the whole rehearsal ran inside the limit.
-        failure: Why it did not, or None.
-        peak_bytes: The most bytes allocated at once; None for a failed trial, which has no peak.
-        reserved_bytes: The most bytes the caching allocator held; None where it has none.
-        seconds: How long the rehearsal took.
-        message: The text of the failure, or ``""``.
-        phases: Its memory in the first micro-batch, in those after it, and in the optimizer's
-            step; empty for a failed trial, and where nothing was read.
-        explained: Of a failure, whether memory as it was read explains it.
-        needed_bytes: Of a failure, what was needed at least as far as it was read; 0 otherwise.
-        repeated: Whether the size had been tried before.
+        size: Examples in each micro-batch.
+        fits: Whether the whole trial ran within the memory limit.
+        failure: Why the trial failed; None if the size fits.
+        peak_bytes: The most bytes allocated at once; None for a failed trial.
+        reserved_bytes: The most bytes that the caching allocator held; None for a failed trial, and
+            on devices without a caching allocator.
+        seconds: The duration of the trial.
+        message: The text of the error; ``""`` if the size fits.
+        phases: The memory of the first micro-batch, of the later micro-batches, and of the
+            optimizer step. Empty for a failed trial, and if memory was not read.
+        explained: For a failure, whether memory was near the limit when the trial failed.
+        needed_bytes: For a failure, a lower bound on the bytes that the size needs; otherwise 0.
+        repeated: Whether the size had been tried before in the same search.
     """
 
     size: int
@@ -83,13 +106,19 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upper:
-    """Why nothing larger is tolerable.
+    """Why no larger size is tolerable.
+
+    Example::
+
+        upper = Upper(reason="extrapolated", size=129, bytes=2**30)
+        assert str(upper) == "129 would need at least 1.0 GiB"
 
     Attributes:
-        reason: ``"ran out"`` when the next size was tried, ``"extrapolated"`` when what smaller
-            ones used leaves no room for it, ``"ceiling"`` when there is none.
-        size: The smallest size known not to be tolerable; None at the ceiling.
-        bytes: What it would need at least, where that is extrapolated.
+        reason: ``"ran out"``: a trial of the next larger size failed. ``"extrapolated"``: the next
+            larger size would need more memory than the limit, by an estimate from the memory of
+            smaller sizes. ``"ceiling"``: there is no larger size.
+        size: The smallest size that is not tolerable; None at the ceiling.
+        bytes: The fewest bytes that ``size`` would need; None unless extrapolated.
     """
 
     reason: Literal["ran out", "extrapolated", "ceiling"]
@@ -100,26 +129,31 @@ class Upper:
         if self.size is None:
             return "at the ceiling"
         if self.bytes is None:
-            return f"{self.reason} at {self.size}"
+            return f"{self.size} failed"
         return f"{self.size} would need at least {format_bytes(self.bytes)}"
 
     def under(self, limit_bytes: int) -> str:
-        """Return the same in words; where rounding would hide it, by how much a limit is short."""
+        """Return the reason in words; with the missing bytes if rounding would hide them."""
         needed = 0 if self.bytes is None else self.bytes
         if needed <= limit_bytes or format_bytes(needed) != format_bytes(limit_bytes):
             return str(self)
         short = format_bytes(needed - limit_bytes)
-        return f"{self.size} would need at least {short} more than there is"
+        return f"{self.size} would need at least {short} more than the limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """How fast micro-batches of one size train.
+    """The training throughput with micro-batches of one size.
+
+    Example::
+
+        speed = Speed(size=64, examples_per_second=1250.0, windows=5)
+        assert str(speed) == "64: 1250 examples a second"
 
     Attributes:
-        size: Examples in the largest of them.
-        examples_per_second: The median over whole logical batches, without loading.
-        windows: So many were timed.
+        size: Examples in the largest micro-batch.
+        examples_per_second: The median over the timed logical batches, without data loading.
+        windows: The number of timed logical batches.
     """
 
     size: int
@@ -132,20 +166,30 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """The tolerable batch, and how it was found. Usable as an ``int``.
+    """The tolerable batch, and how it was found. It can be used as an ``int``.
+
+    Example::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        search = find_batch_size(nn.Linear(4, 2), data)
+        assert int(search) == search.size
+        print(search.table())  # One line per trial.
 
     Attributes:
-        size: The tolerable batch: it really ran.
-        trials: Every trial, in order.
-        ceiling: The largest size of interest.
-        limit_bytes: What the step was allowed to allocate.
-        limited_by: What kept the size from being larger.
-        upper: Why nothing larger was taken.
-        worst_case: What the trials repeated, in words.
-        speeds: How fast it and a few smaller sizes train, where ``prefer="fastest"`` asked.
-        others: Other processes on the device when the search began, as far as told.
-        breakdown: Where the memory goes at ``size``; None where it was not asked.
-        notes: What else is to be known of the memory that was seen.
+        size: The tolerable batch, in examples: the largest size that ran in a trial.
+        trials: All trials, in order.
+        ceiling: The largest size that the search considered, in examples.
+        limit_bytes: The bytes that a trial was allowed to allocate.
+        limited_by: What keeps ``size`` from being larger: ``"memory"``; ``"ceiling"``, the argument
+            or the logical batch; ``"data"``, the number of examples; ``"kernel"``, the limit of an
+            index or a kernel; ``"time"``, ``timeout_seconds``; ``"crash"``, the end of the process.
+        upper: Why no larger size is tolerable.
+        worst_case: Which examples the trials repeated, in words.
+        speeds: The throughput of ``size`` and a few smaller sizes; empty unless
+            ``prefer="fastest"``.
+        others: Other processes on the device at the start of the search, if the driver lists them.
+        breakdown: Where the memory goes at ``size``; None if it was not measured.
+        notes: Remarks about the memory, such as fragmentation or a fallback of the driver.
     """
 
     size: int
@@ -168,32 +212,32 @@ class SearchResult:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The peak of the last trial that ran at ``size``; None where it was not measured."""
+        """The peak bytes of the last trial at ``size``; None if memory was not measured."""
         peaks = (t.peak_bytes for t in reversed(self.trials) if t.fits and t.size == self.size)
         return next(peaks, None)
 
     @property
     def fastest(self) -> int:
-        """The smallest size within 2 % of the fastest; ``size`` where none was timed."""
+        """The smallest size within 2 % of the best throughput; ``size`` if none was timed."""
         if not self.speeds:
             return self.size
         enough = (1 - _AS_FAST) * max(speed.examples_per_second for speed in self.speeds)
         return min(s.size for s in self.speeds if s.examples_per_second >= enough)
 
     def table(self) -> str:
-        """Return a line for each trial, in order, as a search shows them."""
+        """Return a table of all trials as text: a header, and one line per trial."""
         rows = [trial_row(trial, self.limit_bytes) for trial in self.trials]
         return "\n".join([TRIAL_HEADER, *rows])
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return memory over size as a matplotlib ``Figure`` of its own, written to ``path`` too.
+        """Return a plot of memory over size as a matplotlib ``Figure``.
 
         Args:
-            path: A file that ends in .png, .svg or .pdf; written whole or not at all.
+            path: A file to write the plot to, ending in .png, .svg or .pdf; None writes no file.
 
         Raises:
             ImportError: If matplotlib is not installed: ``pip install 'torch-autobatch[plot]'``.
-            ValueError: If nothing can be written to ``path``.
+            ValueError: If ``path`` cannot be written to.
         """
         figure = memory_over_size(self)
         if path is not None:
@@ -228,22 +272,18 @@ TRIAL_HEADER: Final = (
 
 
 def memory_unused(search: SearchResult) -> str:
-    """Return what a limit that is not memory's leaves of it, in words; ``""`` otherwise."""
+    """Return how much memory is free if a kernel or the time limits the size; else ``""``."""
     if search.limited_by not in ("kernel", "time") or search.breakdown is None:
         return ""
     return f" and not by memory: {format_bytes(search.breakdown.free_bytes)} unused"
 
 
-def _share(part: float) -> str:
-    return f"{part:.1%}" if part >= 0.0005 or not part else "<0.1%"
-
-
 def trial_row(trial: Trial, limit_bytes: int) -> str:
-    """Return the trial as a row below ``TRIAL_HEADER``."""
+    """Return the trial as a line of the table below ``TRIAL_HEADER``."""
     verdict = "fits" if trial.failure is None else _VERDICTS[trial.failure]
     peak = share = "-"
     if trial.peak_bytes is not None:
         peak = format_bytes(trial.peak_bytes)
-        share = _share(trial.peak_bytes / max(limit_bytes, 1))
+        share = format_share(trial.peak_bytes / max(limit_bytes, 1))
     row = f"{trial.size:>7}   {verdict:<14}   {peak:>10}   {share:>8}   {trial.seconds:>7.1f}"
     return row + "  again" * trial.repeated

@@ -1,4 +1,4 @@
-"""What a training returns: steps, evaluations and the result."""
+"""The results of a training: of a step, of an evaluation, and of the whole training."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from autobatch.units import count
 Number = TypeVar("Number", bound=float | None)
 
 
-class _Late(Generic[Number]):
-    """A number of a ``StepResult`` that may still be on its way from the device."""
+class _Deferred(Generic[Number]):
+    """A number of a ``StepResult`` that is read from the device at the first access."""
 
     def __init__(self, *, required: bool) -> None:
         self._required = required
@@ -22,14 +22,14 @@ class _Late(Generic[Number]):
         self._name = name
 
     def __get__(self, result: "StepResult | None", owner: type | None = None) -> Number:
-        if result is None:  # The class is asked for a default.
+        if result is None:  # Dataclass reads the default from the class.
             if self._required:
                 raise AttributeError(self._name)
-            return None  # type: ignore[return-value]  # Then None is among its numbers.
+            return None  # type: ignore[return-value]  # Number includes None here.
         value = vars(result)[self._name]
         if callable(value):
             value = vars(result)[self._name] = value()
-        return value  # type: ignore[no-any-return]  # As it was set.
+        return value  # type: ignore[no-any-return]  # Set as a Number.
 
     def __set__(self, result: "StepResult", value: Number | Callable[[], Number]) -> None:
         vars(result)[self._name] = value
@@ -37,44 +37,60 @@ class _Late(Generic[Number]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step on one logical batch.
+    """The result of one optimizer step on one logical batch.
+
+    Example::
+
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        accumulator = Accumulator(model, optimizer, nn.CrossEntropyLoss(), micro_batch=8)
+        step = accumulator.step((torch.randn(32, 4), torch.randint(0, 2, (32,))))
+        assert step.micro_batch_sizes == (8, 8, 8, 8)
+        print(step.loss, step.skipped)
 
     Attributes:
-        loss: What the undivided batch's loss would have been; nan when it had no valid term. With
-            ``nonfinite="ignore"`` reading it is what waits for the device.
-        terms: The denominator of that loss.
+        loss: The loss of the undivided logical batch; nan if it has no valid term. With
+            ``nonfinite="ignore"`` the first access waits for the device.
+        terms: The denominator of the loss, such as the number of examples or of valid tokens.
         examples: Examples in the logical batch.
-        grad_norm: The gradient's 2-norm before clipping; None where nothing needed it.
-        micro_batch_sizes: How it was cut in the run that succeeded.
-        replays: How often memory ran out and the window was run again.
-        skipped: True if no step was taken.
-        reason: Why not: ``"no valid term"``, ``"not finite"``, or ``"overflow"`` where a
-            GradScaler asks for another scale; ``""`` otherwise.
+        grad_norm: The 2-norm of the gradient before clipping; None if it was not computed.
+        micro_batch_sizes: The sizes of the micro-batches in the run that succeeded.
+        replays: How often the logical batch was run again because memory ran out.
+        skipped: Whether the optimizer step was skipped.
+        reason: Why the step was skipped: ``"no valid term"``, ``"not finite"``, or ``"overflow"``
+            if the GradScaler lowers its scale; ``""`` if it was not skipped.
     """
 
-    loss: _Late[float] = _Late(required=True)
+    loss: _Deferred[float] = _Deferred(required=True)
     terms: float
     examples: int
-    grad_norm: _Late[float | None] = _Late(required=False)
+    grad_norm: _Deferred[float | None] = _Deferred(required=False)
     micro_batch_sizes: tuple[int, ...]
     replays: int = 0
     skipped: bool = False
     reason: Literal["", "no valid term", "not finite", "overflow"] = ""
 
     def __getstate__(self) -> dict[str, object]:
-        _ = self.loss, self.grad_norm  # What is still on its way cannot be sent elsewhere.
+        _ = self.loss, self.grad_norm  # Read the deferred numbers: they cannot be pickled.
         return vars(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Loss and metrics over data that is not trained on.
+    """Loss and metrics of the model on ``eval_data``, after one epoch.
+
+    Example::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        result = find_and_train(nn.Linear(4, 2), data, desired=32, eval_data=data)
+        evaluation = result.evaluations[-1]
+        print(evaluation.epoch, evaluation.loss, evaluation.metrics)
 
     Attributes:
-        epoch: After which it was made, counted from 1.
-        loss: Over all of the data, with its own terms.
-        metrics: Means over examples, or over the terms that a metric counts.
-        examples: How many were seen.
+        epoch: The epoch that ended before the evaluation, counted from 1.
+        loss: The loss over all examples of the data, divided once by their number of terms.
+        metrics: The value of each metric over all examples, by its name.
+        examples: The number of examples.
     """
 
     epoch: int
@@ -89,19 +105,27 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """A finished training.
+    """The result of a training.
+
+    Example::
+
+        data = (torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        result = find_and_train(nn.Linear(4, 2), data, desired=32, epochs=2)
+        assert result.steps == len(result.losses) == 4
+        print(result)
 
     Attributes:
-        plan: How the desired batch was cut at the end: a replay may have made it finer.
+        plan: How logical batches were cut at the end. Micro-batches become smaller during a
+            training if memory runs out.
         search: How the tolerable batch was found.
-        losses: One per optimizer step: the value that the undivided batch's loss has.
-        epochs: Epochs that were begun.
-        examples: Examples that entered a step.
-        seconds: Time spent in training, without the search.
-        loading_seconds: Of it, how long steps waited for their data.
-        replays: How often memory ran out and a window was run again.
-        evaluations: One per epoch, where there was ``eval_data``.
-        notes: What was not exact, or not as asked, and why.
+        losses: The loss of the undivided logical batch, one per optimizer step.
+        epochs: The number of epochs that were started.
+        examples: The number of examples in all optimizer steps.
+        seconds: The duration of the training, without the search.
+        loading_seconds: The part of ``seconds`` in which steps waited for data.
+        replays: How often a logical batch was run again because memory ran out.
+        evaluations: One evaluation per epoch; empty without ``eval_data``.
+        notes: Remarks on what was not exact or differs from the arguments, and why.
     """
 
     plan: BatchPlan
@@ -117,12 +141,12 @@ class TrainingResult:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken."""
+        """The number of optimizer steps."""
         return len(self.losses)
 
     @property
     def examples_per_second(self) -> float:
-        """Training speed, loading and the optimizer's steps included."""
+        """The training throughput, with data loading and optimizer steps."""
         return self.examples / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:

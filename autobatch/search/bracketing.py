@@ -180,25 +180,25 @@ class BracketingSearch:
         return sorted((n, o.phases) for n, o in self._outcomes.items() if o.fits and o.phases)
 
     def _is_reliable(self) -> bool:
-        """Whether there are readings, and they explain all failures."""
+        """Return whether there are readings, and they explain all failures."""
         return bool(self._measured()) and all(
             outcome.fits or outcome.explained or self._exceeds_limit(size)
             for size, outcome in self._outcomes.items()
         )
 
     def _exceeds_limit(self, size: int) -> bool:
-        """Whether the estimate for ``size`` is above the limit."""
+        """Return whether the estimate for ``size`` is above the limit."""
         return self._estimate(size) > self.limit_bytes
 
     def _is_excluded(self) -> bool:
-        """Whether the lower bound excludes the next larger candidate."""
+        """Return whether the lower bound excludes the next larger candidate."""
         if self._confirm == "failed" or not self._is_reliable() or len(self._measured()) < 2:
             return False
         following = self._candidates[self._good + 1]
         return self._lower_bound(following) > self.limit_bytes and self._is_convex()
 
     def _is_convex(self) -> bool:
-        """Whether no reading lies below the line through the two readings before it."""
+        """Return whether no reading lies below the line through the two readings before it."""
         measured = self._measured()
         return all(
             phase.peak_bytes >= least

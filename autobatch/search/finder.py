@@ -201,7 +201,7 @@ class BatchSizeFinder:
         return replace(trial, repeated=any(size == before.size for before in self._trials))
 
     def _is_spilling(self, trial: Trial) -> bool:
-        """Whether a trial is so slow that the driver must have moved its memory to the host.
+        """Return whether a trial is so slow that the driver must have moved its memory to the host.
 
         The trial is compared with smaller sizes only, because the fixed cost of a step per example
         falls as the size grows.

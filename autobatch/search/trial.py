@@ -18,7 +18,7 @@ _NEAR: Final = 0.5  # Readings explain a failure only above this share of the li
 
 
 class TrialProgram(Protocol):
-    """What a trial runs at any size: a training step, an inference pass or a user's function."""
+    """Code that a trial runs at any size: a training step, an inference or a user's function."""
 
     def prepare(self, sizes: Sequence[int], mark: Callable[[], None]) -> Callable[[], None]:
         """Return a function that runs a window: its micro-batches, then the optimizer step.

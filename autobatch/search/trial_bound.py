@@ -92,7 +92,7 @@ class TrialBound:
         yield range(tried[-1], len(self._candidates)), len(tried)
 
     def _is_sufficient(self, good: int, bad: int, used: int) -> bool:
-        """Whether leaps and bisection can still find every answer in the bracket in time."""
+        """Return whether leaps and bisection can still find every answer in the bracket in time."""
         while (farthest := self.farthest(good)) < bad - 1:
             used += 1
             leap = self._affordable(good, farthest, used)
@@ -111,7 +111,7 @@ class TrialBound:
         )
 
     def _can_bisect(self, good: int, bad: int, used: int) -> bool:
-        """Whether some bisection finds every answer in the bracket in time (Kraft's inequality)."""
+        """Return whether a bisection finds every answer in the bracket in time (by Kraft)."""
         taken, total = 0, 1 << self._usual_trials + self._extra_trials
         for count, allowed in self._allowances(good, bad):
             left = min(allowed, self._usual_trials) + self._extra_trials - used

@@ -1,4 +1,4 @@
-"""Random number generators: seeding them, taking their state, restoring it."""
+"""Random number generators: seed them, save their states and restore them."""
 
 import copy
 import functools
@@ -16,18 +16,18 @@ from autobatch.devices.factory import BACKENDS
 
 Restore = Callable[[], object]
 
-_DEPTH: Final = 10  # How deep, and how far along a container, to search for generators.
-_WIDTH: Final = 64
+_DEPTH: Final = 10  # Levels of nested objects that are searched for generators.
+_WIDTH: Final = 64  # Items of a container that are searched.
 _OPAQUE: Final = (
     *(str, bytes, int, float, complex, type(None), type, ModuleType),
     *(Tensor, np.ndarray),
-    random.SystemRandom,  # It has no state: getstate raises.
+    random.SystemRandom,  # Has no state: getstate raises.
 )
 _KINDS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def seed_all(seed: int | None) -> None:
-    """Seed torch, NumPy and Python; None seeds nothing."""
+    """Seed the global generators of torch, NumPy and Python; None seeds nothing."""
     if seed is None:
         return
     torch.manual_seed(seed)
@@ -36,10 +36,10 @@ def seed_all(seed: int | None) -> None:
 
 
 def check_seed(seed: object) -> None:
-    """Raise unless ``seed`` can seed all three generators.
+    """Raise unless ``seed`` can seed all three generators, or is None.
 
     Raises:
-        TypeError, ValueError: With the value that was passed.
+        TypeError, ValueError: With the invalid value.
     """
     if seed is None:
         return
@@ -50,13 +50,15 @@ def check_seed(seed: object) -> None:
 
 
 def random_state(sources: Iterable[object] = ()) -> Restore:
-    """Take the state of torch's, NumPy's and Python's generators, and of those in ``sources``.
+    """Save the states of the global generators and of all generators inside ``sources``.
+
+    The global generators are those of torch (on the CPU and on GPUs in use), NumPy and Python.
 
     Args:
-        sources: Objects that may hold generators of their own, such as data loaders.
+        sources: Objects that may hold generators, such as data loaders.
 
     Returns:
-        A function that restores all of them, as often as it is called.
+        A function that restores the saved states. It can be called several times.
     """
     torch_cpu = torch.get_rng_state()
     accelerators = _accelerators()
@@ -67,14 +69,14 @@ def random_state(sources: Iterable[object] = ()) -> Restore:
         torch.set_rng_state(torch_cpu)
         np.random.set_state(of_numpy)
         random.setstate(of_python)
-        for restore in (*own, *accelerators):  # Last: a device that is lost may refuse.
+        for restore in (*own, *accelerators):  # Last: a lost device may raise.
             restore()
 
     return put_back
 
 
 def _accelerators() -> list[Restore]:
-    """Take the generators' state of the GPUs that are in use; an idle GPU is not started."""
+    """Save the generator states of the GPUs in use, without initializing other GPUs."""
     return [
         functools.partial(backend.set_rng_states, states)
         for backend in BACKENDS.values()
@@ -83,7 +85,7 @@ def _accelerators() -> list[Restore]:
 
 
 def generators_in(source: object) -> Iterator[object]:
-    """Yield every random number generator that an object holds, directly or in its parts."""
+    """Yield every random number generator that an object holds, directly or nested."""
     seen: set[int] = set()
     level: list[object] = [source]
     for _ in range(_DEPTH):
@@ -94,7 +96,7 @@ def generators_in(source: object) -> Iterator[object]:
             seen.add(id(item))
             if isinstance(item, _KINDS):
                 yield item
-            elif isinstance(item, nn.Module):  # All layers at once, however deep.
+            elif isinstance(item, nn.Module):  # All submodules count as one level.
                 for child in item.modules():
                     seen.add(id(child))
                     inside += vars(child).values()
@@ -124,7 +126,7 @@ def _inside(item: object) -> list[object]:
 def _is_filled(cell: CellType) -> bool:
     try:
         return cell.cell_contents is not cell
-    except ValueError:  # The name in the enclosing function has no value yet.
+    except ValueError:  # The variable has no value yet.
         return False
 
 

@@ -23,6 +23,20 @@ EXAMPLES = [
     "find_batch_size",
     "find_largest",
 ]
+VALUES = [
+    "BatchPlan",
+    "Evaluation",
+    "Phase",
+    "SearchOptions",
+    "SearchResult",
+    "Shared",
+    "Speed",
+    "StepResult",
+    "TrainingResult",
+    "Trial",
+    "Upper",
+    "Verdict",
+]
 
 
 def example_of(documented: object) -> str:
@@ -37,13 +51,23 @@ def example_of(documented: object) -> str:
     return textwrap.dedent("\n".join(lines))
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_of_a_docstring_runs(name: str) -> None:
+def run_example(name: str) -> None:
     public: dict[str, Any] = {each: getattr(autobatch, each) for each in autobatch.__all__}
     torches = {"torch": torch, "nn": nn, "DataLoader": DataLoader, "TensorDataset": TensorDataset}
-    code = example_of(getattr(autobatch, name))
-    assert f"{name}(" in code
-    exec(compile(code, f"the example of {name}", "exec"), public | torches)
+    namespace = public | torches | {"autobatch": autobatch}
+    exec(compile(example_of(getattr(autobatch, name)), f"the example of {name}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_docstring_runs(name: str) -> None:
+    assert f"{name}(" in example_of(getattr(autobatch, name))
+    run_example(name)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_shows_an_example_that_runs_and_describes_its_attributes(name: str) -> None:
+    run_example(name)
+    assert "\nAttributes:\n" in (inspect.getdoc(getattr(autobatch, name)) or "")
 
 
 def test_the_example_of_the_gradient_s_docstring_runs() -> None:

@@ -90,11 +90,11 @@ def test_training_as_json_is_one_document(run: Run) -> None:
         "--device", "cpu",
     )  # fmt: skip
     assert code == ExitCode.DONE
-    told = json.loads(out)
-    assert told["plan"]["micro_batch_sizes"] == [100]
-    assert told["search"]["trials"][0]["fits"] is True
-    assert (told["steps"], len(told["losses"]), told["replays"]) == (3, 3, 0)
-    assert 0 <= told["test_accuracy"]["before"] <= 1
+    written = json.loads(out)
+    assert written["plan"]["micro_batch_sizes"] == [100]
+    assert written["search"]["trials"][0]["fits"] is True
+    assert (written["steps"], len(written["losses"]), written["replays"]) == (3, 3, 0)
+    assert 0 <= written["test_accuracy"]["before"] <= 1
 
 
 def test_data_without_a_test_part_is_trained_without_an_accuracy(run: Run) -> None:
@@ -203,8 +203,8 @@ def test_training_can_prefer_the_fastest(run: Run) -> None:
 def test_finding_says_where_the_memory_goes(run: Run) -> None:
     arguments = ("find", *TINY, "--memory-limit", "200kB", "--device", "cpu", "--quiet")
     _, out, _ = run(*arguments)
-    told, gap, *rows = out.splitlines()
-    assert told.startswith("tolerable batch ")
+    written, gap, *rows = out.splitlines()
+    assert written.startswith("tolerable batch ")
     assert gap == ""
     assert [row.split("  ")[0] for row in rows] == [
         *["parameters", "gradients", "optimizer state", "activations and temporaries", "free"],
@@ -219,7 +219,7 @@ def test_finding_says_where_the_memory_goes(run: Run) -> None:
 def test_finding_draws_memory_over_size_and_says_so(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("find", *TINY, "--ceiling", "7", "--quiet", "--plot", "memory.svg")
     assert code == ExitCode.DONE
-    assert out.splitlines()[-1] == "memory over size is drawn in memory.svg"
+    assert out.splitlines()[-1] == "memory over size is plotted in memory.svg"
     assert "<svg" in (tmp_path / "memory.svg").read_text()
 
 
@@ -233,7 +233,7 @@ def test_what_was_found_is_told_though_it_cannot_be_drawn(
     code, out, _ = run("find", *TINY, "--ceiling", "7", "--plot", "memory.png")
     assert code == ExitCode.DONE
     assert out.startswith("tolerable batch 7")
-    assert out.endswith("could not be drawn: [Errno 28] No space left on device\n")
+    assert out.endswith("could not be plotted: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(
@@ -388,10 +388,12 @@ def test_help_and_slips_are_answered_before_torch_is_there(arguments: list[str])
 
 
 def test_an_error_names_options_and_what_the_user_says_stays() -> None:
-    told = cli._with_options("data must be digits, or a larger memory_limit; max_steps=3; my_data")
-    assert told == "--data must be digits, or a larger --memory-limit; --max-steps=3; my_data"
-    told = cli._with_options('headroom=0 frees 300.0 MiB, precision="bf16", frozen=True')
-    assert told == '--headroom=0 frees 300.0 MiB, --precision="bf16", frozen=True'
+    written = cli._with_options(
+        "data must be digits, or a larger memory_limit; max_steps=3; my_data"
+    )
+    assert written == "--data must be digits, or a larger --memory-limit; --max-steps=3; my_data"
+    written = cli._with_options('headroom=0 frees 300.0 MiB, precision="bf16", frozen=True')
+    assert written == '--headroom=0 frees 300.0 MiB, --precision="bf16", frozen=True'
     assert cli._with_options("the data must hold a model") == "the data must hold a model"
     assert cli._with_options("model must be a module") == "model must be a module"
 
@@ -457,9 +459,9 @@ def test_each_way_to_end_has_its_code(
     assert (ended, out) == (code, "")
     assert str(error) in err
     ended, out, _ = run("train", *TINY, "--json")
-    told = json.loads(out)
-    assert (ended, told["error"]["exit_code"]) == (code, code)
-    assert told["error"]["kind"] == type(error).__name__
+    written = json.loads(out)
+    assert (ended, written["error"]["exit_code"]) == (code, code)
+    assert written["error"]["kind"] == type(error).__name__
 
 
 @pytest.mark.parametrize(
@@ -468,7 +470,7 @@ def test_each_way_to_end_has_its_code(
         ([], "interrupted before the first trial"),
         (TRIALS, "interrupted in the search, after 2 trials: the largest size that ran is 4"),
         (TRIALS[1:], "interrupted in the search, after 1 trial: none ran"),
-        ([STARTED], "interrupted in epoch 1 of 3, before its first step was done"),
+        ([STARTED], "interrupted in epoch 1 of 3, before the first optimizer step"),
         (
             [STARTED, *steps(4)],
             "interrupted in epoch 1 of 3, after 4 of 15 optimizer steps (400 examples): "
@@ -491,7 +493,7 @@ def test_a_failure_in_training_says_what_was_done(
     ends(monkeypatch, STARTED, *steps(2), error=RuntimeError("gone"))
     code, _, err = run("train", *TINY)
     assert code == ExitCode.FAILED
-    assert "it happened in epoch 1 of 3, after 2 of 15 optimizer steps" in err
+    assert "the error occurred in epoch 1 of 3, after 2 of 15 optimizer steps" in err
 
 
 @pytest.mark.slow
@@ -555,7 +557,7 @@ def test_predict_infers_within_the_data_and_draws(
     text = capsys.readouterr().out
     assert text.startswith("80.0 GiB, bf16, inference: tolerable batch 1437\n")
     assert "note: the ceiling is 1437; memory alone would allow " in text
-    assert text.endswith(f"the peak over the batch is drawn in {picture}\n")
+    assert text.endswith(f"the peak over the batch is plotted in {picture}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -572,7 +574,7 @@ def test_predict_wants_one_way_of_naming_the_card(
     card: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", "torchvision:resnet18", *card]) == 2
-    assert "pass one of --gpu" in capsys.readouterr().err
+    assert "pass either --gpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

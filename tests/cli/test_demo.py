@@ -6,7 +6,7 @@ import torch
 from autobatch import demo
 from autobatch.cli.app import ExitCode
 from autobatch.cli.arguments import TrainArguments
-from autobatch.cli.reports import ForwardTracker, TrainingReport
+from autobatch.cli.reports import ProgressLog, TrainingReport
 from autobatch.results.plan import BatchPlan
 from autobatch.results.search import SearchResult, Trial, Upper
 from autobatch.results.training import TrainingResult
@@ -47,19 +47,19 @@ def test_it_is_the_training_that_was_promised() -> None:
 def test_without_a_gpu_the_budget_is_the_limit() -> None:
     assert demo.outside_bytes() == 0
     assert demo.introduction(0) == (
-        "ResNet-18 learns handwritten digits, 256 to a step, in 384.0 MiB of memory."
+        "ResNet-18 learns handwritten digits, 256 per step, with 384.0 MiB of memory."
     )
 
 
 def test_what_is_added_on_a_gpu_is_said() -> None:
     assert demo.the_arguments(outside=500).memory_limit == f"{demo.BUDGET_BYTES + 500}B"
-    assert "500.0 MiB that are no tensors" in demo.introduction(500 * 2**20)
+    assert "so 500.0 MiB are added" in demo.introduction(500 * 2**20)
 
 
 def test_the_judgement_says_what_was_exact() -> None:
     text = demo.judgement(report(0.95, notes=("BatchNorm",)))
-    assert "as one batch of 256 would, with memory for 86 at once" in text
-    assert text.endswith("Not exact: what the notes say.")
+    assert "as one batch of 256 does, with memory for 86 at once" in text
+    assert text.endswith("The notes list what was not exact.")
     assert demo.judgement(report(0.95)).endswith("Nothing was inexact.")
 
 
@@ -79,7 +79,7 @@ def test_a_demo_that_did_not_learn_fails(
     after: float,
     code: ExitCode,
 ) -> None:
-    def run(_run: TrainArguments, _watch: ForwardTracker) -> TrainingReport:
+    def run(_run: TrainArguments, _progress: ProgressLog) -> TrainingReport:
         return report(after)
 
     monkeypatch.setattr(demo, "train", run)
@@ -90,7 +90,7 @@ def test_a_demo_that_did_not_learn_fails(
 def test_an_interrupted_demo_ends_like_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(_run: TrainArguments, _watch: ForwardTracker) -> TrainingReport:
+    def run(_run: TrainArguments, _progress: ProgressLog) -> TrainingReport:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "train", run)

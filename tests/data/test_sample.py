@@ -44,9 +44,9 @@ def as_lists(examples: list[Tensor]) -> tuple[list[Tensor], list[float]]:
     return examples, [float(example[0]) for example in examples]
 
 
-def as_tensor(nest: BatchTree) -> Tensor:
-    assert isinstance(nest, Tensor)
-    return nest
+def as_tensor(tree: BatchTree) -> Tensor:
+    assert isinstance(tree, Tensor)
+    return tree
 
 
 @drawn

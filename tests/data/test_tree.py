@@ -155,7 +155,7 @@ def tensor_of(rows: int, width: int, offset: int) -> Tensor:
 
 
 def leaves(rows: int) -> st.SearchStrategy[object]:
-    """What may stand at the end of a nest that holds ``rows`` examples."""
+    """What may stand at the end of a tree that holds ``rows`` examples."""
     whole: list[object] = [None, "whole", 3, 2.5, True, b"raw", torch.tensor(7), torch.float16]
     arrays = st.builds(tensor_of, st.just(rows), st.integers(0, 3), st.integers(0, 99))
     texts = st.just([f"text {row}" for row in range(rows)])
@@ -194,8 +194,8 @@ def around(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
     )
 
 
-def nests(rows: int) -> st.SearchStrategy[object]:
-    """Any nest of ``rows`` examples; at least one tensor says how many there are."""
+def trees(rows: int) -> st.SearchStrategy[object]:
+    """Any tree of ``rows`` examples; at least one tensor says how many there are."""
     inside = st.recursive(leaves(rows), around, max_leaves=6)
     first = st.builds(tensor_of, st.just(rows), st.integers(0, 2), st.just(0))
     return st.one_of(
@@ -221,14 +221,14 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def storage(nest: object) -> list[int]:
+def storage(tree: object) -> list[int]:
     """Where the rows of the batch lie; a list of examples has one place an item."""
-    rows = [item for item in per_example(nest) if isinstance(item, Tensor)]
+    rows = [item for item in per_example(tree) if isinstance(item, Tensor)]
     return [tensor.untyped_storage().data_ptr() for tensor in rows]
 
 
-def item_storage(nest: object) -> list[int]:
-    lists = [item for item in per_example(nest) if isinstance(item, Examples)]
+def item_storage(tree: object) -> list[int]:
+    lists = [item for item in per_example(tree) if isinstance(item, Examples)]
     return [t.untyped_storage().data_ptr() for item in lists for t in tensors(item) if t.numel()]
 
 
@@ -238,12 +238,12 @@ cuttings = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 @drawn
 @given(sizes=cuttings, data=st.data())
 def test_joining_what_was_cut_gives_the_same_nest(sizes: list[int], data: st.DataObject) -> None:
-    nest = data.draw(nests(sum(sizes)))
-    before = (repr(nest), [bits(tensor) for tensor in tensors(nest)])
-    pieces = cut(nest, sizes)
+    tree = data.draw(trees(sum(sizes)))
+    before = (repr(tree), [bits(tensor) for tensor in tensors(tree)])
+    pieces = cut(tree, sizes)
     assert [size_of(piece) for piece in pieces] == sizes
-    assert same(join(pieces), nest)
-    assert (repr(nest), [bits(tensor) for tensor in tensors(nest)]) == before, "it was changed"
+    assert same(join(pieces), tree)
+    assert (repr(tree), [bits(tensor) for tensor in tensors(tree)]) == before, "it was changed"
 
 
 @drawn
@@ -251,51 +251,51 @@ def test_joining_what_was_cut_gives_the_same_nest(sizes: list[int], data: st.Dat
 def test_parts_are_views_and_rows_that_are_taken_are_copies(
     sizes: list[int], data: st.DataObject
 ) -> None:
-    nest = data.draw(nests(sum(sizes)))
-    for piece in cut(nest, sizes):
-        assert storage(piece) == storage(nest)
-        assert set(item_storage(piece)) <= set(item_storage(nest))
-    taken = take(nest, range(sum(sizes)))
-    assert set(storage(taken)).isdisjoint(storage(nest))
-    assert set(item_storage(taken)).isdisjoint(item_storage(nest))
+    tree = data.draw(trees(sum(sizes)))
+    for piece in cut(tree, sizes):
+        assert storage(piece) == storage(tree)
+        assert set(item_storage(piece)) <= set(item_storage(tree))
+    taken = take(tree, range(sum(sizes)))
+    assert set(storage(taken)).isdisjoint(storage(tree))
+    assert set(item_storage(taken)).isdisjoint(item_storage(tree))
 
 
 @drawn
 @given(rows=st.integers(1, 6), data=st.data())
 def test_rows_are_taken_in_any_order_and_more_than_once(rows: int, data: st.DataObject) -> None:
-    nest = data.draw(nests(rows))
+    tree = data.draw(trees(rows))
     wanted = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=8))
-    one_by_one = [part(nest, row, row + 1) for row in wanted]
-    assert same(take(nest, wanted), join(one_by_one))
+    one_by_one = [part(tree, row, row + 1) for row in wanted]
+    assert same(take(tree, wanted), join(one_by_one))
 
 
 @drawn
 @given(rows=st.integers(1, 6), data=st.data())
 def test_a_cut_gives_the_parts_one_by_one(rows: int, data: st.DataObject) -> None:
-    nest = data.draw(nests(rows))
+    tree = data.draw(trees(rows))
     at = data.draw(st.integers(0, rows))
-    assert same(cut(nest, [at, rows - at]), [part(nest, 0, at), part(nest, at, rows)])
+    assert same(cut(tree, [at, rows - at]), [part(tree, 0, at), part(tree, at, rows)])
 
 
 @drawn
 @given(rows=st.integers(1, 6), data=st.data())
 def test_mapping_nothing_changes_nothing(rows: int, data: st.DataObject) -> None:
-    nest = data.draw(nests(rows))
-    again = map_tensors(lambda tensor: tensor, nest)
-    assert same(again, nest)
-    assert [id(tensor) for tensor in tensors(again)] == [id(tensor) for tensor in tensors(nest)]
-    assert same(from_numpy(nest), nest)
+    tree = data.draw(trees(rows))
+    again = map_tensors(lambda tensor: tensor, tree)
+    assert same(again, tree)
+    assert [id(tensor) for tensor in tensors(again)] == [id(tensor) for tensor in tensors(tree)]
+    assert same(from_numpy(tree), tree)
 
 
 def test_the_comparison_can_fail() -> None:
-    nest = (torch.arange(6), Graph(torch.arange(6), {"a": torch.ones(6, 2)}))
-    first, second = cut(nest, [2, 4])
-    assert same(join([first, second]), nest)
-    assert not same(join([second, first]), nest)
-    assert not same(first, nest)
-    assert not same(map_tensors(lambda tensor: tensor.float(), nest), nest)
-    assert not same(take(nest, [0, 1, 2, 3, 4, 4]), nest)
-    assert not same(list(nest), nest)
+    tree = (torch.arange(6), Graph(torch.arange(6), {"a": torch.ones(6, 2)}))
+    first, second = cut(tree, [2, 4])
+    assert same(join([first, second]), tree)
+    assert not same(join([second, first]), tree)
+    assert not same(first, tree)
+    assert not same(map_tensors(lambda tensor: tensor.float(), tree), tree)
+    assert not same(take(tree, [0, 1, 2, 3, 4, 4]), tree)
+    assert not same(list(tree), tree)
 
 
 def test_a_tensor_alone_is_a_nest() -> None:
@@ -305,8 +305,8 @@ def test_a_tensor_alone_is_a_nest() -> None:
     assert same(join(cut(rows, [3, 2])), rows)
 
 
-def map_to_tensors(nests: Sequence[object]) -> list[Tensor]:
-    return [nest for nest in nests if isinstance(nest, Tensor)]
+def map_to_tensors(trees: Sequence[object]) -> list[Tensor]:
+    return [tree for tree in trees if isinstance(tree, Tensor)]
 
 
 def test_values_of_the_whole_batch_go_to_every_part_as_they_are() -> None:
@@ -421,12 +421,12 @@ def test_a_dataclass_derives_again_what_it_derives() -> None:
 
 
 def test_joining_one_nest_copies_nothing() -> None:
-    nest = (torch.arange(3), "text")
-    assert join([nest]) is nest
+    tree = (torch.arange(3), "text")
+    assert join([tree]) is tree
 
 
 @pytest.mark.parametrize(
-    ("nest", "shapes"),
+    ("tree", "shapes"),
     [
         ((torch.ones(3, 2), torch.ones(4)), "(3, 2), (4,)"),
         ({"a": torch.ones(2), "b": [torch.ones(2), torch.ones(1)]}, "(2,), (2,), (1,)"),
@@ -434,16 +434,16 @@ def test_joining_one_nest_copies_nothing() -> None:
     ],
 )
 def test_tensors_of_different_lengths_are_refused_with_their_shapes(
-    nest: object, shapes: str
+    tree: object, shapes: str
 ) -> None:
-    for use in (size_of, lambda nest: cut(nest, [1]), lambda nest: take(nest, [0])):
+    for use in (size_of, lambda tree: cut(tree, [1]), lambda tree: take(tree, [0])):
         with pytest.raises(ValueError, match="must agree in length along dimension 0") as caught:
-            use(nest)
+            use(tree)
         assert str(caught.value).endswith(f"got shapes {shapes}")
 
 
 @pytest.mark.parametrize(
-    ("nest", "text"),
+    ("tree", "text"),
     [
         (torch.tensor(1.0), "float32[]"),
         ({"a": 1, "b": "text"}, "{a: int, b: str}"),
@@ -454,10 +454,10 @@ def test_tensors_of_different_lengths_are_refused_with_their_shapes(
     ],
 )
 def test_a_nest_without_a_batch_dimension_is_refused_with_its_structure(
-    nest: object, text: str
+    tree: object, text: str
 ) -> None:
     with pytest.raises(ValueError, match="must hold a tensor with a batch dimension") as caught:
-        size_of(nest)
+        size_of(tree)
     assert str(caught.value).endswith(
         f"got {text}; return tuples, dicts or dataclasses of tensors from the collate function"
     )
@@ -578,18 +578,18 @@ def test_an_array_of_text_is_cut_along_like_a_list_of_text() -> None:
 
 
 def test_arrays_are_found_at_any_depth() -> None:
-    nest = Graph({"a": [np.arange(2)]}, Pair(np.arange(2), "text"))
-    found = from_numpy(nest)
+    tree = Graph({"a": [np.arange(2)]}, Pair(np.arange(2), "text"))
+    found = from_numpy(tree)
     assert same(found, Graph({"a": [torch.arange(2)]}, Pair(torch.arange(2), "text")))
 
 
-@pytest.mark.parametrize("nest", [torch.ones(0, 3), {"x": torch.ones(0), "names": []}])
-def test_an_empty_batch_has_size_zero_and_can_be_cut_and_joined(nest: object) -> None:
-    assert size_of(nest) == 0
-    assert cut(nest, []) == []
-    assert same(take(nest, []), nest)
-    assert same(join([nest, nest]), nest)
-    assert same(part(nest, 0, 0), nest)
+@pytest.mark.parametrize("tree", [torch.ones(0, 3), {"x": torch.ones(0), "names": []}])
+def test_an_empty_batch_has_size_zero_and_can_be_cut_and_joined(tree: object) -> None:
+    assert size_of(tree) == 0
+    assert cut(tree, []) == []
+    assert same(take(tree, []), tree)
+    assert same(join([tree, tree]), tree)
+    assert same(part(tree, 0, 0), tree)
 
 
 def test_no_rows_of_a_full_batch_are_an_empty_batch() -> None:
@@ -612,7 +612,7 @@ def test_every_tensor_is_found_depth_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nest", "text"),
+    ("tree", "text"),
     [
         (torch.ones(8, 3), "float32[8, 3]"),
         ((torch.ones(8, 3), torch.ones(8).long()), "(float32[8, 3], int64[8])"),
@@ -633,8 +633,8 @@ def test_every_tensor_is_found_depth_first() -> None:
         (3.5, "float"),
     ],
 )
-def test_a_structure_is_described_in_short(nest: object, text: str) -> None:
-    assert describe(nest) == text
+def test_a_structure_is_described_in_short(tree: object, text: str) -> None:
+    assert describe(tree) == text
 
 
 def test_parts_of_all_sizes_follow_one_another_without_gap_or_overlap() -> None:
@@ -665,7 +665,7 @@ def test_the_short_way_of_plain_tensors_gives_what_slices_give(
 
 
 @pytest.mark.parametrize(
-    "nest",
+    "tree",
     [
         torch.ones(2),
         (),
@@ -681,8 +681,8 @@ def test_the_short_way_of_plain_tensors_gives_what_slices_give(
     ],
     ids=describe,
 )
-def test_only_plain_tuples_and_lists_of_bare_tensors_take_the_short_way(nest: object) -> None:
-    assert plain_size(nest) is None
+def test_only_plain_tuples_and_lists_of_bare_tensors_take_the_short_way(tree: object) -> None:
+    assert plain_size(tree) is None
 
 
 def test_what_is_shared_goes_whole_to_every_part_and_is_not_counted() -> None:
@@ -770,12 +770,12 @@ def test_what_is_shared_is_unwrapped_at_any_depth() -> None:
 def test_a_nest_without_anything_shared_is_its_own_unwrapping(
     rows: int, data: st.DataObject
 ) -> None:
-    nest = data.draw(nests(rows))
-    once = unwrapped(nest)
+    tree = data.draw(trees(rows))
+    once = unwrapped(tree)
     assert "Shared" not in describe(once)
     assert unwrapped(once) is once
-    if "Shared" not in describe(nest):
-        assert once is nest
+    if "Shared" not in describe(tree):
+        assert once is tree
 
 
 def test_marks_survive_the_way_from_a_worker() -> None:

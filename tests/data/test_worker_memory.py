@@ -23,9 +23,9 @@ def test_what_workers_load_ahead_is_held_against_what_the_host_has() -> None:
     """USERS 1.5.4: prefetch times workers times the batch, pinned or not."""
     held = 1 * 6 * 16 * (256 * 4 + 8)
     assert worker_memory_warning(loader(prefetch_factor=6), FIRST, held) == ""
-    told = worker_memory_warning(loader(prefetch_factor=6), FIRST, held - 1)
-    assert told.startswith("1 worker of the loader may hold 6 batches of 16 examples ahead")
-    assert "96.8 KiB in all, and the host has 96.7 KiB left" in told
+    warning = worker_memory_warning(loader(prefetch_factor=6), FIRST, held - 1)
+    assert warning.startswith("1 worker of the loader may hold 6 batches of 16 examples ahead")
+    assert "96.8 KiB in all, and the host has 96.7 KiB left" in warning
     assert worker_memory_warning(loader(), FIRST, held // 3) == ""
     assert worker_memory_warning(loader(), FIRST, held // 3 - 1)
     assert worker_memory_warning(

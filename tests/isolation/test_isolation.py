@@ -155,6 +155,7 @@ def test_a_script_without_a_main_guard_finds_the_same_size_in_isolation(tmp_path
 def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    others = children()  # The tests before this one may have left a server or a worker.
     model, data, events = Fragile(4, exit_above=5), rows(6), list[Event]()
     optimizer = torch.optim.Adam(model.parameters())
     before, objects = fingerprint(model, optimizer), identities(model, optimizer)
@@ -178,7 +179,7 @@ def test_what_the_process_died_of_is_not_tolerable_and_the_search_goes_on(
     assert events[-1] == SearchEnded(search=found)
     pairs = list(zip(events[1:-1:2], events[2:-1:2], strict=True))
     assert pairs == [(TrialStarted(size=t.size), TrialEnded(trial=t)) for t in found.trials]
-    assert not children()
+    assert [child for child in children() if child not in others] == []
 
 
 def untouchable(*_: object) -> None:

@@ -28,7 +28,7 @@ NEEDS = {
     "buffers": 10,
     "gradients": 100,
     "optimizer state": 200,
-    "what state names": 0,
+    "tensors in state": 0,
 }
 LIES = st.integers(-(2**64), 2**64)
 
@@ -55,9 +55,13 @@ def test_a_size_that_fits_is_taken_apart() -> None:
 
 
 def test_a_size_that_does_not_fit_says_what_is_missing_at_least() -> None:
-    told = at(1300, reserved_bytes=None)
-    assert (told.activation_bytes, told.free_bytes, told.missing_bytes) == (890, 0, 400)
-    assert (told.needed_bytes, told.total_bytes) == (1400, 1000)
+    breakdown = at(1300, reserved_bytes=None)
+    assert (breakdown.activation_bytes, breakdown.free_bytes, breakdown.missing_bytes) == (
+        890,
+        0,
+        400,
+    )
+    assert (breakdown.needed_bytes, breakdown.total_bytes) == (1400, 1000)
     assert at(0, limit_bytes=-60, total_bytes=0).missing_bytes == 470, "nothing was left"
 
 
@@ -77,11 +81,15 @@ def test_a_size_that_does_not_fit_says_what_is_missing_at_least() -> None:
 def test_the_parts_add_up_and_none_is_negative_whatever_the_readings_say(
     needs: dict[str, int], readings: dict[str, int]
 ) -> None:
-    told = break_down(needs, **readings)
-    assert all(part >= 0 for part in asdict(told).values())
-    assert told.total_bytes == max(readings["total_bytes"], 0)
-    assert told.free_bytes == 0 or told.missing_bytes == 0
-    assert sum(told.parts.values()) == told.needed_bytes == told.total_bytes + told.missing_bytes
+    breakdown = break_down(needs, **readings)
+    assert all(part >= 0 for part in asdict(breakdown).values())
+    assert breakdown.total_bytes == max(readings["total_bytes"], 0)
+    assert breakdown.free_bytes == 0 or breakdown.missing_bytes == 0
+    assert (
+        sum(breakdown.parts.values())
+        == breakdown.needed_bytes
+        == breakdown.total_bytes + breakdown.missing_bytes
+    )
 
 
 @given(parts=st.lists(st.integers(0, 2**40), min_size=11, max_size=11))
@@ -104,8 +112,8 @@ def test_true_readings_give_every_part_back(parts: list[int]) -> None:
 
 @pytest.mark.parametrize("others", [None, 61, -1, 2**64 - 1])
 def test_what_the_driver_cannot_know_stays_outside(others: int | None) -> None:
-    told = at(600, others_bytes=others)
-    assert (told.outside_bytes, told.other_process_bytes) == (60, 0)
+    breakdown = at(600, others_bytes=others)
+    assert (breakdown.outside_bytes, breakdown.other_process_bytes) == (60, 0)
 
 
 def test_a_negative_part_is_refused() -> None:
@@ -114,17 +122,17 @@ def test_a_negative_part_is_refused() -> None:
 
 
 def test_it_prints_as_a_table_with_shares_that_leaves_out_what_is_empty() -> None:
-    told = Breakdown(parameter_bytes=96 * MIB, optimizer_state_bytes=32 * MIB, free_bytes=1)
-    assert str(told).splitlines() == [
+    breakdown = Breakdown(parameter_bytes=96 * MIB, optimizer_state_bytes=32 * MIB, free_bytes=1)
+    assert str(breakdown).splitlines() == [
         "parameters          96.0 MiB    75.0%",
         "optimizer state     32.0 MiB    25.0%",
         "free                     1 B    <0.1%",
         "in all             128.0 MiB   100.0%",
     ]
     assert str(Breakdown()) == "in all          0 B   100.0%"
-    assert str(replace(told, missing_bytes=MIB)).splitlines()[3:] == [
+    assert str(replace(breakdown, missing_bytes=MIB)).splitlines()[3:] == [
         "at least             128.0 MiB",
-        "there is             127.0 MiB",
+        "available            127.0 MiB",
         "missing, at least      1.0 MiB",
     ]
 
@@ -140,17 +148,17 @@ def test_a_search_says_where_the_memory_goes() -> None:
     model[3].requires_grad_(False)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     found = find_batch_size(model, data, device="cpu", memory_limit="200kB")
-    told = found.breakdown
-    assert told is not None
-    assert told.parameter_bytes == sum(p.nbytes for p in model.parameters())
-    assert told.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())
-    assert told.gradient_bytes == trained
-    assert 2 * trained <= told.optimizer_state_bytes <= 2 * trained + 100, "AdamW, step counts"
+    breakdown = found.breakdown
+    assert breakdown is not None
+    assert breakdown.parameter_bytes == sum(p.nbytes for p in model.parameters())
+    assert breakdown.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())
+    assert breakdown.gradient_bytes == trained
+    assert 2 * trained <= breakdown.optimizer_state_bytes <= 2 * trained + 100, "AdamW, step counts"
     assert found.peak_bytes is not None
-    assert told.activation_bytes > 0
-    assert told.free_bytes == 200_000 - found.peak_bytes
-    assert told.total_bytes == 200_000
-    assert told.missing_bytes == 0
+    assert breakdown.activation_bytes > 0
+    assert breakdown.free_bytes == 200_000 - found.peak_bytes
+    assert breakdown.total_bytes == 200_000
+    assert breakdown.missing_bytes == 0
 
 
 def test_a_loss_that_is_a_module_counts_with_the_model() -> None:
@@ -173,11 +181,11 @@ def test_a_loss_that_is_a_module_counts_with_the_model() -> None:
 
 def test_on_the_host_the_whole_host_is_told() -> None:
     model, data = problem()
-    told = find_batch_size(model, data, device="cpu", ceiling=4).breakdown
-    assert told is not None
-    assert told.total_bytes > 2**30
-    assert told.headroom_bytes > 0
-    assert told.outside_bytes > 0, "Python itself"
+    breakdown = find_batch_size(model, data, device="cpu", ceiling=4).breakdown
+    assert breakdown is not None
+    assert breakdown.total_bytes > 2**30
+    assert breakdown.headroom_bytes > 0
+    assert breakdown.outside_bytes > 0, "Python itself"
 
 
 @pytest.mark.parametrize("call", [find_batch_size, find_and_train])
@@ -204,9 +212,9 @@ def test_where_batch_norm_refuses_one_example_two_say_what_is_missing() -> None:
     model, data = problem(nn.BatchNorm1d(64))
     with pytest.raises(DoesNotFitError, match="more than 1 value per channel") as caught:
         find_batch_size(model, data, device="cpu", memory_limit=28_000)
-    told = caught.value.breakdown
-    assert told is not None
-    assert told.needed_bytes - told.activation_bytes < 28_000 < told.needed_bytes
+    breakdown = caught.value.breakdown
+    assert breakdown is not None
+    assert breakdown.needed_bytes - breakdown.activation_bytes < 28_000 < breakdown.needed_bytes
 
 
 @pytest.mark.parametrize(
@@ -251,13 +259,13 @@ class Reads:
         outside_bytes=200,
     )
 
-    told: tuple[OtherProcess, ...] = ()
+    found_processes: tuple[OtherProcess, ...] = ()
 
     def read(self) -> MemoryReading:
         return self.reading
 
     def others(self) -> tuple[OtherProcess, ...]:
-        return self.told
+        return self.found_processes
 
 
 def job_on(device: object, memory_limit: int | None, headroom: int | None) -> Workload:
@@ -281,9 +289,9 @@ TRIAL = Trial(size=4, fits=True, peak_bytes=400, reserved_bytes=450)
 
 def test_in_inference_there_are_no_gradients_and_no_state_is_made() -> None:
     model, data = problem()
-    told = find_batch_size(model, data, device="cpu", ceiling=4, mode="inference").breakdown
-    assert told is not None
-    assert (told.gradient_bytes, told.optimizer_state_bytes) == (0, 0)
+    breakdown = find_batch_size(model, data, device="cpu", ceiling=4, mode="inference").breakdown
+    assert breakdown is not None
+    assert (breakdown.gradient_bytes, breakdown.optimizer_state_bytes) == (0, 0)
     whole = sum(p.nbytes for p in model.parameters())
     with pytest.raises(DoesNotFitError) as caught:
         find_batch_size(model, data, device="cpu", memory_limit=whole + 9, mode="inference")
@@ -308,8 +316,8 @@ def test_of_any_function_what_state_names_is_told() -> None:
 
 
 def test_without_a_memory_limit_the_parts_are_the_devices() -> None:
-    told = job_on(Reads(), None, None).breakdown(700, TRIAL)
-    assert told == Breakdown(
+    breakdown = job_on(Reads(), None, None).breakdown(700, TRIAL)
+    assert breakdown == Breakdown(
         parameter_bytes=64,
         gradient_bytes=64,
         activation_bytes=272,
@@ -331,10 +339,10 @@ def test_state_that_waits_on_the_host_is_not_on_the_device() -> None:
 
 
 def test_a_memory_limit_is_a_device_of_its_own() -> None:
-    told = job_on(Reads(), 600, 50).breakdown(350, replace(TRIAL, peak_bytes=300))
-    assert told.total_bytes == 600
-    assert (told.outside_bytes, told.headroom_bytes, told.free_bytes) == (200, 50, 0)
-    assert told.cached_bytes == 50, "as much as the limit has room for"
+    breakdown = job_on(Reads(), 600, 50).breakdown(350, replace(TRIAL, peak_bytes=300))
+    assert breakdown.total_bytes == 600
+    assert (breakdown.outside_bytes, breakdown.headroom_bytes, breakdown.free_bytes) == (200, 50, 0)
+    assert breakdown.cached_bytes == 50, "as much as the limit has room for"
 
 
 def test_a_failure_needs_what_was_held_and_what_was_asked_for() -> None:
@@ -342,9 +350,9 @@ def test_a_failure_needs_what_was_held_and_what_was_asked_for() -> None:
     failed = Trial(size=1, fits=False, failure=Verdict.OUT_OF_MEMORY, needed_bytes=450)
     made = job_on(Reads(), None, None)
     assert made.breakdown(700, failed).activation_bytes == 450 - 128
-    told = made.breakdown(700, replace(failed, message=text))
-    assert told.activation_bytes == 3060 - 128
-    assert told.missing_bytes == 3060 - 700
+    breakdown = made.breakdown(700, replace(failed, message=text))
+    assert breakdown.activation_bytes == 3060 - 128
+    assert breakdown.missing_bytes == 3060 - 700
     assert made.breakdown(700).activation_bytes == 0, "before any trial"
 
 
@@ -355,8 +363,8 @@ def test_other_processes_are_told_apart_where_the_driver_names_them(
     held: list[int | None], others: int
 ) -> None:
     class Gpu(Reads):
-        told = tuple(OtherProcess(pid=n, used_bytes=used) for n, used in enumerate(held))
+        found_processes = tuple(OtherProcess(pid=n, used_bytes=used) for n, used in enumerate(held))
 
-    told = job_on(Gpu(), None, None).breakdown(700, TRIAL)
-    assert (told.other_process_bytes, told.outside_bytes) == (others, 200 - others)
-    assert told.total_bytes == 1000
+    breakdown = job_on(Gpu(), None, None).breakdown(700, TRIAL)
+    assert (breakdown.other_process_bytes, breakdown.outside_bytes) == (others, 200 - others)
+    assert breakdown.total_bytes == 1000

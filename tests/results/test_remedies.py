@@ -58,21 +58,22 @@ def test_what_would_not_make_up_for_it_all_together_is_no_advice() -> None:
 
 
 def test_a_gpu_that_is_not_here_has_no_limit_to_raise() -> None:
-    told = Breakdown(activation_bytes=3 * MIB, missing_bytes=MIB)
+    breakdown = Breakdown(activation_bytes=3 * MIB, missing_bytes=MIB)
     assert (
-        str(what_would_help(told)[-1]) == "a larger memory_limit or device: at least 3.0 MiB in all"
+        str(what_would_help(breakdown)[-1])
+        == "a larger memory_limit or device: at least 3.0 MiB in all"
     )
-    predicted = what_would_help(told, predicted=True)
+    predicted = what_would_help(breakdown, predicted=True)
     assert str(predicted[-1]) == "a GPU with more memory: at least 3.0 MiB in all"
 
 
 @given(parts=st.lists(PARTS, min_size=12, max_size=12))
 def test_nothing_frees_more_than_there_is_and_more_memory_is_always_a_way(parts: list[int]) -> None:
-    told = Breakdown(**dict(zip(Breakdown.__dataclass_fields__, parts, strict=True)))
-    *freeing, more = what_would_help(told)
-    assert all(0 < remedy.bytes <= sum(told.parts.values()) for remedy in freeing)
+    breakdown = Breakdown(**dict(zip(Breakdown.__dataclass_fields__, parts, strict=True)))
+    *freeing, more = what_would_help(breakdown)
+    assert all(0 < remedy.bytes <= sum(breakdown.parts.values()) for remedy in freeing)
     assert [remedy.bytes for remedy in freeing] == sorted((r.bytes for r in freeing), reverse=True)
-    assert more.bytes == told.needed_bytes
+    assert more.bytes == breakdown.needed_bytes
 
 
 CUDA = (
@@ -91,12 +92,12 @@ def test_memory_in_pieces_that_would_have_been_enough_is_a_way_out(
     """USERS 4.5 and 4.6: suggested where it helps, under the name that torch knows, never set."""
     some = Breakdown(parameter_bytes=MIB, missing_bytes=MIB)
     error = DoesNotFitError(1, 70 * 2**30, some, TORN)
-    told = (
-        "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts: may join 6.9 GiB "
-        "that are reserved, in pieces too small for what was asked for"
+    remedy = (
+        "PYTORCH_ALLOC_CONF=expandable_segments:True, set before Python starts: may make 6.9 GiB "
+        "usable that are reserved but fragmented"
     )
-    assert str(error.remedies[0]) == told
-    assert told in str(error)
+    assert str(error.remedies[0]) == remedy
+    assert remedy in str(error)
     enough = TORN.replace("6.80 GiB.", "6.91 GiB.")
     for text in (enough, "", "6.90 GiB is reserved by PyTorch but unallocated"):
         assert not any("ALLOC_CONF" in str(r) for r in what_would_help(some, text)), text

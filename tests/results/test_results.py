@@ -111,7 +111,7 @@ def test_a_search_result_is_usable_as_an_integer() -> None:
 
 def test_a_search_result_reads_as_a_sentence() -> None:
     assert str(SEARCH) == (
-        "tolerable batch 86 (limited by memory, ran out at 128, peak 240.0 MiB of 256.0 MiB; "
+        "tolerable batch 86 (limited by memory, 128 failed, peak 240.0 MiB of 256.0 MiB; "
         "2 trials, 1 failed)"
     )
     unmeasured = replace(SEARCH, trials=(replace(PASSED, peak_bytes=None),), limited_by="ceiling")
@@ -125,7 +125,7 @@ def test_a_limit_that_is_not_memorys_says_what_is_unused(limited_by: LimitedBy) 
     """USERS 1.2.6."""
     breakdown = Breakdown(activation_bytes=2**30, free_bytes=9 * 2**30)
     limited = replace(SEARCH, limited_by=limited_by, breakdown=breakdown)
-    words = f"limited by {limited_by} and not by memory: 9.0 GiB unused, ran out at 128"
+    words = f"limited by {limited_by} and not by memory: 9.0 GiB unused, 128 failed"
     assert words in str(limited)
     assert "unused" not in str(replace(limited, limited_by="memory"))
     assert "unused" not in str(replace(limited, breakdown=None))
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_told_with_the_numbers_and_the_ways_out() -> None:
         "  gradients              1.5 GiB",
         "  optimizer state        3.0 GiB",
         "  at least               6.0 GiB",
-        "  there is               2.0 GiB",
+        "  available              2.0 GiB",
         "  missing, at least      4.0 GiB",
         "What would help:",
         "  freezing parameters before the optimizer is made: frees gradients and "
@@ -231,7 +231,7 @@ def test_what_does_not_fit_for_unknown_reasons_still_names_ways_out() -> None:
     ("needed", "said"),
     [
         (13 << 20, "128 would need at least 13.0 MiB"),
-        ((12 << 20) + 1300, "128 would need at least 1.3 KiB more than there is"),
+        ((12 << 20) + 1300, "128 would need at least 1.3 KiB more than the limit"),
         (12 << 20, "128 would need at least 12.0 MiB"),
     ],
 )

@@ -84,7 +84,7 @@ def expected(machine: Machine) -> int:
 
 
 def check(machine: Machine, limit_bytes: int, search: Hunt = hunt, **options: Any) -> Upper:
-    """Hold a search to what it promises."""
+    """Check the guarantees of a search."""
     candidates = machine.candidates
     found, upper = search(candidates, machine.attempt, limit_bytes=limit_bytes, **options)
     assert found == 0 or found in machine.tried, "what is returned did not run"
@@ -247,7 +247,7 @@ def test_whatever_is_read_the_search_is_right(
         st.integers(1, 4), st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9)
     ),
 )
-def test_whatever_was_glimpsed_the_search_is_right(
+def test_a_preliminary_reading_never_makes_the_search_wrong(
     kind: str, machine: Machine, slope: int, preliminary: tuple[int, int, int]
 ) -> None:
     """The first step of all may have read anything: it is believed nowhere."""
@@ -304,7 +304,7 @@ def test_a_line_that_memory_did_not_follow_is_left() -> None:
     search.record_preliminary(2, PRELIMINARY)
     search.record(4, Outcome(fits=True, phases=steady(4)))
     search.record(50, Outcome(fits=False))
-    assert search.next() == 30, "by the floors, as if nothing had been preliminary"
+    assert search.next() == 30, "by the baselines, as if there were no preliminary reading"
 
 
 def test_where_the_cautious_guess_is_nearly_as_far_it_is_taken() -> None:
@@ -382,7 +382,7 @@ def test_the_undivided_batch_has_no_later_micro_batches() -> None:
     assert check(divided, 26_700).reason == "extrapolated"
 
 
-def test_what_a_window_is_spared_comes_off_the_bound() -> None:
+def test_saved_bytes_lower_the_bound() -> None:
     """Behind one of two micro-batches none is sent ahead; behind those of 3 and more there is."""
 
     def phases(size: int) -> tuple[Phase, ...]:
@@ -394,7 +394,7 @@ def test_what_a_window_is_spared_comes_off_the_bound() -> None:
     assert 128 in machine.tried
     blind = Machine(useful_sizes(256), 128, phases)
     check(blind, 15_000)
-    assert 128 not in blind.tried, "nothing was to be spared"
+    assert 128 not in blind.tried, "no bytes were saved"
 
 
 def test_a_reading_below_the_line_ends_its_use_as_a_proof() -> None:
@@ -626,7 +626,7 @@ def test_errors_of_an_attempt_pass_through() -> None:
 def believing(
     candidates: Sequence[int], attempt: Attempt, *, limit_bytes: int
 ) -> tuple[int, Upper]:
-    """Returns what the line promises, untried."""
+    """Returns what the line predicts, untried."""
     peak_bytes = attempt(4).phases[0].peak_bytes
     found = candidates[bisect.bisect_right(candidates, 4 * limit_bytes // peak_bytes) - 1]
     return found, Upper(reason="ran out", size=found + 1)

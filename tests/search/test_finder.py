@@ -249,11 +249,11 @@ def test_whatever_fails_by_chance_what_is_returned_ran_when_last_tried(
 def test_a_size_that_runs_no_more_is_not_returned() -> None:
     """90 ran, then 91 did not, twice; and since then nothing above 80 does."""
 
-    def torn(size: int, _: int) -> None:
+    def fragmented(size: int, _: int) -> None:
         if 91 in machine.ran[:-1] and size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 10.00 MiB.")
 
-    machine = Machine(happens=torn)
+    machine = Machine(happens=fragmented)
     found = machine.largest(confirm="failed")
     assert found.size == 80
     assert found.trials[-1].size == 80
@@ -562,6 +562,5 @@ def test_an_error_of_the_model_says_where_it_was_seen() -> None:
 
     with pytest.raises(IndexError, match="out of bounds") as caught:
         Machine(happens=fails).largest()
-    assert caught.value.__notes__ == [
-        "raised in the first step of the search, on 2 examples of the data"
-    ]
+    where = "raised in the first step of the search, on 2 examples of the data"
+    assert caught.value.__notes__ == [where]

@@ -150,12 +150,12 @@ LONG = 40  # Epochs: longer than timing six sizes takes.
 
 
 def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[int, Sequence[int]]] = []
+    timed: list[dict[int, Sequence[int]]] = []
 
     def measured(
         _program: object, _device: MemoryDevice, windows: dict[int, Sequence[int]], _: object
     ) -> tuple[Speed, ...]:
-        asked.append(windows)
+        timed.append(windows)
         rates = {size: 400.0 if size == 16 else 100.0 for size in windows}
         return tuple(Speed(size=n, examples_per_second=r, windows=3) for n, r in rates.items())
 
@@ -164,8 +164,8 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
     result = find_and_train(
         nn.Linear(4, 3), data(), 64, prefer="fastest", epochs=LONG, progress=events.append
     )
-    assert asked == [{n: (n,) * (64 // n) if 64 % n == 0 else asked[0][n] for n in asked[0]}]
-    assert all(sum(sizes) == 64 for sizes in asked[0].values()), "whole logical batches"
+    assert timed == [{n: (n,) * (64 // n) if 64 % n == 0 else timed[0][n] for n in timed[0]}]
+    assert all(sum(sizes) == 64 for sizes in timed[0].values()), "whole logical batches"
     assert (result.search.size, result.search.fastest) == (64, 16)
     assert result.plan.micro_batch_sizes == (16,) * 4
     assert any("faster than the tolerable batch of 64: 400 exam" in n for n in result.notes)
@@ -175,7 +175,7 @@ def test_training_prefers_the_fastest_and_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_training_shorter_than_its_timing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autobatch.tuner, "speeds", None)  # Not to be asked.
+    monkeypatch.setattr(autobatch.tuner, "speeds", None)  # Must not be called.
     events: list[Event] = []
     result = find_and_train(
         nn.Linear(4, 3), data(), 64, prefer="fastest", max_steps=20, epochs=LONG,
@@ -183,11 +183,11 @@ def test_a_training_shorter_than_its_timing_is_not_timed(monkeypatch: pytest.Mon
     )  # fmt: skip
     assert result.search.speeds == ()
     assert result.plan.micro_batch_sizes == (64,)
-    told = (
+    note = (
         'prefer="fastest" timed nothing: timing takes 20 steps or more, and the training takes 20'
     )
-    assert told in result.notes
-    assert [e.search.notes for e in events if isinstance(e, SizesTimed)] == [(told,)]
+    assert note in result.notes
+    assert [e.search.notes for e in events if isinstance(e, SizesTimed)] == [(note,)]
 
 
 def test_the_fastest_is_found_without_a_trace() -> None:
@@ -223,7 +223,7 @@ def test_a_resumed_training_keeps_its_size_and_times_nothing(
 
     monkeypatch.setattr(autobatch.tuner, "speeds", measured)
     assert trained(LONG).plan.micro_batch_sizes == (16,) * 4
-    monkeypatch.setattr(autobatch.tuner, "speeds", None)  # Not to be asked.
+    monkeypatch.setattr(autobatch.tuner, "speeds", None)  # Must not be called.
     resumed = trained(LONG + 1)
     assert resumed.plan.micro_batch_sizes == (16,) * 4
     assert not any("preferred" in note for note in resumed.notes)

@@ -1,4 +1,4 @@
-"""The bound of a search alone: whoever wishes what, four trials more than by hand are enough."""
+"""Whatever positions are preferred, four trials more than by hand are enough."""
 
 import bisect
 import itertools

@@ -271,7 +271,7 @@ def test_a_generator_that_is_held_twice_is_put_back_once_more_to_no_harm() -> No
 
 def test_a_normal_number_that_waits_is_not_mistaken_for_one_that_was_handed_out() -> None:
     np.random.seed(0)
-    np.random.standard_normal()  # A second one waits; handing it out moves nothing else.
+    np.random.standard_normal()  # A second one waits; handing it out changes nothing else.
     waiting = random_state()
     np.random.standard_normal()
     random_state()
