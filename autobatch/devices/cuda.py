@@ -40,7 +40,7 @@ class CudaDevice(MemoryDevice):
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(_with_index(torch_device))
-        self._stream: torch.cuda.Stream | None = None  # Of the copies; made with the first one.
+        self._stream: torch.cuda.Stream | None = None  # For copies; made with the first copy.
 
     @property
     def name(self) -> str:

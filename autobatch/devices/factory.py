@@ -31,27 +31,27 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return backend_of(device).widest_dtype(device)
 
 
-def choose_device(asked: str | torch.device | None, present: torch.device) -> torch.device:
+def choose_device(requested: str | torch.device | None, present: torch.device) -> torch.device:
     """Return where to train: on the requested device, else where the parameters are.
 
     Parameters on the CPU go to a GPU if there is one.
 
     Args:
-        asked: What the user requests, or None.
+        requested: What the user requests, or None.
         present: Where the parameters are.
 
     Raises:
-        TypeError, ValueError: If ``asked`` names no device.
+        TypeError, ValueError: If ``requested`` names no device.
         DeviceUnavailableError: If the device is not here, or its memory cannot be read.
     """
-    if asked is None:
+    if requested is None:
         return _started(_preferred() if present.type == HOST.type else present)
-    if not isinstance(asked, str | torch.device):
-        raise TypeError(f'device must be text like "cuda:0" or a torch.device, got {asked!r}')
+    if not isinstance(requested, str | torch.device):
+        raise TypeError(f'device must be text like "cuda:0" or a torch.device, got {requested!r}')
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except RuntimeError as error:
-        raise ValueError(f"device cannot be read from {asked!r}: {error}") from None
+        raise ValueError(f"device cannot be read from {requested!r}: {error}") from None
     return _started(device)
 
 

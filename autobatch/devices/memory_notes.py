@@ -9,7 +9,7 @@ from autobatch.devices.factory import backend_of
 from autobatch.results.search import SearchResult
 from autobatch.units import format_bytes
 
-_MUCH: Final = 0.2  # Of what is reserved,
+_MUCH: Final = 0.2  # A share of the reserved bytes,
 _WORTH_BYTES: Final = 256 * 2**20  # and at least so much: a small gap is rounding.
 
 

@@ -21,7 +21,9 @@ from autobatch.search.trial import TrialProgram, TrialRunner
 from autobatch.units import count
 
 _ROUNDING_BYTES: Final = 2 << 20  # A caching allocator reserves multiples of this.
-_MOST_CHANGES: Final = 3  # Of other processes' memory; later changes no longer prolong the search.
+_MOST_CHANGES: Final = (
+    3  # Changes of other processes' memory that prolong the search.
+)
 _SLOWDOWN: Final = 4.0  # A size this many times slower per example than a smaller one is spilling.
 _SLOWDOWN_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
 _OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {
@@ -244,7 +246,7 @@ class BatchSizeFinder:
         one, because BatchNorm may refuse one.
         """
         if not self.device.is_exact:
-            self.device.release_cached()  # So that earlier blocks do not affect the trials.
+            self.device.release_cached()  # Earlier blocks must not affect the trials.
         failed: list[Trial] = []
         runner = replace(self._runner(self.limit_bytes()), timeout_seconds=math.inf)
         for sizes in reversed(smallest):

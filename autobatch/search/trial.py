@@ -95,7 +95,7 @@ class TrialRunner:
         if failure is None and (message := self._kernel_error(sizes[0], record.peak_bytes)):
             failure = Verdict.TOO_LARGE
         if failure is not None or not self.device.is_exact:
-            self.device.release_cached()  # So that the next trial reuses no cached block.
+            self.device.release_cached()  # The next trial must reuse no cached block.
         reached = max(record.peak_bytes, record.allocated_bytes + requested)
         return Trial(
             size=sizes[0],

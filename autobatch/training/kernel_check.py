@@ -33,8 +33,8 @@ from autobatch.training.model_state.evaluation_mode import undisturbed
 MAX_INDEXED_ELEMENTS: Final = 2**31  # Elements that 32 bits can index.
 
 _FEW: Final = 2  # Rows that are compared; BatchNorm may refuse a single example.
-# Of the largest value: another size may take another kernel, TF32 among them. A wrong index makes
-# rows wrong by their whole size.
+# A share of the largest value: another size may take another kernel, TF32 among them. A wrong
+# index makes rows wrong by their whole size.
 ROW_TOLERANCE: Final = Tolerance(float64=1e-2, float32=1e-2, float16=1e-1, bfloat16=1e-1)
 # Rows are wrong only if they change by more than this many times what two more examples change in
 # them. A model that mixes examples a little passes the tolerance slowly, as a mean over more

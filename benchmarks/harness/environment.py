@@ -18,7 +18,7 @@ from autobatch.files import atomic_file
 from benchmarks import ROOT
 from benchmarks.harness.records import SEED, Fields
 
-_M_TRIM_THRESHOLD: Final = -1  # Of malloc.h.
+_M_TRIM_THRESHOLD: Final = -1  # From malloc.h.
 _M_MMAP_THRESHOLD: Final = -3
 
 

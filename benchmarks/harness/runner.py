@@ -63,7 +63,7 @@ class _Work:
     facts: dict[str, object]
     records: Records
     path: Path | None
-    seconds: float = 0.0  # Of earlier rounds.
+    seconds: float = 0.0  # In earlier rounds.
     began: float = field(default_factory=lambda: time.monotonic())
 
     def write(self) -> None:

@@ -44,7 +44,7 @@ class BatchNormTracker:
 
     def __init__(self, statistics: RunningStatistics) -> None:
         self._statistics = statistics
-        self._versions: list[int] = []  # Of the numbers of batches, at the first micro-batch.
+        self._versions: list[int] = []  # Versions of num_batches_tracked at the first micro-batch.
         self._calls: dict[int, int] = {}  # Calls that count, in this micro-batch, by layer index.
         self._earlier_calls: Counter[int] = Counter()  # The same of earlier micro-batches.
         self._compiled = False

@@ -22,7 +22,7 @@ from autobatch.training.losses.pair_probe import (
 )
 from autobatch.training.losses.tolerance import Tolerance
 
-# Of the same row in batches of one and of two: kernels differ by size.
+# How far the same row may differ in batches of one and of two: kernels differ by size.
 OUTPUT_TOLERANCE: Final = Tolerance(float64=1e-6, float32=1e-3, float16=5e-2, bfloat16=5e-2)
 
 Outputs = Callable[[BatchTree], BatchTree]

@@ -27,10 +27,10 @@ from autobatch.training.losses.tolerance import Tolerance
 BatchLossFunction = Callable[[nn.Module, Any], object]  # The batch has the user's own structure.
 CountTerms = Callable[[Any], object]
 
-# Of sums over examples. A mean, or a loss that compares examples, is off by far more.
+# For sums over examples. A mean, or a loss that compares examples, is off by far more.
 SUM_TOLERANCE: Final = Tolerance(float64=1e-3, float32=1e-3, float16=5e-2, bfloat16=5e-2)
-_EXACT: Final = 1e-9  # Of term counts in float64 and integers.
-_ROUNDED: Final = 1e-6  # Of term counts in float32.
+_EXACT: Final = 1e-9  # For counts of terms in float64 and integers.
+_ROUNDED: Final = 1e-6  # For counts of terms in float32.
 
 
 @dataclass(frozen=True, slots=True)

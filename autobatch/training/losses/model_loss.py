@@ -33,7 +33,7 @@ from autobatch.training.losses.term_counting import (
 from autobatch.training.losses.tolerance import Tolerance
 from autobatch.training.model_state.evaluation_mode import undisturbed
 
-# Of the loss of two examples. A wrong count differs by more: a label is counted or it is not.
+# For the loss of two examples. A wrong count differs by more: a label is counted or it is not.
 LOSS_TOLERANCE: Final = Tolerance(float64=1e-9, float32=1e-4, float16=1e-2, bfloat16=3e-2)
 
 _USE_BATCH_LOSS: Final = "pass batch_loss=(model, batch) -> (sum, terms)"
