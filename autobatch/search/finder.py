@@ -21,9 +21,7 @@ from autobatch.search.trial import TrialProgram, TrialRunner
 from autobatch.units import count
 
 _ROUNDING_BYTES: Final = 2 << 20  # A caching allocator reserves multiples of this.
-_MOST_CHANGES: Final = (
-    3  # Changes of other processes' memory that prolong the search.
-)
+_MOST_CHANGES: Final = 3  # Changes of other processes' memory that prolong the search.
 _SLOWDOWN: Final = 4.0  # A size this many times slower per example than a smaller one is spilling.
 _SLOWDOWN_SECONDS: Final = 1.0  # Shorter trials may be slow by chance.
 _OTHER_LIMITS: Final[Mapping[Verdict | None, LimitedBy]] = {

@@ -30,9 +30,7 @@ _ROUNDS: Final = 5
 _WHOLE: Final = 4  # A window begins only with time for this many runs.
 _SAMPLE_SECONDS: Final = 0.05  # At least, so that reading the clock does not matter.
 _MOST_STEPS: Final = 50  # In one sample.
-_AS_FAST: Final = (
-    0.98  # A share of the largest throughput; the rest is not worth more memory.
-)
+_AS_FAST: Final = 0.98  # A share of the largest throughput; the rest is not worth more memory.
 _DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The errors of a step that did not fit in memory.
