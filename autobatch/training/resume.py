@@ -10,7 +10,7 @@ from autobatch.data.worker_memory import worker_memory_warning
 from autobatch.devices.host_memory import host_memory
 from autobatch.events import Observer, Resumed
 from autobatch.results.search import SearchResult, Upper
-from autobatch.training.checkpointing.manager import CheckpointManager, Fields
+from autobatch.training.checkpointing.manager import CheckpointManager, CheckpointFields
 from autobatch.training.checkpointing.resume_diff import changed, overruled, settings_of
 from autobatch.training.epoch_batches import Epochs
 from autobatch.training.progress import DataPosition, Progress
@@ -35,7 +35,7 @@ class TrainingStart:
     epochs: Epochs
     progress: Progress
     max_steps: int | None
-    saved: Fields | None = None
+    saved: CheckpointFields | None = None
     differences: tuple[str, ...] = ()
 
     @property
@@ -117,7 +117,10 @@ def _begin(request: TrainingRequest) -> TrainingStart:
 
 
 def _resume(
-    request: TrainingRequest, checkpoints: CheckpointManager, saved: Fields, observer: Observer
+    request: TrainingRequest,
+    checkpoints: CheckpointManager,
+    saved: CheckpointFields,
+    observer: Observer,
 ) -> TrainingStart:
     """Restore a checkpoint in place, and read the logical batch that follows."""
     optimizer, scheduler = request.workload.step.optimizer, request.schedule.scheduler

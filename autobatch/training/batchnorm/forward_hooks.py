@@ -25,7 +25,7 @@ _UNTRACKED: Final = (
     'call), so they cannot be pooled; call it as a module, or pass batch_norm="frozen"'
 )
 
-Forward = Callable[..., Tensor]
+ForwardMethod = Callable[..., Tensor]
 OnCall = Callable[[int, Tensor], None]
 
 
@@ -108,7 +108,9 @@ class BatchNormTracker:
             raise InexactStepError(_UNTRACKED)
         return bool(self._earlier_calls)
 
-    def _tracked(self, index: int, on_call: OnCall, training_forward: Forward) -> Forward:
+    def _tracked(
+        self, index: int, on_call: OnCall, training_forward: ForwardMethod
+    ) -> ForwardMethod:
         """Return a forward pass which calls ``on_call``, then ``training_forward``."""
         layer = self._statistics.layers[index]
         original_forward, buffers = layer.forward, layer._buffers
@@ -126,7 +128,7 @@ class BatchNormTracker:
 
         return forward
 
-    def _counting_forward(self, index: int) -> Forward:
+    def _counting_forward(self, index: int) -> ForwardMethod:
         """Return a layer's own forward pass, with its calls counted."""
         original_forward = self._statistics.layers[index].forward
 

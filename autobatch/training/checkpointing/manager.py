@@ -19,7 +19,7 @@ from autobatch.training.engine.lr_schedule import Schedule
 from autobatch.training.engine.step_runner import StepRunner
 from autobatch.training.engine.train_step import TrainStep
 
-Fields = Mapping[str, Any]
+CheckpointFields = Mapping[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class CheckpointManager:
     path: Path | None = field(default=None, init=False)
     restored: bool = field(default=False, init=False)
 
-    def latest(self) -> Fields | None:
+    def latest(self) -> CheckpointFields | None:
         """Return the newest undamaged checkpoint; None if the folder holds no checkpoint.
 
         Raises:
@@ -64,7 +64,7 @@ class CheckpointManager:
             )
         return fields
 
-    def restore(self, fields: Fields) -> None:
+    def restore(self, fields: CheckpointFields) -> None:
         """Restore model, loss, optimizer, scheduler, scaler and random generators in place.
 
         Raises:
@@ -98,7 +98,7 @@ class CheckpointManager:
                 f"{now or 'nothing'}; build the loss as it was, or choose another directory"
             )
 
-    def restore_random(self, state: Fields) -> None:
+    def restore_random(self, state: CheckpointFields) -> None:
         """Set the state of all random generators."""
         restore_random_state(state, self.sources)
 
