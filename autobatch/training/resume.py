@@ -10,7 +10,7 @@ from autobatch.data.worker_memory import worker_memory_warning
 from autobatch.devices.host_memory import host_memory
 from autobatch.events import Observer, Resumed
 from autobatch.results.search import SearchResult, Upper
-from autobatch.training.checkpointing.manager import CheckpointManager, CheckpointFields
+from autobatch.training.checkpointing.manager import CheckpointFields, CheckpointManager
 from autobatch.training.checkpointing.resume_diff import changed, overruled, settings_of
 from autobatch.training.epoch_batches import Epochs
 from autobatch.training.progress import DataPosition, Progress
