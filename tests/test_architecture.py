@@ -116,3 +116,19 @@ def test_each_file_of_a_walk_exists_and_is_named_once() -> None:
         assert len(files) == len(set(files)) > 9
         assert all((PACKAGE / file).exists() for file in files), files
         assert len(re.findall(r"^\d+\. ", walk, re.MULTILINE)) <= 10
+
+
+def test_a_public_name_of_a_class_or_a_type_stands_for_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                name = node.name
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+            else:
+                continue
+            if name[0].isupper() and not name.isupper() and not name.startswith("_"):
+                homes.setdefault(name, []).append(module)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+    assert homes["BatchGradient"] == ["training.engine.batch_gradient"], "the control"

@@ -13,7 +13,7 @@ from autobatch.errors import InexactStepError
 from autobatch.results.verdict import Verdict
 from autobatch.training.model_state.evaluation_mode import undisturbed
 
-Value = TypeVar("Value")
+Probed = TypeVar("Probed")
 
 
 @dataclass(slots=True)
@@ -60,11 +60,11 @@ def alone_and_together(pair: BatchTree) -> tuple[BatchTree, BatchTree, BatchTree
 
 def probe_pair(
     model: nn.Module,
-    value_of: Callable[[BatchTree], Value],
+    value_of: Callable[[BatchTree], Probed],
     pair: BatchTree,
     *,
     training: bool = False,
-) -> tuple[Value, Value, Value, Value]:
+) -> tuple[Probed, Probed, Probed, Probed]:
     """Return the values of the first of two examples, the second, both, and both once more.
 
     The last two values are equal unless ``value_of`` draws random numbers. The model runs in
@@ -82,8 +82,8 @@ def probe_pair(
 
 
 def probe_pair_in_either_mode(
-    model: nn.Module, value_of: Callable[[BatchTree], Value], pair: BatchTree
-) -> tuple[Value, Value, Value, Value]:
+    model: nn.Module, value_of: Callable[[BatchTree], Probed], pair: BatchTree
+) -> tuple[Probed, Probed, Probed, Probed]:
     """Do the same in evaluation mode, or in training mode if the model fails in evaluation mode.
 
     A detector, for example, returns its losses in training mode only.
